@@ -1,0 +1,159 @@
+"""Tiny models made on the spot; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()
+
+VOCABULARY = 259  # every byte, and three special tokens
+
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte; text starts with <s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2}
+    vocabulary |= {character: 3 + index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base and checkpoints that differ from it, on disk."""
+
+    root: Path
+    base: Path
+    checkpoints: list[Path]
+
+    def recipe(self, *, models: Sequence[str] | None = None, **extra: Any) -> dict[str, Any]:
+        """A upit document for this family; keyword arguments are further top-level keys."""
+        listed = models or [str(path) for path in self.checkpoints]
+        return {
+            "merge_method": "upit",
+            "base_model": str(self.base),
+            "models": [{"model": model} for model in listed],
+            **extra,
+        }
+
+    def write_recipe(self, document: dict[str, Any], name: str = "recipe.yml") -> Path:
+        path = self.root / name
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+        return path
+
+    def seed_file(self, count: int = 24, name: str = "seed.jsonl") -> Path:
+        path = self.root / name
+        rows = [{"text": f"sample {i}: " + "abcdef"[i % 6] * (1 + i % 9)} for i in range(count)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+
+def build_family(
+    root: Path,
+    *,
+    count: int = 3,
+    dtype: torch.dtype = torch.float32,
+    mistral: bool = False,
+    seed: int = 0,
+    noise: float = 0.02,
+    shard_size: str = "5GB",
+    **config: Any,
+) -> Family:
+    """Make a base and `count` checkpoints, each the one before it plus noise."""
+    torch.manual_seed(seed)
+    settings = {**TINY, **config}
+    model: Any
+    if mistral:
+        model = MistralForCausalLM(MistralConfig(**settings))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.to(dtype)
+    folders = [root / "base"]
+    folders += [root / "sft" / f"checkpoint-{step * 500}" for step in range(1, count + 1)]
+    for index, folder in enumerate(folders):
+        if index and noise:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_((torch.randn(parameter.shape) * noise).to(dtype))
+        model.save_pretrained(folder, max_shard_size=shard_size)
+        byte_tokenizer().save_pretrained(folder)
+    return Family(root, folders[0], folders[1:])
+
+
+@pytest.fixture(scope="session")
+def shared_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """A float32 Llama and three checkpoints; do not write into it."""
+    return build_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture
+def family(shared_family: Family, tmp_path: Path) -> Family:
+    """The same, in a folder that a test may change."""
+    root = tmp_path / "family"
+    shutil.copytree(shared_family.root, root)
+    checkpoints = [
+        root / path.relative_to(shared_family.root) for path in shared_family.checkpoints
+    ]
+    return Family(root, root / "base", checkpoints)
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> Callable[..., Path]:
+    """Run a recipe document through our pipeline; returns the output folder."""
+    from upit_merge.pipeline import RunOptions, run_recipe
+    from upit_merge.recipe import parse_recipe
+
+    def run(document: dict[str, Any], out: str | Path = "out", **options: Any) -> Path:
+        folder = tmp_path / out
+        source = yaml.safe_dump(document, sort_keys=False)
+        run_recipe(parse_recipe(document), source, folder, RunOptions(quiet=True, **options))
+        return folder
+
+    return run

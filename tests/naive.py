@@ -1,0 +1,102 @@
+"""UpIT's expansion once more, naively: whole models in memory, numpy, Python integers, no streaming.
+
+Shares no code with the package, so that agreement means something.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def load_model(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def key(*parts: object) -> int:
+    data = b""
+    for part in parts:
+        text = str(part).encode()
+        data += len(text).to_bytes(4, "little") + text
+    return int.from_bytes(hashlib.sha256(data).digest()[:4], "little")
+
+
+def lowbias32(x: np.ndarray) -> np.ndarray:
+    """The published hash in uint32 arithmetic, with its last step."""
+    x = x.astype(np.uint32)
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x7FEB352D)
+    x = x ^ (x >> np.uint32(15))
+    x = x * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def mask(seed: int, expert: int, slot: int, name: str, count: int, density: float) -> np.ndarray:
+    index = np.arange(count, dtype=np.uint32)
+    mixed = lowbias32(index ^ np.uint32(key(seed, "element", name)))
+    x = mixed ^ np.uint32(key(seed, expert, slot, name))
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x7FEB352D)
+    x = x ^ (x >> np.uint32(15))
+    x = x * np.uint32(0x846CA68B)
+    # Kept where the value, read as a signed integer, is below the density's share of the range.
+    signed = x.astype(np.int64)
+    signed = np.where(signed >= 2**31, signed - 2**32, signed)
+    return signed < min(round(density * 2**32), 2**32 - 1) - 2**31
+
+
+def dropped(delta: np.ndarray, keep: np.ndarray, density: float, weight: float) -> np.ndarray:
+    scaled = delta * np.float32(weight / density)
+    return scaled if density >= 1 else np.where(keep, scaled, np.float32(0))
+
+
+def grow(
+    base: dict[str, torch.Tensor],
+    checkpoints: list[dict[str, torch.Tensor]],
+    experts: list[dict],
+    density: float,
+    seed: int,
+    mutation: str,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Every expert tensor of the output, by canonical name, from the lineage in a report."""
+    layers = 1 + max(int(name.split(".")[2]) for name in base if name.startswith("model.layers."))
+    output: dict[str, torch.Tensor] = {}
+    for layer in range(layers):
+        for projection, short in PROJECTIONS.items():
+            name = f"model.layers.{layer}.mlp.{projection}.weight"
+            origin = base[name].float().numpy().ravel()
+            deltas = [c[name].float().numpy().ravel() - origin for c in checkpoints]
+            grown: list[np.ndarray] = []
+            for index, expert in enumerate(experts):
+                target = f"model.layers.{layer}.block_sparse_moe.experts.{index}.{short}.weight"
+                if expert["checkpoint"] is not None:
+                    grown.append(deltas[expert["checkpoint"]])
+                    output[target] = checkpoints[expert["checkpoint"]][name].to(dtype)
+                    continue
+                if mutation == "once":
+                    parts = [(i, deltas[i], w) for i, w in enumerate(expert["weights"]) if w]
+                else:
+                    shares = (expert["alpha"], 1 - expert["alpha"])
+                    parts = [
+                        (slot, grown[parent], shares[slot])
+                        for slot, parent in enumerate(expert["parents"])
+                    ]
+                child = None
+                for slot, delta, weight in parts:
+                    keep = mask(seed, index, slot, name, origin.size, density)
+                    part = dropped(delta, keep, density, weight)
+                    child = part if child is None else child + part
+                grown.append(child)
+                values = torch.from_numpy(child + origin).view(base[name].shape)
+                output[target] = values.to(dtype)
+    return output

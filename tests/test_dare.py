@@ -1,0 +1,92 @@
+"""The DARE kernel: its masks' statistics, and that nothing but their name decides them."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from tests import naive
+from upit_merge.expansion.dare import dare, index_hash, keep_mask, mask_key
+
+COUNT = 1 << 20
+
+
+def masks(density: float, keys: int = 8) -> list[torch.Tensor]:
+    hashed = index_hash(mask_key(0, "element", "t"), 0, COUNT, "cpu")
+    return [keep_mask(hashed, mask_key(0, key, 1, "t"), density) for key in range(keys)]
+
+
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.5, 0.9, 0.99])
+def test_share_kept_is_the_density(density: float) -> None:
+    sigma = math.sqrt(density * (1 - density) / COUNT)
+    for mask in masks(density):
+        assert abs(mask.double().mean().item() - density) < 5 * sigma
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
+def test_masks_of_different_experts_are_independent(density: float) -> None:
+    sigma = 1 / math.sqrt(COUNT)
+    for first, second in combinations(masks(density), 2):
+        correlation = np.corrcoef(first.numpy(), second.numpy())[0, 1]
+        assert abs(correlation) < 5 * sigma
+
+
+def test_neighbouring_elements_are_independent() -> None:
+    mask = masks(0.5, keys=1)[0].double() - 0.5
+    for lag in (1, 2, 7, 64, 4096):
+        correlation = (mask[lag:] * mask[:-lag]).mean().item() / 0.25
+        assert abs(correlation) < 5 / math.sqrt(COUNT)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.9])
+def test_rescaling_keeps_the_mean(density: float) -> None:
+    """E[DARE(δ)] = δ and E[DARE(δ)²] = δ² / density (arXiv 2311.03099)."""
+    delta = torch.full((COUNT,), 0.25)
+    hashed = index_hash(mask_key(3, "element", "t"), 0, COUNT, "cpu")
+    result = dare(delta, hashed, mask_key(3, 0, 0, "t"), density, weight=1.0).double()
+    sigma = 0.25 * math.sqrt((1 / density - 1) / COUNT)
+    assert abs(result.mean().item() - 0.25) < 5 * sigma
+    assert result.square().mean().item() == pytest.approx(0.0625 / density, rel=0.02)
+
+
+def test_density_one_keeps_everything() -> None:
+    delta = torch.randn(1000)
+    hashed = index_hash(1, 0, 1000, "cpu")
+    assert torch.equal(dare(delta, hashed, 2, 1.0, weight=0.5), delta * 0.5)
+
+
+def test_mask_is_the_published_hash() -> None:
+    """Against an implementation in numpy's unsigned integers, beyond int32's positive range too."""
+    name, seed, expert, slot = "model.layers.0.mlp.up_proj.weight", 7, 5, 2
+    hashed = index_hash(mask_key(seed, "element", name), 0, 5000, "cpu")
+    ours = keep_mask(hashed, mask_key(seed, expert, slot, name), 0.7).numpy()
+    assert np.array_equal(ours, naive.mask(seed, expert, slot, name, 5000, 0.7))
+    start = 2**31 - 100
+    mixed = naive.lowbias32(np.arange(start, start + 200, dtype=np.uint32) ^ np.uint32(9))
+    ours32 = index_hash(9, start, 200, "cpu").numpy().view(np.uint32)
+    assert np.array_equal(ours32, mixed)
+
+
+def test_a_block_is_a_part_of_the_whole() -> None:
+    whole = index_hash(5, 0, 1000, "cpu")
+    assert torch.equal(whole[300:700], index_hash(5, 300, 400, "cpu"))
+
+
+def test_key_depends_on_every_part() -> None:
+    keys = {mask_key(*parts) for parts in [(1, 2), (2, 1), (12,), ("1", "2", ""), (1, 2, "t")]}
+    assert len(keys) == 5
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_bits() -> None:
+    delta = torch.randn(COUNT)
+    results = []
+    for device in ("cpu", "cuda"):
+        hashed = index_hash(mask_key(0, "t"), 12345, COUNT, device)
+        results.append(dare(delta.to(device), hashed, 77, 0.9, 0.3).cpu())
+    assert torch.equal(results[0], results[1])

@@ -1,0 +1,303 @@
+"""Router pre-training against plain transformers models and direct solutions."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import Family, build_family
+from tests.naive import load_model
+from upit_merge.cli import main
+from upit_merge.router.buckets import balanced, lowest
+from upit_merge.router.gate_files import opened_moe
+from upit_merge.router.layerwise import MEAN, LayerwiseMoe, PackedStates, Stream, token_batches
+from upit_merge.router.objectives import (
+    ONE_VS_REST_PENALTY,
+    RIDGE_PENALTY,
+    normalise,
+    one_vs_rest,
+    random_gate,
+    ridge,
+    token_weights,
+)
+from upit_merge.router.seed_tokens import TokenizedSample
+
+CPU = torch.device("cpu")
+
+
+def some_samples(count: int = 9) -> list[TokenizedSample]:
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for index in range(count):
+        length = int(torch.randint(4, 40, (), generator=generator))
+        ids = torch.randint(3, 259, (length,), generator=generator).tolist()
+        samples.append(TokenizedSample(ids, 1 if index % 3 else length // 2, f"sample {index}"))
+    return samples
+
+
+@pytest.mark.parametrize("variant", ["llama", "tied", "sliding window", "bfloat16"])
+def test_losses_are_those_of_the_dense_models(tmp_path, merge, variant: str) -> None:
+    """Layer by layer, packed and batched, against AutoModelForCausalLM one sample at a time."""
+    config = {
+        "llama": {},
+        "tied": {"tie_word_embeddings": True},
+        "sliding window": {"mistral": True, "sliding_window": 5},
+        "bfloat16": {"dtype": torch.bfloat16},
+    }[variant]
+    # With the backbone of the base everywhere, expert i's stream is checkpoint i on that backbone.
+    family = build_family(tmp_path, count=3, **config)
+    out = merge(family.recipe())
+    samples = some_samples()
+    with opened_moe(out) as moe:
+        model = LayerwiseMoe(moe, CPU)
+        states = PackedStates(
+            [len(s.input_ids) for s in samples],
+            32,
+            torch.float32,
+            scratch=tmp_path,
+            budget_bytes=1e9,
+        )
+        for expert, folder in enumerate(family.checkpoints):
+            stream = Stream(expert, tuple(range(len(samples))))
+            model.sweep(samples, [stream], states, batch_tokens=64, on_progress=lambda _count: None)
+            losses = model.losses(samples, states)
+            dense = AutoModelForCausalLM.from_pretrained(
+                family.checkpoints[-1], dtype=torch.float32
+            ).eval()
+            ffn = {n: t for n, t in load_model(folder).items() if ".mlp." in n}
+            dense.load_state_dict(ffn, strict=False)
+            for sample, loss in zip(samples, losses, strict=True):
+                ids = torch.tensor([sample.input_ids])
+                labels = ids.clone()
+                labels[0, : sample.loss_start] = -100
+                with torch.no_grad():
+                    expected = dense(ids, labels=labels).loss
+                assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1e9, 0])
+def test_router_inputs_are_what_the_gates_see(shared_family, merge, tmp_path, budget) -> None:
+    """Against hooks on a dense model; in memory, and spilled to a scratch file."""
+    out = merge(shared_family.recipe())
+    samples = some_samples(6)
+    lengths = [len(s.input_ids) for s in samples]
+    streams = [Stream(0, (0, 3)), Stream(1, (1, 4, 5)), Stream(2, (2,))]
+    collected: list[torch.Tensor] = []
+    with opened_moe(out) as moe:
+        model = LayerwiseMoe(moe, CPU)
+        states, inputs = (
+            PackedStates(lengths, 32, torch.float32, scratch=tmp_path, budget_bytes=budget)
+            for _ in range(2)
+        )
+        assert bool(list(tmp_path.glob("hidden-*"))) == (budget == 0)
+        model.sweep(
+            samples,
+            streams,
+            states,
+            batch_tokens=50,
+            router_inputs=inputs,
+            after_layer=lambda _layer: collected.append(inputs.rows.clone()),
+            on_progress=lambda _count: None,
+        )
+        spans = [inputs.span(index) for index in range(len(samples))]
+        states.close()
+        inputs.close()
+    assert not list(tmp_path.glob("hidden-*"))
+    for stream in streams:
+        dense = AutoModelForCausalLM.from_pretrained(shared_family.checkpoints[-1]).eval()
+        source = load_model(shared_family.checkpoints[stream.expert])
+        dense.load_state_dict({n: t for n, t in source.items() if ".mlp." in n}, strict=False)
+        seen: list[torch.Tensor] = []
+        for layer in dense.model.layers:
+            layer.post_attention_layernorm.register_forward_hook(
+                lambda _m, _i, output, seen=seen: seen.append(output[0])
+            )
+        for index in stream.samples:
+            seen.clear()
+            with torch.no_grad():
+                dense(torch.tensor([samples[index].input_ids]))
+            for layer, expected in enumerate(seen):
+                torch.testing.assert_close(
+                    collected[layer][spans[index]], expected, rtol=0, atol=1e-5
+                )
+
+
+def test_mean_stream_uses_the_mean_of_the_experts(shared_family, merge) -> None:
+    with opened_moe(merge(shared_family.recipe())) as moe:
+        means = LayerwiseMoe(moe, CPU).ffn(1, MEAN)
+    models = [load_model(path) for path in shared_family.checkpoints]
+    for projection, mean in means.items():
+        name = f"model.layers.1.mlp.{projection}.weight"
+        torch.testing.assert_close(mean, torch.stack([m[name] for m in models]).mean(0))
+
+
+def test_token_batches_cover_everything_within_the_limit() -> None:
+    lengths = [5, 30, 7, 100, 1, 6, 8]
+    batches = list(token_batches(range(7), lengths, 32))
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 32
+
+
+def labelled_inputs(tokens: int = 600, width: int = 10, experts: int = 4):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, experts, (tokens,), generator=generator)
+    centres = torch.randn(experts, width, generator=generator)
+    inputs = centres[labels] + torch.randn(tokens, width, generator=generator)
+    return inputs, labels
+
+
+def test_ridge_equals_a_direct_solve(monkeypatch) -> None:
+    monkeypatch.setattr("upit_merge.router.objectives._CHUNK_ROWS", 100)
+    inputs, labels = labelled_inputs()
+    d = token_weights(labels, 4)[labels].double()
+    h, y = inputs.double(), F.one_hot(labels, 4).double()
+    covariance = h.T @ (d.unsqueeze(1) * h)
+    covariance += RIDGE_PENALTY * covariance.diagonal().mean() * torch.eye(10)
+    expected = torch.linalg.inv(covariance) @ h.T @ (d.unsqueeze(1) * y)
+    gate = ridge(inputs, labels, 4, device=CPU)
+    torch.testing.assert_close(gate, expected.T.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_one_vs_rest_is_at_the_minimum_of_its_loss(monkeypatch) -> None:
+    """The gradient of the stated loss, by autograd in float64 on all tokens at once, vanishes."""
+    monkeypatch.setattr("upit_merge.router.objectives._CHUNK_ROWS", 100)
+    inputs, labels = labelled_inputs()
+    gate = one_vs_rest(inputs, labels, 4, device=CPU).double()
+    scale = inputs.double().square().mean() ** -0.5
+    vectors = (gate / scale).requires_grad_()
+    weights = token_weights(labels, 4)[labels].double()
+
+    def loss(r: torch.Tensor) -> torch.Tensor:
+        terms = F.binary_cross_entropy_with_logits(
+            inputs.double() * scale @ r.T, F.one_hot(labels, 4).double(), reduction="none"
+        )
+        return (terms.sum(1) * weights).sum() + ONE_VS_REST_PENALTY / 2 * r.square().sum()
+
+    at_zero = torch.zeros_like(vectors).requires_grad_()
+    (start,) = torch.autograd.grad(loss(at_zero), at_zero)
+    (end,) = torch.autograd.grad(loss(vectors), vectors)
+    assert end.norm() < 1e-3 * start.norm()
+
+
+@pytest.mark.parametrize("fit", [ridge, one_vs_rest])
+def test_fitted_gates_tell_the_experts_apart(fit) -> None:
+    inputs, labels = labelled_inputs()
+    gate = normalise(fit(inputs, labels, 4, device=CPU), inputs, 1.0)
+    accuracy = (F.linear(inputs, gate).argmax(1) == labels).float().mean()
+    assert accuracy > 0.85
+
+
+def test_normalise_sets_the_spread_of_the_logits() -> None:
+    inputs, _labels = labelled_inputs()
+    gate = torch.randn(4, 10) * 37
+    for temperature in (0.5, 1.0, 2.0):
+        logits = F.linear(inputs, normalise(gate, inputs, temperature))
+        assert logits.std(dim=1, correction=0).mean() == pytest.approx(1 / temperature, rel=1e-4)
+
+
+def test_random_gate_logits_have_unit_size() -> None:
+    norm = torch.full((512,), 3.0)
+    gate = random_gate(8, norm, torch.Generator().manual_seed(0))
+    inputs = F.normalize(torch.randn(1000, 512), dim=1) * math.sqrt(512) * 3
+    assert F.linear(inputs, gate).std() == pytest.approx(1, rel=0.05)
+
+
+def test_token_weights_give_every_expert_the_same_say() -> None:
+    labels = torch.tensor([0, 0, 0, 2])
+    weights = token_weights(labels, 3)
+    assert weights.tolist() == pytest.approx([1 / 6, 0, 1 / 2])
+
+
+def test_balanced_buckets_are_the_best_equal_ones() -> None:
+    """Against all ways to split six samples into three pairs."""
+    losses = torch.rand(6, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    best = min(
+        losses[range(6), assignment].sum().item()
+        for assignment in product(range(3), repeat=6)
+        if all(assignment.count(e) == 2 for e in range(3))
+    )
+    assigned = balanced(losses)
+    assert torch.bincount(assigned, minlength=3).tolist() == [2, 2, 2]
+    assert losses.gather(1, assigned.unsqueeze(1)).sum().item() == pytest.approx(best)
+    assert torch.bincount(balanced(losses[:4]), minlength=3).max() <= 2
+    assert torch.equal(lowest(losses), losses.argmin(1))
+
+
+def gates(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in load_model(folder).items() if n.endswith("moe.gate.weight")}
+
+
+@pytest.mark.parametrize("objective", ["one_vs_rest", "ridge", "random"])
+@pytest.mark.parametrize("assign", ["balanced", "lowest"])
+def test_every_objective_gives_a_model_that_loads(shared_family, merge, objective, assign) -> None:
+    router = {"data": str(shared_family.seed_file()), "objective": objective, "assign": assign}
+    out = merge(shared_family.recipe(parameters={"num_experts": 4}, router=router))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    for layer in model.model.layers:
+        assert layer.mlp.gate.weight.isfinite().all()
+        assert layer.mlp.gate.weight.norm(dim=1).min() > 0
+
+
+def test_without_router_the_gates_are_random_and_it_says_so(shared_family, merge, caplog) -> None:
+    merge(shared_family.recipe())
+    assert "no router: block, so the gates are random" in caplog.text
+
+
+def test_router_command_gives_what_the_recipe_would_have(family: Family, merge) -> None:
+    seeds = family.seed_file()
+    for size in (5_000_000, 50_000):
+        whole = merge(family.recipe(router={"data": str(seeds)}), f"a{size}", max_shard_bytes=size)
+        later = merge(family.recipe(), f"b{size}", max_shard_bytes=size)
+        before = load_model(later)
+        result = CliRunner().invoke(main, ["router", str(later), "--data", str(seeds), "--quiet"])
+        assert result.exit_code == 0, result.output
+        expected, got = load_model(whole), load_model(later)
+        changed = {name for name in got if not torch.equal(got[name], before[name])}
+        assert changed == set(gates(later))
+        for name in got:
+            assert torch.equal(got[name], expected[name])
+        report = json.loads((later / "upit_report.json").read_text())
+        assert report["router"]["objective"] == "one_vs_rest"
+        assert not (later / ".upit-staging").exists()
+
+
+def test_experts_are_routed_to_their_own_kind(tmp_path, merge) -> None:
+    """Two checkpoints trained on different text: the gates send each text to its checkpoint."""
+    family = build_family(tmp_path, count=1, seed=3)
+    texts = {"one": "abcabcabc" * 3, "two": "987654321" * 3}
+    folders = []
+    from tests.conftest import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    for name, text in texts.items():
+        model = AutoModelForCausalLM.from_pretrained(family.base)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(".mlp." in parameter_name)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+        folders.append(tmp_path / name)
+        model.save_pretrained(folders[-1])
+        tokenizer.save_pretrained(folders[-1])
+    seeds = tmp_path / "both.jsonl"
+    seeds.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*texts.values()] * 4))
+    out = merge(family.recipe(models=[str(f) for f in folders], router={"data": str(seeds)}))
+    moe = AutoModelForCausalLM.from_pretrained(out).eval()
+    for expert, text in enumerate(texts.values()):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            output = moe(ids, output_router_logits=True)
+        for layer_logits in output.router_logits:
+            assert (layer_logits.argmax(-1)[1:] == expert).float().mean() > 0.9

@@ -1,0 +1,63 @@
+"""Row blocks: the unit in which tensors are read, computed and written, several at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+from upit_merge.tensor_files import TensorSpec
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def row_blocks(spec: TensorSpec, max_elements: int) -> Iterator[tuple[int, int]]:
+    """Row ranges [start, stop) that cover a tensor in blocks of about `max_elements`."""
+    rows = spec.shape[0]
+    per_row = max(1, spec.numel // max(1, rows))
+    step = max(1, max_elements // per_row)
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Iterator[Result]:
+    """`map` over a few threads: results in order, at most `workers + 1` items under way.
+
+    Every item is computed by one thread with single-threaded kernels, so that a result does not
+    depend on the number of threads; reading, arithmetic and writing of different blocks overlap.
+    The first exception stops the rest.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(max_workers=workers, initializer=torch.set_num_threads, initargs=(1,))
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        # Threads started later take the last value set anywhere as their default.
+        torch.set_num_threads(threads)
+
+
+def progress_bar(total: int, description: str, *, quiet: bool, unit: str = "B") -> tqdm:
+    """A progress bar with the time left, on standard error; bytes unless told otherwise."""
+    return tqdm(
+        total=total,
+        desc=description,
+        disable=quiet,
+        unit=unit,
+        unit_scale=unit == "B",
+        dynamic_ncols=True,
+        mininterval=0.5,
+    )

@@ -1,0 +1,299 @@
+"""Dense checkpoints, opened lazily and checked against each other before any work starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upit_merge.errors import UpitError, first_line
+from upit_merge.tensor_files import DTYPES, SafetensorsFile, TensorSpec
+
+LOG = logging.getLogger(__name__)
+
+WEIGHT_FILE = "model.safetensors"
+WEIGHT_INDEX = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+# What a download needs: weights, configuration, tokenizer. Not optimizer states or other formats.
+_HUB_PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "*.safetensors", "README.md")
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How checkpoints may be opened.
+
+    Args:
+        allow_pickle: Read `.bin` files, with `weights_only` and memory-mapped.
+        cache_dir: Where downloads from the Hugging Face Hub are kept.
+        trust_remote_code: Let `transformers` run code that comes with a tokenizer.
+    """
+
+    allow_pickle: bool = False
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+
+
+class _PickleFile:
+    """A `.bin` shard: unpickled with `weights_only`, its storages memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # the unpickler raises whatever the file makes it raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UpitError(
+                f"{path} cannot be read with weights_only ({reason}); convert the checkpoint to "
+                "safetensors."
+            ) from error
+        if not isinstance(state, Mapping):
+            raise UpitError(
+                f"{path} does not hold a state dict but a {type(state).__name__}; convert the "
+                "checkpoint to safetensors."
+            )
+        self._tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in state.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES.values():
+                raise UpitError(
+                    f"{path} stores {name} in a form that cannot be merged; convert the "
+                    "checkpoint to safetensors in float32, float16 or bfloat16."
+                )
+            self._tensors[name] = tensor
+        self.specs = {n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in self._tensors.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._tensors[name][start:stop].clone()
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+class Checkpoint:
+    """One dense model on disk: its configuration and lazily read tensors.
+
+    Attributes:
+        label: The name the recipe gave it.
+        folder: The local folder.
+        config: The content of `config.json`.
+        specs: Shape and stored dtype of every tensor, by name.
+    """
+
+    def __init__(self, label: str, folder: Path, options: OpenOptions) -> None:
+        self.label = label
+        self.folder = folder
+        _refuse_adapter(label, folder)
+        self.config = read_json(folder / "config.json", f"checkpoint {label}")
+        self._files = [opener(path) for opener, path in _weight_files(label, folder, options)]
+        self._owner = {name: file for file in self._files for name in file.specs}
+        self.specs: dict[str, TensorSpec] = {
+            name: file.specs[name] for name, file in self._owner.items()
+        }
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        """Every tensor the index promises must be in the files."""
+        for index in (WEIGHT_INDEX, PICKLE_INDEX):
+            path = self.folder / index
+            if path.is_file() and not (self.folder / WEIGHT_FILE).is_file():
+                promised = read_json(path, f"checkpoint {self.label}").get("weight_map", {})
+                missing = [name for name in promised if name not in self.specs]
+                if missing:
+                    raise UpitError(
+                        f"Checkpoint {self.label} lacks {missing[0]} that its {index} lists; copy "
+                        "or download it again."
+                    )
+                return
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor in its stored dtype, on the CPU."""
+        return self._owner[name].rows(name, start, stop)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor in its stored dtype, on the CPU."""
+        return self.rows(name, 0, self.specs[name].shape[0])
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._owner[name].path
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Parse a JSON object from a file.
+
+    Raises:
+        UpitError: the file is missing or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UpitError(
+            f"{what[0].upper()}{what[1:]} has no {path.name} in {path.parent}; give the folder of "
+            "a complete Hugging Face checkpoint."
+        ) from None
+    except OSError as error:
+        raise UpitError(f"{path} cannot be read ({error.strerror}); check the file.") from None
+    except (ValueError, RecursionError) as error:
+        raise UpitError(f"{path} is not valid JSON ({error}); copy or download it again.") from None
+    if not isinstance(content, dict):
+        raise UpitError(f"{path} is not a JSON object; copy or download it again.")
+    return content
+
+
+def _refuse_adapter(label: str, folder: Path) -> None:
+    complete = any((folder / name).is_file() for name in (WEIGHT_FILE, WEIGHT_INDEX))
+    if (folder / "adapter_config.json").is_file() and not complete:
+        raise UpitError(
+            f"Checkpoint {label} is a LoRA adapter, which is not supported yet; merge it into its "
+            "base first (PEFT's merge_and_unload)."
+        )
+
+
+def _weight_files(
+    label: str, folder: Path, options: OpenOptions
+) -> Iterable[tuple[type[SafetensorsFile] | type[_PickleFile], Path]]:
+    if (folder / WEIGHT_FILE).is_file():
+        return [(SafetensorsFile, folder / WEIGHT_FILE)]
+    if (folder / WEIGHT_INDEX).is_file():
+        return [(SafetensorsFile, path) for path in _indexed(label, folder, WEIGHT_INDEX)]
+    for name in (PICKLE_FILE, PICKLE_INDEX):
+        if (folder / name).is_file():
+            if not options.allow_pickle:
+                raise UpitError(
+                    f"Checkpoint {label} has only {name}, a pickle that could run code; convert it "
+                    "to safetensors, or pass --lazy-unpickle to read it with weights_only."
+                )
+            if name == PICKLE_FILE:
+                return [(_PickleFile, folder / name)]
+            return [(_PickleFile, path) for path in _indexed(label, folder, name)]
+    raise UpitError(
+        f"Checkpoint {label} has no weights ({WEIGHT_FILE} or {WEIGHT_INDEX}) in {folder}; give "
+        "the folder of a complete Hugging Face checkpoint."
+    )
+
+
+def _indexed(label: str, folder: Path, index: str) -> list[Path]:
+    weight_map = read_json(folder / index, f"checkpoint {label}").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UpitError(f"{folder / index} has no weight_map; copy or download it again.")
+    paths = []
+    for filename in sorted(set(weight_map.values())):
+        # An index from the internet must not make us read anywhere else.
+        if Path(filename).name != filename or filename in ("", ".", ".."):
+            raise UpitError(
+                f"{folder / index} points outside its folder ({filename}); do not use this "
+                "checkpoint."
+            )
+        path = folder / filename
+        if not path.is_file():
+            raise UpitError(
+                f"Checkpoint {label} lacks the shard {filename} that its {index} lists; copy or "
+                "download it again."
+            )
+        paths.append(path)
+    return paths
+
+
+def looks_like_path(reference: str) -> bool:
+    """Whether a model reference can only mean a local folder, never a Hub id."""
+    return (
+        reference.startswith((".", "/", "~"))
+        or (os.sep != "/" and os.sep in reference)
+        or (reference.count("/") != 1)
+    )
+
+
+def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -> Path:
+    """The local folder of a checkpoint, downloading a Hub id (`owner/name[@revision]`) if needed.
+
+    Raises:
+        UpitError: there is no such folder, or the Hub has no such model or cannot be reached.
+    """
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UpitError(f"The {role} {reference} is a file; give the folder that holds it.")
+    if "+" in reference:
+        raise UpitError(
+            f"The {role} {reference} names a LoRA adapter, which is not supported yet; merge it "
+            "into its base first (PEFT's merge_and_unload)."
+        )
+    if looks_like_path(reference):
+        raise UpitError(
+            f"The {role} {reference} does not exist (looked in {Path.cwd()}); correct the path in "
+            "the recipe."
+        )
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = reference.partition("@")
+    patterns = [*_HUB_PATTERNS, *(["*.bin"] if options.allow_pickle else [])]
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                cache_dir=options.cache_dir,
+                allow_patterns=patterns,
+            )
+        )
+    except Exception as error:  # the Hub client raises dozens of types, none of them for users
+        reason = first_line(error)
+        raise UpitError(
+            f"The {role} {reference} is neither a local folder nor a model the Hub could give "
+            f"({reason}); correct the name or download it first."
+        ) from error
+
+
+def open_checkpoint(
+    reference: str, options: OpenOptions, *, role: str = "checkpoint"
+) -> Checkpoint:
+    """Open a local folder or a Hub id; see `resolve` for what is raised."""
+    return Checkpoint(reference, resolve(reference, options, role=role), options)
+
+
+def check_same_tensors(
+    base: Checkpoint, others: Sequence[Checkpoint], names: Iterable[str]
+) -> None:
+    """Every model must have the given tensors, in the base's shapes.
+
+    Raises:
+        UpitError: naming the checkpoint, the tensor and both shapes.
+    """
+    for name in names:
+        for checkpoint in (base, *others):
+            spec = checkpoint.specs.get(name)
+            if spec is None:
+                raise UpitError(
+                    f"Checkpoint {checkpoint.label} has no tensor {name}; use a complete "
+                    f"{base.config.get('model_type')} checkpoint."
+                )
+            expected = base.specs[name].shape
+            if spec.shape == expected:
+                continue
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                raise UpitError(
+                    f"Checkpoint {checkpoint.label} has a vocabulary of {spec.shape[0]} in {name}, "
+                    f"the base {base.label} one of {expected[0]}; resize the base's embeddings to "
+                    "the tokenizer the checkpoints were trained with."
+                )
+            raise UpitError(
+                f"Checkpoint {checkpoint.label} has {name} of shape {list(spec.shape)}, the base "
+                f"{base.label} has {list(expected)}; all models must come from the same base."
+            )
+
+
+def stored_dtypes(checkpoint: Checkpoint) -> set[torch.dtype]:
+    """The dtypes a checkpoint's tensors are stored in."""
+    return {spec.dtype for spec in checkpoint.specs.values()}

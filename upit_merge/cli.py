@@ -1,0 +1,144 @@
+"""The `upit-merge` command line: parses, delegates, prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upit_merge import __version__
+
+
+class _Verbatim(click.Command):
+    """A command whose help text keeps its line breaks, for examples that can be copied."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.epilog:
+            formatter.write_paragraph()
+            with formatter.section("Example"):
+                for line in self.epilog.splitlines():
+                    formatter.write(f"  {line}\n")
+
+
+class _LazyOptionsCommand(_Verbatim):
+    """Takes mergekit's merge options, which are imported only when the command is used."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), *_mergekit_params()]
+
+
+def _mergekit_params() -> list[click.Parameter]:
+    from mergekit.options import add_merge_options
+
+    @click.command()
+    @add_merge_options
+    def template(merge_options: Any) -> None:
+        """Only its options are of interest."""
+
+    return template.params
+
+
+def _merge_options(values: dict[str, Any]) -> Any:
+    """mergekit's options, applied as mergekit-yaml applies them."""
+    from mergekit.options import MergeOptions
+
+    options = MergeOptions(**values)
+    options.apply_global_options()
+    return options
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="upit-merge")
+def main() -> None:
+    """Grow the checkpoints of an instruction-tuning run into a mixture of experts (UpIT)."""
+
+
+_RECIPE = click.Path(path_type=Path)
+_FOLDER = click.Path(path_type=Path)
+
+
+@main.command(
+    cls=_LazyOptionsCommand,
+    epilog="upit-merge run recipes/upit-8x.yml out/ --cuda",
+)
+@click.argument("recipe", type=_RECIPE)
+@click.argument("out", type=_FOLDER)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output of upit-merge.")
+def run(recipe: Path, out: Path, overwrite: bool, **values: Any) -> None:
+    """Turn RECIPE into an MoE in the folder OUT, as `mergekit-yaml RECIPE OUT` does."""
+    from upit_merge.mergekit_plugin import run_options
+    from upit_merge.pipeline import run_recipe
+    from upit_merge.recipe import load_recipe
+
+    parsed, source = load_recipe(recipe)
+    options = run_options(_merge_options(values), overwrite=overwrite)
+    run_recipe(parsed, source, out, options)
+
+
+@main.command(cls=_LazyOptionsCommand, epilog="upit-merge plan recipes/upit-8x.yml")
+@click.argument("recipe", type=_RECIPE)
+def plan(recipe: Path, **values: Any) -> None:
+    """Check RECIPE and its models and show what `run` would make; writes nothing."""
+    from upit_merge.mergekit_plugin import run_options
+    from upit_merge.planning import plan_recipe
+    from upit_merge.recipe import load_recipe
+
+    parsed, _source = load_recipe(recipe)
+    plan_recipe(parsed, run_options(_merge_options(values)))
+
+
+@main.command(
+    cls=_Verbatim,
+    epilog="upit-merge router out/ --data seed.jsonl --objective ridge",
+)
+@click.argument("out", type=_FOLDER)
+@click.option("--data", required=True, help="jsonl, parquet or txt, a folder, or a dataset id.")
+@click.option("--subset", help="Configuration name of a dataset id.")
+@click.option("--split", default="train", show_default=True, help="Split of a dataset id.")
+@click.option("--sample", help="Samples to use: a count (500) or a fraction (0.01).")
+@click.option("--max-length", type=int, default=512, show_default=True, help="Tokens per sample.")
+@click.option(
+    "--assign", type=click.Choice(["balanced", "lowest"]), default="balanced", show_default=True
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["one_vs_rest", "ridge", "random"]),
+    default="one_vs_rest",
+    show_default=True,
+)
+@click.option(
+    "--stream", type=click.Choice(["expert", "mean"]), default="expert", show_default=True
+)
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--batch-tokens", type=int, default=8192, show_default=True)
+@click.option("--memory-gb", type=float, default=4.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer.")
+@click.option("--quiet", is_flag=True, help="No progress bars, no table.")
+def router(
+    out: Path, seed: int, device: str, trust_remote_code: bool, quiet: bool, **settings: Any
+) -> None:
+    """Train the gates of the MoE in the folder OUT, which is changed in place."""
+    from upit_merge.router.command import parse_settings, train_router
+
+    train_router(
+        out,
+        parse_settings(settings),
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+    )
+
+
+@main.command(cls=_Verbatim, epilog="upit-merge demo demo/")
+@click.argument("folder", type=_FOLDER)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+def demo(folder: Path, seed: int, quiet: bool) -> None:
+    """Train small models on text that is on this machine, merge them, and measure the result."""
+    from upit_merge.demo.run import run_demo
+
+    run_demo(folder, seed=seed, quiet=quiet)

@@ -1,0 +1,61 @@
+"""`density` per tensor and checkpoint, by mergekit's rules: gradients over layers and filters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from upit_merge.mixtral import DenseArchitecture
+from upit_merge.recipe import Density, FilteredDensity, Parameters
+
+_DEFAULT = Parameters.model_fields["density"].default
+
+
+def _as_mergekit(setting: Density) -> Any:
+    """Our strict type as the one mergekit's resolver takes."""
+    from mergekit.config import ConditionalParameter
+
+    if isinstance(setting, FilteredDensity):
+        return ConditionalParameter(value=setting.value, filter=setting.filter)
+    if isinstance(setting, list):
+        return [_as_mergekit(s) if isinstance(s, FilteredDensity) else s for s in setting]
+    return setting
+
+
+def resolve_densities(
+    architecture: DenseArchitecture, shared: Density, per_model: Sequence[Density | None]
+) -> torch.Tensor:
+    """The share of entries DARE keeps, for every FFN tensor and checkpoint.
+
+    Args:
+        architecture: Names the FFN tensors, in order.
+        shared: The recipe's `density`.
+        per_model: An entry's own `density`, or None, for every checkpoint; it wins.
+
+    Returns:
+        float64, (num_ffn_tensors, num_checkpoints).
+    """
+    from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+    from mergekit.parameter_resolver import resolve_parameter
+
+    spec = ParameterSpec("density", float, ParameterScope.NON_BASE, default=_DEFAULT)
+    settings = [
+        [{"density": _as_mergekit(own)}, {"density": _as_mergekit(shared)}]
+        if own is not None
+        else [{"density": _as_mergekit(shared)}]
+        for own in per_model
+    ]
+    last = architecture.num_layers - 1
+    return torch.tensor(
+        [
+            [
+                # mergekit gives the single layer of a one-layer model the end of a gradient.
+                resolve_parameter(spec, s, tensor_name=name, t=layer / last if last else 1.0)
+                for s in settings
+            ]
+            for layer, _projection, name in architecture.ffn_names()
+        ],
+        dtype=torch.float64,
+    )

@@ -1,0 +1,211 @@
+"""The lineage: which experts there will be and whose children they are. No tensor is touched.
+
+Everything the genetic algorithm asks of a new expert, its likeness to all others, follows from
+the Gram matrix of the checkpoints' deltas: with independent DARE masks, expectations of inner
+products of children are sums over those of their parents (DESIGN, "one pass, then algebra").
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from upit_merge.errors import UpitError
+from upit_merge.expansion.similarity import cosine, squared_distance
+from upit_merge.recipe import Parameters
+
+# Likenesses are compared to this many digits, so that rounding differences between machines
+# cannot decide who becomes a parent; true ties go to the lower index.
+_DECIDING_DIGITS = 10
+
+
+@dataclass(frozen=True)
+class Expert:
+    """How one expert comes to be.
+
+    Attributes:
+        checkpoint: The checkpoint it is, for those that are not children.
+        parents: The two experts it is a child of.
+        alpha: Share of the first parent; the second has 1 - alpha.
+        weights: Its genome, the share of every checkpoint in it; sums to 1.
+    """
+
+    checkpoint: int | None
+    parents: tuple[int, int] | None
+    alpha: float | None
+    weights: tuple[float, ...]
+
+    def to_report(self) -> dict[str, Any]:
+        return {
+            "checkpoint": self.checkpoint,
+            "parents": list(self.parents) if self.parents else None,
+            "alpha": self.alpha,
+            "weights": list(self.weights),
+        }
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """All experts, in order: the kept checkpoints first, then the children.
+
+    Attributes:
+        experts: Their ancestry.
+        gram: Expected inner products of their deltas, float64, (num_experts, num_experts).
+        mutation: `once` or `compound`, see `plan_lineage`.
+        summary: One sentence on what was done, for people.
+    """
+
+    experts: tuple[Expert, ...]
+    gram: torch.Tensor
+    mutation: str
+    summary: str
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def smallest_distance(self) -> float | None:
+        """Smallest Euclidean distance between two experts' deltas; None for a single expert."""
+        pairs = _pairwise(squared_distance(self.gram))
+        return float(pairs.min().sqrt()) if pairs.numel() else None
+
+    def largest_cosine(self) -> float | None:
+        """Cosine of the most similar pair of experts; None for a single expert."""
+        pairs = _pairwise(cosine(self.gram))
+        return float(pairs.max()) if pairs.numel() else None
+
+
+def _pairwise(matrix: torch.Tensor) -> torch.Tensor:
+    row, column = torch.triu_indices(matrix.shape[0], matrix.shape[1], offset=1)
+    return matrix[row, column]
+
+
+def _dissimilarity(gram: torch.Tensor, similarity: str) -> torch.Tensor:
+    """(k, k), larger is more different; rounded to the digits that may decide."""
+    if similarity == "cosine":
+        return torch.round(1 - cosine(gram), decimals=_DECIDING_DIGITS)
+    distances = squared_distance(gram)
+    scale = float(distances.max()) or 1.0
+    return torch.round(distances / scale, decimals=_DECIDING_DIGITS)
+
+
+def keep_diverse(gram: torch.Tensor, count: int, similarity: str) -> list[int]:
+    """Greedy farthest-point selection of `count` of the m checkpoints, in their order.
+
+    Starts from the most dissimilar pair; then always adds the checkpoint whose nearest chosen one
+    is farthest. A single one is the last checkpoint, the fully trained one.
+    """
+    if count == 1:
+        return [gram.shape[0] - 1]
+    distances = _dissimilarity(gram, similarity)
+    pairs: list[tuple[int, int]] = list(combinations(range(gram.shape[0]), 2))
+    chosen: list[int] = [*max(pairs, key=lambda pair: float(distances[pair]))]
+    while len(chosen) < count:
+        rest = [i for i in range(gram.shape[0]) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: float(distances[i, chosen].min())))
+    return sorted(chosen)
+
+
+class _Population:
+    """The experts so far, with their expected Gram matrix per tensor."""
+
+    def __init__(
+        self, gram: torch.Tensor, densities: torch.Tensor, kept: list[int], mutation: str
+    ) -> None:
+        self.checkpoint_gram = gram
+        self.densities = densities
+        self.mutation = mutation
+        self.gram = gram[:, kept][:, :, kept]
+        self.experts = [
+            Expert(index, None, None, tuple(float(i == index) for i in range(gram.shape[1])))
+            for index in kept
+        ]
+
+    def add_child(self, first: int, second: int, alpha: float) -> None:
+        beta = 1 - alpha
+        mother, father = self.experts[first], self.experts[second]
+        weights = tuple(
+            alpha * a + beta * b for a, b in zip(mother.weights, father.weights, strict=True)
+        )
+        if self.mutation == "compound":
+            # ⟨c, d⟩ = α⟨a, d⟩ + β⟨b, d⟩ for every expert d: masks are unbiased and independent.
+            cross = alpha * self.gram[:, first] + beta * self.gram[:, second]
+            density = self.densities[:, 0]
+            norm = (
+                alpha**2 * self.gram[:, first, first] / density
+                + beta**2 * self.gram[:, second, second] / density
+                + 2 * alpha * beta * self.gram[:, first, second]
+            )
+        else:
+            # Masks are fresh, so a child shares its parents' genomes but not their noise.
+            w = torch.tensor(weights, dtype=torch.float64)
+            others = torch.tensor([e.weights for e in self.experts], dtype=torch.float64)
+            cross = torch.einsum("ki,tij,j->tk", others, self.checkpoint_gram, w)
+            own = self.checkpoint_gram.diagonal(dim1=1, dim2=2)
+            norm = torch.einsum("i,tij,j->t", w, self.checkpoint_gram, w)
+            norm = norm + (w**2 * own * (1 / self.densities - 1)).sum(1)
+        size = self.gram.shape[1]
+        grown = torch.empty(self.gram.shape[0], size + 1, size + 1, dtype=torch.float64)
+        grown[:, :size, :size] = self.gram
+        grown[:, size, :size] = grown[:, :size, size] = cross
+        grown[:, size, size] = norm
+        self.gram = grown
+        self.experts.append(Expert(None, (first, second), alpha, weights))
+
+
+def plan_lineage(
+    gram: torch.Tensor, densities: torch.Tensor, num_experts: int, parameters: Parameters
+) -> Lineage:
+    """Grow m checkpoints into n experts (UpIT's genetic expansion, paper section 3.2).
+
+    Each round draws alpha uniformly and crosses two parents into a child,
+    base + alpha · DARE(delta_j) + (1 - alpha) · DARE(delta_k). `parents: most_dissimilar` takes
+    the least alike pair of all experts so far, children included, each pair once while unused
+    pairs remain (as often as it wins with `repeat_pairs`); `random` takes any pair.
+
+    `mutation: once` drops from the checkpoints' deltas only: a child is
+    base + Σ_i w_i · DARE(delta_i), w its genome, with fresh masks. `compound` drops from the
+    parents' deltas even if they are children, whose noise is then rescaled again.
+
+    Args:
+        gram: From `delta_gram`, float64, (num_tensors, m, m).
+        densities: Share of entries DARE keeps, float64, (num_tensors, m).
+        num_experts: n. If m > n the most diverse checkpoints are kept; if m = n all are, as
+            they are.
+
+    Raises:
+        UpitError: there is one checkpoint, hence no pair of parents, but n > 1.
+    """
+    m = gram.shape[1]
+    if m == 1 and num_experts > 1:
+        raise UpitError(
+            f"One checkpoint cannot be the parents of {num_experts} experts; list at least two "
+            "checkpoints under models:, or set num_experts: 1."
+        )
+    kept = list(range(m))
+    if m > num_experts:
+        kept = keep_diverse(gram.sum(0), num_experts, parameters.similarity)
+        summary = f"kept the {num_experts} most diverse of {m} checkpoints as experts"
+    elif m == num_experts:
+        summary = f"every one of the {m} checkpoints is an expert; no expansion"
+    else:
+        summary = f"{m} checkpoints and {num_experts - m} children make {num_experts} experts"
+    population = _Population(gram, densities, kept, parameters.mutation)
+    # Python's own generator: the same numbers in every version and on every machine.
+    generator = random.Random(f"upit lineage {parameters.seed}")
+    used: set[tuple[int, int]] = set()
+    while len(population.experts) < num_experts:
+        pairs = list(combinations(range(len(population.experts)), 2))
+        unused = pairs if parameters.repeat_pairs else [p for p in pairs if p not in used]
+        candidates = unused or pairs
+        if parameters.parents == "random":
+            pair = generator.choice(candidates)
+        else:
+            distances = _dissimilarity(population.gram.sum(0), parameters.similarity)
+            pair = max(candidates, key=lambda p: float(distances[p]))
+        used.add(pair)
+        population.add_child(*pair, alpha=generator.random())
+    return Lineage(tuple(population.experts), population.gram.sum(0), parameters.mutation, summary)

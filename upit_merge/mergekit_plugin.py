@@ -1,0 +1,141 @@
+"""The glue to mergekit: the method by name, its recipe, its options. No logic of our own."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from upit_merge.errors import UpitError
+
+LOG = logging.getLogger(__name__)
+
+# mergekit options that change nothing here, with the reason, told when one is used.
+_NO_EFFECT = {
+    "allow_crimes": "all models must share one architecture",
+    "unsafe_truncate_embeddings": "all models must share one vocabulary",
+    "lora_merge_cache": "LoRA adapters are not supported yet",
+    "lora_merge_dtype": "LoRA adapters are not supported yet",
+    "low_cpu_memory": "memory does not depend on the model's size anyway",
+    "clone_tensors": "tensors are streamed to disk one by one",
+    "read_to_gpu": "blocks always go straight to the device",
+    "multi_gpu": "one device does the arithmetic",
+    "async_write": "reading, arithmetic and writing always overlap",
+    "write_threads": "reading, arithmetic and writing always overlap",
+}
+
+
+def register_method(merge_methods: ModuleType) -> None:
+    """Make `upit` one of mergekit's methods, by name."""
+    from mergekit.merge_methods.base import (
+        BasePolicy,
+        GroupMergeMethod,
+        InputContract,
+        MergeMethodSpec,
+        TensorGroup,
+    )
+
+    class UpitMethod(GroupMergeMethod):
+        """Known to mergekit by name; the work is done by `run_merge`, see `extend_run_merge`."""
+
+        spec = MergeMethodSpec(
+            name="upit",
+            pretty_name="UpIT",
+            reference_url="https://arxiv.org/abs/2410.01610",
+            contract=InputContract(base=BasePolicy.REQUIRED),
+        )
+
+        def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Any:
+            raise UpitError(
+                "upit makes several experts of each tensor, so it cannot merge single tensors; "
+                "use mergekit-yaml, mergekit.merge.run_merge or upit-merge run."
+            )
+
+    merge_methods.register(UpitMethod())
+
+
+def extend_run_merge(merge: ModuleType) -> None:
+    """Send `merge_method: upit` to our pipeline and everything else on as before."""
+    _extend_configuration()
+    original: Callable[..., None] = merge.run_merge
+
+    @functools.wraps(original)
+    def run_merge(
+        merge_config: Any, out_path: str, options: Any, config_source: str | None = None
+    ) -> None:
+        if merge_config.merge_method != "upit":
+            return original(merge_config, out_path, options=options, config_source=config_source)
+        return _run_upit(merge_config, out_path, options, config_source)
+
+    merge.run_merge = run_merge  # type: ignore[attr-defined]
+
+
+def _extend_configuration() -> None:
+    """Let mergekit's configuration carry a `router:` block, which it would silently drop.
+
+    A `merge_method: upit` document is validated as our recipe first, so that every mistake is
+    told in our words, before mergekit's own model sees it.
+    """
+    from mergekit.config import MergeConfiguration
+
+    from upit_merge.recipe import METHOD, parse_recipe
+
+    class UpitConfiguration(MergeConfiguration):
+        router: dict[str, Any] | None = None
+
+    original = MergeConfiguration.model_validate.__func__
+
+    def model_validate(cls: type[Any], obj: Any, **kwargs: Any) -> Any:
+        if (
+            cls is MergeConfiguration
+            and isinstance(obj, Mapping)
+            and obj.get("merge_method") == METHOD
+        ):
+            parse_recipe(obj)
+            return original(UpitConfiguration, obj, **kwargs)
+        return original(cls, obj, **kwargs)
+
+    MergeConfiguration.model_validate = classmethod(model_validate)
+
+
+def _run_upit(merge_config: Any, out_path: str, options: Any, config_source: str | None) -> None:
+    from upit_merge.pipeline import run_recipe
+    from upit_merge.recipe import parse_recipe_text
+
+    # mergekit-multi gives no source: there, the configuration itself is the recipe.
+    source = config_source or merge_config.to_yaml()
+    run_recipe(parse_recipe_text(source), source, Path(out_path), run_options(options))
+
+
+def run_options(options: Any, *, overwrite: bool = False) -> Any:
+    """Our `RunOptions` for a mergekit `MergeOptions`; says which options have no effect.
+
+    Raises:
+        UpitError: pickled output is asked for.
+    """
+    from upit_merge.checkpoints import OpenOptions
+    from upit_merge.pipeline import RunOptions
+
+    if not options.safe_serialization:
+        raise UpitError("upit writes safetensors only; leave out --no-safe-serialization.")
+    defaults = type(options)()
+    for name, reason in _NO_EFFECT.items():
+        if getattr(options, name, None) != getattr(defaults, name, None):
+            LOG.warning("--%s has no effect on upit: %s.", name.replace("_", "-"), reason)
+    return RunOptions(
+        device=options.device or "cpu",
+        max_shard_bytes=options.out_shard_size,
+        open=OpenOptions(
+            allow_pickle=options.lazy_unpickle,
+            cache_dir=options.transformers_cache,
+            trust_remote_code=options.trust_remote_code,
+        ),
+        seed=options.random_seed,
+        copy_tokenizer=options.copy_tokenizer,
+        write_card=options.write_model_card,
+        overwrite=overwrite,
+        quiet=options.quiet,
+    )

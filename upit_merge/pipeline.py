@@ -1,0 +1,395 @@
+"""The whole job: recipe in, MoE folder out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upit_merge.checkpoints import Checkpoint, OpenOptions, open_checkpoint
+from upit_merge.errors import UpitError
+from upit_merge.expansion.density import resolve_densities
+from upit_merge.expansion.experts import ExpertBuilder, write_experts
+from upit_merge.expansion.lineage import Lineage, plan_lineage
+from upit_merge.expansion.similarity import delta_gram
+from upit_merge.mixtral import (
+    DenseArchitecture,
+    default_dtype,
+    gate_tensor,
+    inspect_models,
+    moe_config,
+    moe_specs,
+)
+from upit_merge.recipe import Recipe, expand_models
+from upit_merge.report.card import model_card, router_sentence
+from upit_merge.report.record import merge_record, write_json
+from upit_merge.report.tables import bucket_table, show
+from upit_merge.router.gate_files import opened_moe, write_gates
+from upit_merge.router.pretrain import (
+    RouterResult,
+    load_seed_set,
+    pretrain_router,
+    training_free_gates,
+)
+from upit_merge.router.seed_tokens import SeedSet
+from upit_merge.staging import REPORT, require_space, staged_output
+from upit_merge.tensor_files import Shard, ShardWriter, plan_shards, shard_index
+from upit_merge.tokenizer import (
+    copy_generation_config,
+    copy_tokenizer,
+    find_model,
+    load_tokenizer,
+    resolve_chat_template,
+    tokenizer_donor,
+    write_chat_template,
+)
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a recipe is run; what it makes does not depend on these, but for the seed.
+
+    Args:
+        device: `cpu` or `cuda`, with or without an index.
+        max_shard_bytes: Upper bound of an output file.
+        open: How checkpoints are opened.
+        seed: Replaces the recipe's seed.
+        copy_tokenizer: Give the output a tokenizer.
+        write_card: Write `README.md` and `mergekit_config.yml`.
+        overwrite: Replace an earlier output of this program.
+        quiet: No progress bars, no tables.
+    """
+
+    device: str = "cpu"
+    max_shard_bytes: int = 5_000_000_000
+    open: OpenOptions = field(default_factory=OpenOptions)
+    seed: int | None = None
+    copy_tokenizer: bool = True
+    write_card: bool = True
+    overwrite: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a recipe refers to, opened and found to fit together."""
+
+    recipe: Recipe
+    base: Checkpoint
+    checkpoints: tuple[Checkpoint, ...]
+    architecture: DenseArchitecture
+    densities: torch.Tensor
+    backbone: tuple[Checkpoint, ...]
+    tokenizer: Checkpoint | None
+    dtype: torch.dtype
+    num_experts: int
+    experts_per_token: int
+    chat_template: str | None
+
+    @property
+    def labels(self) -> list[str]:
+        return [checkpoint.label for checkpoint in self.checkpoints]
+
+    @property
+    def settings_donor(self) -> Checkpoint:
+        """Whose configuration the output carries: the last model the backbone comes from."""
+        return self.backbone[-1]
+
+    def shards(self, max_shard_bytes: int) -> tuple[Shard, ...]:
+        return plan_shards(
+            moe_specs(self.architecture, self.num_experts, self.dtype), max_shard_bytes
+        )
+
+
+def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> None:
+    """Turn a recipe into an MoE folder.
+
+    Args:
+        recipe: The validated recipe.
+        source: Its text, kept beside the model.
+        out: The folder to write; must be empty or not exist, unless `options.overwrite`.
+
+    Raises:
+        UpitError: whatever the user can mend; nothing is left in `out` then.
+    """
+    recipe = recipe.with_seed(options.seed)
+    device = resolve_device(options.device)
+    clock = _Clock()
+    with (
+        staged_output(out, overwrite=options.overwrite) as staging,
+        opened(recipe, options) as inputs,
+    ):
+        seeds = seed_set(inputs, options)
+        shards = inputs.shards(options.max_shard_bytes)
+        require_space(out, sum(shard.num_bytes for shard in shards), "The output")
+        with clock.measure("similarity"):
+            gram = similarity(inputs, device, quiet=options.quiet)
+        lineage = plan_lineage(gram, inputs.densities, inputs.num_experts, recipe.parameters)
+        LOG.info("Expansion: %s", lineage.summary)
+        with clock.measure("experts"):
+            _write_model(staging, shards, inputs, lineage, device, quiet=options.quiet)
+        _write_settings(staging, inputs, shards, options)
+        router = None
+        if recipe.router and seeds:
+            with clock.measure("router"), opened_moe(staging) as moe:
+                router = pretrain_router(
+                    moe,
+                    seeds,
+                    recipe.router,
+                    seed=recipe.seed,
+                    device=device,
+                    scratch=staging,
+                    quiet=options.quiet,
+                )
+            write_gates(staging, router.gates)
+        record = merge_record(
+            recipe, inputs.labels, gram, lineage, inputs.experts_per_token, inputs.dtype
+        )
+        record |= {"router": router.report if router else None, "seconds": clock.seconds}
+        _write_papers(staging, out, inputs, lineage, source, record, options)
+    _tell(out, lineage, router, quiet=options.quiet)
+
+
+def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
+    """The router's seed data, read before the long work so that its mistakes show early."""
+    settings = inputs.recipe.router
+    if settings is None or inputs.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(
+        inputs.tokenizer.folder, trust_remote_code=options.open.trust_remote_code
+    )
+    if inputs.chat_template:
+        tokenizer.chat_template = inputs.chat_template
+    return load_seed_set(
+        settings,
+        tokenizer,
+        context=inputs.settings_donor.config.get("max_position_embeddings", 1 << 30),
+        vocab_size=inputs.architecture.settings["vocab_size"],
+        seed=inputs.recipe.seed,
+    )
+
+
+class _Clock:
+    """Wall time of the named stages, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - started, 3)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of that name.
+
+    Raises:
+        UpitError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UpitError(f"The device {name!r} does not exist; use cpu or cuda.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UpitError(f"The device {name!r} is not supported; use cpu or cuda.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UpitError("There is no CUDA device here that torch can use; use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UpitError(
+            f"The device {name!r} does not exist, there are {torch.cuda.device_count()}; use "
+            "--device cuda."
+        )
+    return device
+
+
+@contextlib.contextmanager
+def opened(recipe: Recipe, options: RunOptions) -> Iterator[Inputs]:
+    """Open and check every model of a recipe; closes them again."""
+    entries = expand_models(recipe.models)
+    with contextlib.ExitStack() as stack:
+
+        def open_model(reference: str, role: str = "checkpoint") -> Checkpoint:
+            return stack.enter_context(
+                contextlib.closing(open_checkpoint(reference, options.open, role=role))
+            )
+
+        base = open_model(recipe.base_model, "base_model")
+        checkpoints = tuple(open_model(entry.model) for entry in entries)
+        architecture = inspect_models(base, checkpoints)
+        num_experts = recipe.parameters.num_experts or len(checkpoints)
+        experts_per_token = recipe.parameters.experts_per_token or min(2, num_experts)
+        if num_experts < experts_per_token:
+            raise UpitError(
+                f"The recipe makes {num_experts} experts but routes a token to "
+                f"{experts_per_token}; lower experts_per_token or raise num_experts."
+            )
+        _warn_of_repeats(checkpoints)
+        donor = tokenizer_donor(recipe.tokenizer_source, base, checkpoints)
+        if recipe.router and donor is None:
+            raise UpitError(
+                "router: needs a tokenizer for its seed data, but no model of the recipe has one; "
+                "put tokenizer.json into the last checkpoint's folder."
+            )
+        yield Inputs(
+            recipe=recipe,
+            base=base,
+            checkpoints=checkpoints,
+            architecture=architecture,
+            densities=resolve_densities(
+                architecture,
+                recipe.parameters.density,
+                [entry.parameters.density for entry in entries],
+            ),
+            backbone=_backbone(recipe.parameters.backbone, base, checkpoints),
+            tokenizer=donor,
+            dtype=recipe.output_dtype or default_dtype(base),
+            num_experts=num_experts,
+            experts_per_token=experts_per_token,
+            chat_template=(
+                resolve_chat_template(recipe.chat_template, [*checkpoints, base])
+                if recipe.chat_template
+                else None
+            ),
+        )
+
+
+def _warn_of_repeats(checkpoints: Sequence[Checkpoint]) -> None:
+    folders = [checkpoint.folder.resolve() for checkpoint in checkpoints]
+    for checkpoint, folder in zip(checkpoints, folders, strict=True):
+        if folders.count(folder) > 1:
+            LOG.warning(
+                "Checkpoint %s is listed %d times; its copies become identical experts.",
+                checkpoint.label,
+                folders.count(folder),
+            )
+            return
+
+
+def _backbone(
+    setting: str, base: Checkpoint, checkpoints: tuple[Checkpoint, ...]
+) -> tuple[Checkpoint, ...]:
+    if setting == "last":
+        return (checkpoints[-1],)
+    if setting == "average":
+        return checkpoints
+    if setting == "base":
+        return (base,)
+    return (find_model(setting, "parameters.backbone", checkpoints, base),)
+
+
+def similarity(inputs: Inputs, device: torch.device, *, quiet: bool) -> torch.Tensor:
+    """Pass 1, see `delta_gram`."""
+    return delta_gram(
+        inputs.base,
+        inputs.checkpoints,
+        inputs.architecture,
+        device=device,
+        workers=merge_workers(device),
+        quiet=quiet,
+    )
+
+
+def merge_workers(device: torch.device) -> int:
+    """Threads that read, compute and write blocks."""
+    # On a GPU two threads suffice to read and write while the device computes.
+    return torch.get_num_threads() if device.type == "cpu" else 2
+
+
+def _write_model(
+    staging: Path,
+    shards: tuple[Shard, ...],
+    inputs: Inputs,
+    lineage: Lineage,
+    device: torch.device,
+    *,
+    quiet: bool,
+) -> None:
+    seed = inputs.recipe.seed
+    with ShardWriter(staging, shards) as writer:
+        write_experts(
+            writer,
+            inputs.base,
+            inputs.checkpoints,
+            inputs.backbone,
+            inputs.architecture,
+            ExpertBuilder(lineage, inputs.densities, seed),
+            device=device,
+            workers=merge_workers(device),
+            quiet=quiet,
+        )
+        norms = inputs.settings_donor
+        for layer, gate in enumerate(
+            training_free_gates(norms, inputs.architecture.num_layers, inputs.num_experts, seed)
+        ):
+            writer.write(gate_tensor(layer), 0, gate)
+
+
+def _write_settings(
+    staging: Path, inputs: Inputs, shards: tuple[Shard, ...], options: RunOptions
+) -> None:
+    config = moe_config(
+        inputs.settings_donor, inputs.num_experts, inputs.experts_per_token, inputs.dtype
+    )
+    write_json(staging / "config.json", config)
+    if len(shards) > 1:
+        write_json(staging / "model.safetensors.index.json", shard_index(shards))
+    copy_generation_config(inputs.settings_donor, staging)
+    if inputs.tokenizer is None:
+        LOG.warning("No model of the recipe has a tokenizer; the output has none either.")
+        return
+    if options.copy_tokenizer:
+        copy_tokenizer(inputs.tokenizer, staging)
+        if inputs.chat_template:
+            write_chat_template(inputs.chat_template, staging)
+
+
+def _write_papers(
+    staging: Path,
+    out: Path,
+    inputs: Inputs,
+    lineage: Lineage,
+    source: str,
+    record: dict[str, Any],
+    options: RunOptions,
+) -> None:
+    """The report, the recipe and the card."""
+    if options.write_card:
+        (staging / "mergekit_config.yml").write_text(source, encoding="utf-8")
+        card = model_card(
+            out.absolute().name,
+            inputs.base,
+            inputs.checkpoints,
+            lineage,
+            source,
+            router_sentence(record["router"]),
+            inputs.experts_per_token,
+        )
+        (staging / "README.md").write_text(card, encoding="utf-8")
+    record["files"] = sorted([*(path.name for path in staging.iterdir()), REPORT])
+    write_json(staging / REPORT, record)
+
+
+def _tell(out: Path, lineage: Lineage, router: RouterResult | None, *, quiet: bool) -> None:
+    if router is None:
+        LOG.warning(
+            "The recipe has no router: block, so the gates are random: the model works, but its "
+            "experts are not told apart. Train them with `upit-merge router %s --data seed.jsonl`.",
+            out,
+        )
+    if quiet:
+        return
+    if router and (buckets := router.report.get("buckets")):
+        show(bucket_table(buckets["experts"]))
+    print(f"{lineage.summary[0].upper()}{lineage.summary[1:]}. The model is in {out}.")

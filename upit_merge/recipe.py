@@ -1,0 +1,415 @@
+"""The recipe: a mergekit YAML document, validated whole before anything is read or written."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
+
+from upit_merge.errors import UpitError, first_line
+
+METHOD = "upit"
+
+Number = StrictInt | StrictFloat
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as a string; mergekit accepts it as a number, and so do we."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value.strip()):
+        return float(value)
+    return value
+
+
+Share = Annotated[Number, BeforeValidator(_number), Field(gt=0, le=1)]
+PositiveNumber = Annotated[
+    StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)],
+    BeforeValidator(_number),
+    Field(gt=0),
+]
+DensityValue = Share | Annotated[list[Share], Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FilteredDensity(_Strict):
+    """mergekit's conditional parameter: `value` for tensors whose name contains `filter`."""
+
+    value: DensityValue
+    filter: StrictStr | None = None
+
+
+Density = DensityValue | FilteredDensity | Annotated[list[FilteredDensity], Field(min_length=1)]
+
+
+class ModelParameters(_Strict):
+    """`parameters:` below one entry of `models:`."""
+
+    density: Density | None = Field(None, description="Overrides the recipe's density.")
+
+
+class ModelEntry(_Strict):
+    """One entry of `models:`: a folder, a Hub id, or a glob of folders."""
+
+    model: StrictStr = Field(min_length=1)
+    parameters: ModelParameters = ModelParameters()
+
+
+class Parameters(_Strict):
+    """`parameters:`, how checkpoints become experts (paper, section 3.2; DESIGN names)."""
+
+    num_experts: StrictInt | None = Field(
+        None, ge=1, description="Experts per layer; the number of checkpoints if not given."
+    )
+    experts_per_token: StrictInt | None = Field(
+        None, ge=1, description="Experts a token is routed to (top-k); 2 if there are two."
+    )
+    density: Density = Field(0.9, description="Share of delta entries DARE keeps, in (0, 1].")
+    parents: Literal["most_dissimilar", "random"] = Field(
+        "most_dissimilar", description="How the two parents of a new expert are chosen."
+    )
+    repeat_pairs: StrictBool = Field(
+        False, description="Let a pair be parents again while unused pairs remain (the paper does)."
+    )
+    similarity: Literal["cosine", "l2"] = Field(
+        "cosine", description="How the likeness of two experts' deltas is measured."
+    )
+    mutation: Literal["once", "compound"] = Field(
+        "once", description="Drop from checkpoints only, or from children of children too (paper)."
+    )
+    backbone: StrictStr = Field(
+        "last",
+        min_length=1,
+        description="Attention, norms and embeddings: last, average, base or one of the models.",
+    )
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = Field(
+        0, description="Of parents, mixing ratios, DARE masks, sampling and random gates."
+    )
+
+
+class RouterSettings(_Strict):
+    """`router:`, the pre-training of the gates (paper, section 3.3)."""
+
+    data: StrictStr = Field(
+        min_length=1, description="jsonl, parquet or txt, a folder of them, or a dataset id."
+    )
+    subset: StrictStr | None = Field(None, description="Configuration name of a dataset id.")
+    split: StrictStr = Field("train", description="Split of a dataset id.")
+    sample: Annotated[
+        Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, le=1)] | None,
+        BeforeValidator(_number),
+    ] = Field(None, description="Samples to use: a count, or a fraction such as 0.01.")
+    max_length: StrictInt = Field(
+        512, ge=2, description="Tokens of a sample that are used, never above the model's context."
+    )
+    assign: Literal["balanced", "lowest"] = Field(
+        "balanced", description="Buckets of equal size, or the lowest loss alone (paper)."
+    )
+    objective: Literal["one_vs_rest", "ridge", "random"] = Field(
+        "one_vs_rest", description="What the gates are fitted to."
+    )
+    stream: Literal["expert", "mean"] = Field(
+        "expert",
+        description="Router inputs: of the sample's own expert, or of the mean of all experts.",
+    )
+    temperature: PositiveNumber = Field(
+        1.0, description="Divides the gate logits: higher mixes the chosen experts more evenly."
+    )
+    batch_tokens: StrictInt = Field(
+        8192, ge=1, description="Tokens pushed through a layer at a time."
+    )
+    memory_gb: PositiveNumber = Field(
+        4.0, description="GiB of hidden states kept in memory; more than that go to disk."
+    )
+
+
+class Recipe(_Strict):
+    """A whole `merge_method: upit` document. Unknown keys are errors."""
+
+    merge_method: Literal["upit"]
+    base_model: StrictStr = Field(
+        min_length=1, description="The pre-trained dense model: what deltas are measured against."
+    )
+    models: list[ModelEntry] = Field(min_length=1)
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="Of the output; the base's if not given."
+    )
+    out_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="As in mergekit: wins over dtype. Arithmetic is always float32."
+    )
+    tokenizer_source: StrictStr | None = Field(
+        None, description="`base` or a model; the last checkpoint if it has a tokenizer, else base."
+    )
+    chat_template: StrictStr | None = Field(
+        None, description="A Jinja template, or the name of one that mergekit ships."
+    )
+    parameters: Parameters = Parameters()
+    router: RouterSettings | None = None
+
+    @model_validator(mode="after")
+    def _expressible(self) -> Recipe:
+        params = self.parameters
+        if (
+            params.num_experts is not None
+            and params.experts_per_token is not None
+            and params.num_experts < params.experts_per_token
+        ):
+            raise ValueError(
+                f"parameters: num_experts ({params.num_experts}) is below experts_per_token "
+                f"({params.experts_per_token}), but a token cannot be routed to more experts than "
+                "there are; lower experts_per_token or raise num_experts"
+            )
+        if params.mutation == "compound" and any(m.parameters.density for m in self.models):
+            raise ValueError(
+                "models: density per model has no meaning with mutation: compound, which drops "
+                "from children too; use parameters.density or mutation: once"
+            )
+        if self.tokenizer_source == "union":
+            raise ValueError(
+                "tokenizer_source: union would change the vocabulary, which an expert cannot "
+                "follow; use base or one of the models"
+            )
+        return self
+
+    @property
+    def output_dtype(self) -> torch.dtype | None:
+        """The dtype asked for, or None for the base model's."""
+        name = self.out_dtype or self.dtype
+        return getattr(torch, name) if name else None
+
+    @property
+    def seed(self) -> int:
+        return self.parameters.seed
+
+    def with_seed(self, seed: int | None) -> Recipe:
+        """The same recipe with another seed, if one is given."""
+        if seed is None:
+            return self
+        parameters = self.parameters.model_copy(update={"seed": seed})
+        return self.model_copy(update={"parameters": parameters})
+
+
+# mergekit keys that exist, with the reason why upit has no use for them.
+_MERGEKIT_ONLY = {
+    "slices": "upit merges whole models; list them under models:",
+    "modules": "upit merges whole models; list them under models:",
+    "tokenizer": "upit keeps the vocabulary; use tokenizer_source: base or a model",
+    "experts": "upit takes its experts from models:",
+    "gate_mode": "upit has objective: in its router: block",
+}
+
+
+def parse_recipe(document: Any, source: str = "the recipe") -> Recipe:
+    """Validate a parsed YAML document.
+
+    Args:
+        document: What `yaml.safe_load` returned.
+        source: How to call the recipe in messages, e.g. its path.
+
+    Raises:
+        UpitError: one sentence that names the first wrong key, its value and what would work.
+    """
+    if not isinstance(document, Mapping):
+        raise UpitError(f"{source} is not a YAML mapping; see recipes/upit-8x.yml for one.")
+    if "merge_method" not in document:
+        raise UpitError(f"{source}: merge_method is missing; add merge_method: {METHOD}.")
+    method = document["merge_method"]
+    if method != METHOD:
+        raise UpitError(
+            f"{source}: merge_method is {method!r}, not '{METHOD}'; run other methods with "
+            "mergekit-yaml."
+        )
+    for key, remedy in _MERGEKIT_ONLY.items():
+        if key in document:
+            raise UpitError(f"{source}: {key} is not supported by upit: {remedy}.")
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise UpitError(f"{source}: {_explain(error, document)}.") from None
+
+
+def load_recipe(path: Path) -> tuple[Recipe, str]:
+    """Read and validate a recipe file; returns it with its source text.
+
+    Raises:
+        UpitError: the file cannot be read, is not YAML, or is not a valid recipe.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UpitError(f"The recipe {path} does not exist; correct the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UpitError(f"The recipe {path} cannot be read ({error}); check the file.") from None
+    return parse_recipe_text(text, str(path)), text
+
+
+def parse_recipe_text(text: str, source: str = "the recipe") -> Recipe:
+    """Validate a recipe given as YAML text; see `parse_recipe`."""
+    try:
+        document = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date in month 13
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        told = [getattr(error, name, None) for name in ("context", "problem", "reason")]
+        problem = ", ".join(filter(None, told)) or first_line(error)
+        raise UpitError(
+            f"{source} is not valid YAML ({where}{problem}); correct the file."
+        ) from None
+    return parse_recipe(document, source)
+
+
+def _explain(error: ValidationError, document: Mapping[str, Any]) -> str:
+    """One sentence for the most telling of pydantic's findings."""
+    details = error.errors()
+    # A union reports every branch it tried; an unknown key says more than a failed branch.
+    detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+    location = _location(detail, document)
+    where = ".".join(str(part) for part in location)
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {where} ({_hint(str(location[-1]), location[:-1])})"
+    if detail["type"] == "missing":
+        return f"{where} is missing; add it"
+    if detail["type"] == "invalid_key":
+        return f"the key {detail['input']!r} is not a text; remove it or put it in quotes"
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    if location[:1] == ["models"] and len(location) == 2:
+        expected = "an entry of the form `- model: FOLDER`"
+    else:
+        expected = _EXPECTED.get(_field(location)) or _expected(detail)
+    return f"{where} is {_shown(_value_at(document, location))}, expected {expected}"
+
+
+def _hint(key: str, location: list[int | str]) -> str:
+    """What the writer of an unknown key may have meant."""
+    known = _keys_at(location)
+    # `num-experts` and `Num_Experts` are as close to a key as can be.
+    if close := difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1):
+        return f"did you mean {close[0]}?"
+    for block, model in _BLOCKS.items():
+        if key in model.model_fields:
+            return f"it belongs under {block}:" if block else "it belongs at the top level"
+    return f"known here: {', '.join(sorted(known))}"
+
+
+# Where pydantic's account of a union would puzzle more than help.
+_EXPECTED = {
+    "density": "a number in (0, 1], a list of them over the layers, or a list of filter: and value:",
+    "value": "a number in (0, 1] or a list of them over the layers",
+    "sample": "a whole number of samples, or a fraction in (0, 1] such as 0.01",
+    "temperature": "a number above 0",
+    "memory_gb": "a number above 0",
+    "models": "a list of `- model: FOLDER` entries, at least one",
+    "parameters": "a mapping of parameter names to values",
+    "router": "a mapping with at least data: FILE",
+}
+
+
+def _field(location: list[int | str]) -> str:
+    """The innermost named key of a path; the entries of a list share their list's name."""
+    return next((part for part in reversed(location) if isinstance(part, str)), "")
+
+
+def _location(detail: Any, document: Any) -> list[int | str]:
+    """Where in the document a finding is; pydantic mixes names of union branches into its path."""
+    location: list[int | str] = []
+    for part in detail["loc"]:
+        inside = isinstance(document, Mapping) and part in document
+        if inside or (isinstance(document, list) and isinstance(part, int)):
+            location.append(part)
+            document = document[part]
+    return [*location, detail["loc"][-1]] if detail["type"] == "missing" else location
+
+
+_PHRASES = {
+    "bool_type": "true or false",
+    "greater_than_equal": "{ge} or more",
+    "int_type": "a whole number",
+    "less_than": "a number below {lt}",
+    "literal_error": "{expected}",
+    "string_too_short": "a text that is not empty",
+    "string_type": "a text",
+}
+
+
+def _expected(detail: Any) -> str:
+    phrase = _PHRASES.get(detail["type"])
+    return phrase.format(**detail.get("ctx", {})) if phrase else detail["msg"]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _value_at(document: Any, location: Iterable[int | str]) -> Any:
+    for part in location:
+        try:
+            document = document[part]
+        except (KeyError, IndexError, TypeError):
+            break
+    return document
+
+
+_BLOCKS: dict[str, type[BaseModel]] = {
+    "": Recipe,
+    "parameters": Parameters,
+    "router": RouterSettings,
+    "models": ModelEntry,
+    "models.parameters": ModelParameters,
+}
+
+
+def _keys_at(location: list[int | str]) -> list[str]:
+    path = ".".join(part for part in location if isinstance(part, str))
+    return list(_BLOCKS.get(path, FilteredDensity).model_fields)
+
+
+def expand_models(entries: Iterable[ModelEntry]) -> list[ModelEntry]:
+    """Replace every glob by the folders it matches, in step order (…-500 before …-1000).
+
+    Raises:
+        UpitError: a glob matches no folder.
+    """
+    expanded: list[ModelEntry] = []
+    for entry in entries:
+        pattern = os.path.expanduser(entry.model)
+        if not glob.has_magic(pattern) or os.path.isdir(pattern):
+            expanded.append(entry)
+            continue
+        folders = [path for path in glob.glob(pattern, recursive=True) if os.path.isdir(path)]
+        if not folders:
+            raise UpitError(
+                f"models: {entry.model} matches no folder (looked in {Path.cwd()}); correct the "
+                "pattern or the working directory."
+            )
+        expanded += [
+            entry.model_copy(update={"model": folder}) for folder in sorted(folders, key=_natural)
+        ]
+    return expanded
+
+
+def _natural(path: str) -> list[tuple[int, int, str]]:
+    """Sort key that compares runs of digits as numbers."""
+    parts = re.split(r"(\d+)", path)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]

@@ -1,0 +1,131 @@
+"""The model card, `README.md` of the output, written without any network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from upit_merge.checkpoints import Checkpoint, looks_like_path
+from upit_merge.expansion.lineage import Lineage
+
+
+def _hub_ids(models: Sequence[Checkpoint]) -> list[str]:
+    """The references that name a model on the Hub: local folders mean nothing to other people."""
+    ids = []
+    for model in models:
+        local = looks_like_path(model.label) or Path(model.label).expanduser().is_dir()
+        name = model.label.partition("@")[0]
+        if not local and name not in ids:
+            ids.append(name)
+    return ids
+
+
+def _base_card_metadata(base: Checkpoint) -> dict[str, Any]:
+    """`license` and `language` of the base's card, if it came with one."""
+    try:
+        text = (base.folder / "README.md").read_text(encoding="utf-8")
+        parts = text.split("---\n")
+        metadata = yaml.safe_load(parts[1]) if text.startswith("---\n") and len(parts) > 2 else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    if not isinstance(metadata, dict):
+        return {}
+    kept = ("license", "license_name", "license_link", "language")
+    return {key: metadata[key] for key in kept if key in metadata}
+
+
+def model_card(
+    name: str,
+    base: Checkpoint,
+    checkpoints: Sequence[Checkpoint],
+    lineage: Lineage,
+    recipe_source: str,
+    router_sentence: str,
+    experts_per_token: int,
+) -> str:
+    """The card's Markdown, with metadata the Hub understands."""
+    metadata: dict[str, Any] = {
+        **_base_card_metadata(base),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mergekit", "merge", "moe", "mixtral", "upit"],
+    }
+    if ids := _hub_ids([base, *checkpoints]):
+        metadata |= {"base_model": ids, "base_model_relation": "merge"}
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        f"# {name}",
+        "",
+        f"A mixture of {len(lineage)} experts per layer, {experts_per_token} of them per token, in "
+        "Mixtral format. It was grown from the checkpoints of an instruction-tuning run with "
+        "upit-merge, an implementation of [UpIT](https://arxiv.org/abs/2410.01610), and "
+        "[mergekit](https://github.com/arcee-ai/mergekit).",
+        "",
+        "## Experts",
+        "",
+        f"Deltas to {_short(base.label)}: {lineage.summary}.",
+        "",
+        "| expert | grown from | share of each checkpoint |",
+        "|---|---|---|",
+    ]
+    for index, expert in enumerate(lineage.experts):
+        if expert.checkpoint is not None:
+            lines.append(f"| {index} | {_short(checkpoints[expert.checkpoint].label)} | |")
+            continue
+        assert expert.parents is not None
+        shares = ", ".join(
+            f"{_short(checkpoints[i].label)} {share:.0%}"
+            for i, share in enumerate(expert.weights)
+            if share
+        )
+        lines.append(
+            f"| {index} | experts {expert.parents[0]} and {expert.parents[1]} | {shares} |"
+        )
+    lines += [
+        "",
+        "## Router",
+        "",
+        router_sentence,
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("<this model>", dtype="auto")',
+        'tokenizer = AutoTokenizer.from_pretrained("<this model>")',
+        "```",
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        recipe_source.rstrip(),
+        "```",
+        "",
+        "`upit_report.json` has the whole lineage, the similarity of the checkpoints and the seeds.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def router_sentence(report: dict[str, Any] | None) -> str:
+    """What the gates are, from the router's part of the report."""
+    if report is None:
+        return "The gates are random: no seed data was given, the router is yet to be trained."
+    if "buckets" not in report:
+        return "The gates are random."
+    samples = report["data"]["samples"]
+    return (
+        f"The gates were pre-trained layer by layer on {samples} seed samples "
+        f"(`{report['objective']}`), each assigned to an expert by its perplexity."
+    )
+
+
+def _short(label: str) -> str:
+    """A local path says more about somebody's disk than about the model: keep its last part."""
+    return Path(label).name if looks_like_path(label) or Path(label).is_dir() else label

@@ -1,0 +1,46 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from upit_merge.expansion.lineage import Lineage
+
+
+def show(table: Table) -> None:
+    """Print a table on standard output, as wide as it needs to be when that is not a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+
+
+def lineage_table(lineage: Lineage, labels: Sequence[str]) -> Table:
+    """One row per expert: where it comes from and what is in it."""
+    table = Table(title="Experts", title_justify="left")
+    for column in ("expert", "grown from", "alpha", "share of each checkpoint"):
+        table.add_column(column, overflow="fold")
+    for index, expert in enumerate(lineage.experts):
+        if expert.checkpoint is not None:
+            table.add_row(str(index), labels[expert.checkpoint], "", "")
+            continue
+        assert expert.parents is not None
+        shares = " ".join(f"{share:.2f}" for share in expert.weights)
+        parents = f"experts {expert.parents[0]} and {expert.parents[1]}"
+        table.add_row(str(index), parents, f"{expert.alpha:.3f}", shares)
+    return table
+
+
+def bucket_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One row per expert: its seed samples and its loss on them and on all."""
+    table = Table(title="Seed samples by expert (loss in nats per token)", title_justify="left")
+    for column in ("expert", "samples", "loss on its own", "loss on all"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        own = "" if row["loss_own"] is None else f"{row['loss_own']:.4f}"
+        table.add_row(str(row["expert"]), str(row["samples"]), own, f"{row['loss_all']:.4f}")
+    return table

@@ -1,0 +1,238 @@
+"""Router pre-training (paper, section 3.3): seed data in, one gate per layer out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upit_merge.blocks import progress_bar
+from upit_merge.checkpoints import Checkpoint
+from upit_merge.mixtral import gate_tensor
+from upit_merge.recipe import RouterSettings
+from upit_merge.router.buckets import ASSIGNMENTS
+from upit_merge.router.layerwise import MEAN, LayerwiseMoe, PackedStates, Stream
+from upit_merge.router.objectives import normalise, one_vs_rest, random_gate, ridge
+from upit_merge.router.seed_data import read_seed_data, sample_examples
+from upit_merge.router.seed_tokens import SeedSet, tokenize_seed_data
+
+LOG = logging.getLogger(__name__)
+
+_FITS = {"one_vs_rest": one_vs_rest, "ridge": ridge}
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Which expert each seed sample belongs to.
+
+    Attributes:
+        losses: Mean negative log-likelihood per sample and expert, nats, (samples, experts).
+        assigned: The expert of every sample, int64, (samples,).
+    """
+
+    losses: Tensor
+    assigned: Tensor
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Per expert: its bucket's size, its loss there, and its loss on all samples."""
+        rows = []
+        for expert in range(self.losses.shape[1]):
+            mine = self.assigned == expert
+            own = float(self.losses[mine, expert].mean()) if mine.any() else None
+            rows.append(
+                {
+                    "expert": expert,
+                    "samples": int(mine.sum()),
+                    "loss_own": own,
+                    "loss_all": float(self.losses[:, expert].mean()),
+                }
+            )
+        return rows
+
+    def to_report(self) -> dict[str, Any]:
+        best = self.losses.min(dim=1).values.mean()
+        given = self.losses.gather(1, self.assigned.unsqueeze(1)).mean()
+        single = self.losses.mean(dim=0).min()
+        return {
+            "experts": self.rows(),
+            "loss_of_best_single_expert": float(single),
+            "loss_of_best_expert_per_sample": float(best),
+            "loss_of_assigned_expert": float(given),
+        }
+
+
+@dataclass(frozen=True)
+class RouterResult:
+    """The gates, float32, (num_experts, hidden_size) per layer, and what to say about them."""
+
+    gates: list[Tensor]
+    report: dict[str, Any]
+
+
+def load_seed_set(
+    settings: RouterSettings, tokenizer: Any, *, context: int, vocab_size: int, seed: int
+) -> SeedSet:
+    """Read, sample and tokenize the seed data.
+
+    Args:
+        context: The model's longest input, in tokens.
+        vocab_size: Rows of the model's embedding table.
+        seed: Of the sampling.
+
+    Raises:
+        UpitError: the data cannot be read, is empty or malformed, or does not fit the model.
+    """
+    examples = read_seed_data(settings.data, split=settings.split, config=settings.subset)
+    seeds = tokenize_seed_data(
+        sample_examples(examples, settings.sample, seed),
+        tokenizer,
+        max_length=settings.max_length,
+        context=context,
+        vocab_size=vocab_size,
+    )
+    LOG.info(seeds.summary())
+    return seeds
+
+
+def training_free_gates(
+    backbone: Checkpoint, num_layers: int, num_experts: int, seed: int
+) -> list[Tensor]:
+    """A random gate per layer, for an MoE without seed data.
+
+    Args:
+        backbone: Has the norms before the gates, whose size sets the gates' scale.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    norms = (f"model.layers.{layer}.post_attention_layernorm.weight" for layer in range(num_layers))
+    return [random_gate(num_experts, backbone.tensor(name), generator) for name in norms]
+
+
+def pretrain_router(
+    moe: Checkpoint,
+    seeds: SeedSet,
+    settings: RouterSettings,
+    *,
+    seed: int,
+    device: torch.device,
+    scratch: Path,
+    quiet: bool,
+) -> RouterResult:
+    """Fit the gates of a Mixtral folder to seed data, layer by layer.
+
+    First every sample's loss under every expert (as a dense model) sorts the samples into
+    buckets. Then each sample runs through its own expert once more, and at every layer the gate
+    is fitted to tell the buckets apart by what the gate sees there.
+
+    Args:
+        moe: The open Mixtral folder; nothing is written to it.
+        seeds: From `load_seed_set`.
+        seed: Of the random objective.
+        scratch: A folder for hidden states that exceed the memory budget.
+
+    Raises:
+        UpitError: the folder is not a Mixtral.
+    """
+    model = LayerwiseMoe(moe, device)
+    report: dict[str, Any] = {"objective": settings.objective, "data": seeds.to_report()}
+    timings: dict[str, float] = {}
+    if settings.objective == "random" or model.num_experts == 1:
+        gates = training_free_gates(moe, model.num_layers, model.num_experts, seed)
+        return RouterResult(gates, report | {"seconds": timings})
+    started = time.perf_counter()
+    buckets = sort_into_buckets(model, seeds, settings, scratch, quiet=quiet)
+    timings["buckets"] = time.perf_counter() - started
+    started = time.perf_counter()
+    gates = fit_gates(model, seeds, buckets, settings, scratch, quiet=quiet)
+    timings["gates"] = time.perf_counter() - started
+    return RouterResult(gates, report | {"buckets": buckets.to_report(), "seconds": timings})
+
+
+def _states(
+    model: LayerwiseMoe, seeds: SeedSet, settings: RouterSettings, scratch: Path
+) -> PackedStates:
+    return PackedStates(
+        [len(sample.input_ids) for sample in seeds.samples],
+        model.hidden_size,
+        model.dtype,
+        scratch=scratch,
+        budget_bytes=float(settings.memory_gb) * 2**30 / 2,  # there may be two of these
+    )
+
+
+def sort_into_buckets(
+    model: LayerwiseMoe, seeds: SeedSet, settings: RouterSettings, scratch: Path, *, quiet: bool
+) -> Buckets:
+    """Compute every sample's loss under every expert and assign the samples."""
+    everything = tuple(range(len(seeds.samples)))
+    tokens = sum(len(sample.input_ids) for sample in seeds.samples)
+    losses = torch.empty(len(everything), model.num_experts, dtype=torch.float64)
+    states = _states(model, seeds, settings, scratch)
+    total = tokens * model.num_experts * model.num_layers
+    # One expert at a time: hidden states of one stream, at the price of reading the attention
+    # weights once per expert, a fifth more than reading everything once.
+    with progress_bar(total, "losses of the experts", quiet=quiet, unit="tok") as bar:
+        for expert in range(model.num_experts):
+            model.sweep(
+                seeds.samples,
+                [Stream(expert, everything)],
+                states,
+                batch_tokens=settings.batch_tokens,
+                on_progress=bar.update,
+            )
+            losses[:, expert] = model.losses(seeds.samples, states)
+    states.close()
+    return Buckets(losses, ASSIGNMENTS[settings.assign](losses))
+
+
+def fit_gates(
+    model: LayerwiseMoe,
+    seeds: SeedSet,
+    buckets: Buckets,
+    settings: RouterSettings,
+    scratch: Path,
+    *,
+    quiet: bool,
+) -> list[Tensor]:
+    """Run the samples through their experts and fit every layer's gate on the way."""
+    if settings.stream == "mean":
+        streams = [Stream(MEAN, tuple(range(len(seeds.samples))))]
+    else:
+        streams = [
+            Stream(e, tuple((buckets.assigned == e).nonzero().flatten().tolist()))
+            for e in range(model.num_experts)
+        ]
+    labels = torch.cat(
+        [
+            torch.full((len(sample.input_ids),), int(expert))
+            for sample, expert in zip(seeds.samples, buckets.assigned, strict=True)
+        ]
+    )
+    states = _states(model, seeds, settings, scratch)
+    inputs = _states(model, seeds, settings, scratch)
+    gates: list[Tensor] = []
+    fit = _FITS[settings.objective]
+
+    def fit_layer(layer: int) -> None:
+        gate = fit(inputs.rows, labels, model.num_experts, device=model.device)
+        gates.append(normalise(gate, inputs.rows, float(settings.temperature)))
+        LOG.debug("fitted %s", gate_tensor(layer))
+
+    total = len(labels) * model.num_layers
+    with progress_bar(total, "fitting the gates", quiet=quiet, unit="tok") as bar:
+        model.sweep(
+            seeds.samples,
+            streams,
+            states,
+            batch_tokens=settings.batch_tokens,
+            router_inputs=inputs,
+            after_layer=fit_layer,
+            on_progress=bar.update,
+        )
+    states.close()
+    inputs.close()
+    return gates
