@@ -12,13 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from upit_merge.errors import UpitError
-from upit_merge.router import seed_data
-from upit_merge.router.seed_data import (
-    SeedExample,
-    read_seed_data,
-    sample_examples,
-    tokenize_seed_data,
-)
+from upit_merge.router import seed_tokens
+from upit_merge.router.seed_data import SeedExample, read_seed_data, sample_examples
+from upit_merge.router.seed_tokens import tokenize_seed_data
 
 CHAT = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 TEMPLATE = (
@@ -537,5 +533,5 @@ def test_no_sample_left(tokenizer):
 
 def test_import_is_cheap():
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'}"
-    code = f"import sys, {seed_data.__name__}\nassert not {heavy} & set(sys.modules)"
+    code = f"import sys, {seed_tokens.__name__}\nassert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +48,18 @@ class _PickleFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not zipfile.is_zipfile(path):
+            raise UpitError(
+                f"{path} is not a file of torch.save (or of one before torch 1.6), or is truncated;"
+                " copy or download it again, or convert the checkpoint to safetensors."
+            )
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # the unpickler raises whatever the file makes it raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
+            if isinstance(error, pickle.UnpicklingError):
+                # torch's own words advise to run the code.
+                reason = "it is corrupt or holds objects other than tensors, which could run code"
             raise UpitError(
                 f"{path} cannot be read with weights_only ({reason}); convert the checkpoint to "
                 "safetensors."
@@ -61,7 +71,9 @@ class _PickleFile:
             )
         self._tensors: dict[str, torch.Tensor] = {}
         for name, tensor in state.items():
-            if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES.values():
+            dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+            dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+            if not dense or tensor.dtype not in DTYPES.values() or not isinstance(name, str):
                 raise UpitError(
                     f"{path} stores {name} in a form that cannot be merged; convert the "
                     "checkpoint to safetensors in float32, float16 or bfloat16."
@@ -186,7 +198,7 @@ def _weight_files(
 def _indexed(label: str, folder: Path, index: str) -> list[Path]:
     weight_map = read_json(folder / index, f"checkpoint {label}").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise UpitError(f"{folder / index} has no weight_map; copy or download it again.")
+        raise UpitError(f"{folder / index} has no usable weight_map; copy or download it again.")
     paths = []
     for filename in sorted(set(weight_map.values())):
         # An index from the internet must not make us read anywhere else.

@@ -36,13 +36,43 @@ def _mergekit_params() -> list[click.Parameter]:
     def template(merge_options: Any) -> None:
         """Only its options are of interest."""
 
+    for param in template.params:
+        if param.name == "out_shard_size":
+            param.type = _ShardSize()
     return template.params
 
 
+class _ShardSize(click.ParamType):
+    """mergekit's sizes (5000000, 500M, 5B), in bytes; a wrong one is an error, not a traceback."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        from mergekit.common import parse_kmb
+
+        try:
+            size = parse_kmb(value)
+        except (ValueError, IndexError):
+            size = 0
+        if size <= 0:
+            self.fail(f"{value!r} is no size; write bytes, such as 500M or 5B", param, ctx)
+        return size
+
+
 def _merge_options(values: dict[str, Any]) -> Any:
-    """mergekit's options, applied as mergekit-yaml applies them."""
+    """mergekit's options, applied as mergekit-yaml applies them.
+
+    Raises:
+        UpitError: a number is out of range.
+    """
     from mergekit.options import MergeOptions
 
+    from upit_merge.errors import UpitError
+
+    for name, least in (("num_threads", 1), ("random_seed", 0)):
+        if (value := values.get(name)) is not None and value < least:
+            option = name.replace("_", "-")
+            raise UpitError(f"--{option} is {value}; it must be {least} or more.")
     options = MergeOptions(**values)
     options.apply_global_options()
     return options

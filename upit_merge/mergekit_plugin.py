@@ -94,11 +94,27 @@ def _extend_configuration() -> None:
             and isinstance(obj, Mapping)
             and obj.get("merge_method") == METHOD
         ):
-            parse_recipe(obj)
+            parse_recipe(_as_written(obj))
             return original(UpitConfiguration, obj, **kwargs)
         return original(cls, obj, **kwargs)
 
     MergeConfiguration.model_validate = classmethod(model_validate)
+
+
+def _as_written(value: Any) -> Any:
+    """A document as its author wrote it: mergekit-multi validates again what it has parsed.
+
+    There, keys that were not set are None and model references are spelled out.
+    """
+    if isinstance(value, list):
+        return [_as_written(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if "lora" in value and isinstance(value.get("model"), Mapping):
+        from mergekit.common import ModelReference
+
+        return str(ModelReference.model_validate(value))
+    return {key: _as_written(item) for key, item in value.items() if item is not None}
 
 
 def _run_upit(merge_config: Any, out_path: str, options: Any, config_source: str | None) -> None:

@@ -34,7 +34,6 @@ _SHARED_FIELDS = (
     "vocab_size",
 )
 _CARRIED_FIELDS = (
-    "attention_dropout",
     "bos_token_id",
     "eos_token_id",
     "initializer_range",
@@ -96,28 +95,25 @@ class DenseArchitecture:
         return max(spec.numel for spec in self.specs.values()) * dtype.itemsize
 
 
-def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The tensors of a dense Llama or Mistral without biases, in model order."""
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
-        shapes |= {
-            f"{prefix}input_layernorm.weight": (hidden,),
-            f"{prefix}self_attn.q_proj.weight": (queries, hidden),
-            f"{prefix}self_attn.k_proj.weight": (keys, hidden),
-            f"{prefix}self_attn.v_proj.weight": (keys, hidden),
-            f"{prefix}self_attn.o_proj.weight": (hidden, queries),
-            f"{prefix}post_attention_layernorm.weight": (hidden,),
-            f"{prefix}mlp.gate_proj.weight": (inner, hidden),
-            f"{prefix}mlp.down_proj.weight": (hidden, inner),
-            f"{prefix}mlp.up_proj.weight": (inner, hidden),
-        }
-    shapes["model.norm.weight"] = (hidden,)
+        yield f"{prefix}input_layernorm.weight", (hidden,)
+        yield f"{prefix}self_attn.q_proj.weight", (queries, hidden)
+        yield f"{prefix}self_attn.k_proj.weight", (keys, hidden)
+        yield f"{prefix}self_attn.v_proj.weight", (keys, hidden)
+        yield f"{prefix}self_attn.o_proj.weight", (hidden, queries)
+        yield f"{prefix}post_attention_layernorm.weight", (hidden,)
+        yield f"{prefix}mlp.gate_proj.weight", (inner, hidden)
+        yield f"{prefix}mlp.down_proj.weight", (hidden, inner)
+        yield f"{prefix}mlp.up_proj.weight", (inner, hidden)
+    yield "model.norm.weight", (hidden,)
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
+        yield "lm_head.weight", (config.vocab_size, hidden)
 
 
 def _dense_config(checkpoint: Checkpoint) -> Any:
@@ -126,7 +122,8 @@ def _dense_config(checkpoint: Checkpoint) -> Any:
     Raises:
         UpitError: it is not a Llama or Mistral, or uses something Mixtral cannot express.
     """
-    from transformers import LlamaConfig, MistralConfig
+    from transformers import LlamaConfig, MistralConfig, MixtralConfig
+    from transformers.activations import ACT2FN
 
     raw = checkpoint.config
     model_type = raw.get("model_type")
@@ -147,7 +144,13 @@ def _dense_config(checkpoint: Checkpoint) -> Any:
             "unquantised checkpoint."
         )
     try:
-        return (LlamaConfig if model_type == "llama" else MistralConfig).from_dict(dict(raw))
+        dense = LlamaConfig if model_type == "llama" else MistralConfig
+        config = dense.from_dict(dict(raw))
+        # What the output could not be loaded with must show now, not after the merge.
+        MixtralConfig.from_dict(_settings(config))
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {config.hidden_act!r} is unknown")
+        return config
     except Exception as error:  # validation errors of transformers and of huggingface_hub
         reason = " ".join(str(error).split())
         raise UpitError(
@@ -157,7 +160,10 @@ def _dense_config(checkpoint: Checkpoint) -> Any:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    return {field: getattr(config, field, None) for field in _SHARED_FIELDS}
+    settings = {field: getattr(config, field, None) for field in _SHARED_FIELDS}
+    if config.model_type == "llama":  # keeps the key if it is there but does not act on it
+        settings["sliding_window"] = None
+    return settings
 
 
 def inspect_models(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> DenseArchitecture:
@@ -187,8 +193,8 @@ def inspect_models(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> Dense
                     f"Checkpoint {checkpoint.label} has {field} {value}, the base {base.label} has "
                     f"{settings[field]}; {remedy}."
                 )
-    shapes = _expected_shapes(config)
-    for name, shape in shapes.items():
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in _expected_shapes(config):
         spec = base.specs.get(name)
         if spec is None or spec.shape != shape:
             found = "lacks it" if spec is None else f"has it in shape {list(spec.shape)}"
@@ -196,6 +202,7 @@ def inspect_models(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> Dense
                 f"The base {base.label} should have {name} of shape {list(shape)} by its "
                 f"config.json but {found}; use a complete checkpoint."
             )
+        shapes[name] = shape
     for checkpoint in (base, *checkpoints):
         _refuse_unknown_tensors(checkpoint, shapes)
     check_same_tensors(base, checkpoints, shapes)
@@ -241,6 +248,7 @@ def moe_config(
             field: value for field, value in _settings(config).items() if field != "rope_parameters"
         },
         **{field: getattr(config, field, None) for field in _CARRIED_FIELDS},
+        "attention_dropout": config.attention_dropout or 0.0,
         "rope_theta": rope_theta,
         "rope_scaling": rope if scaled else None,
         "num_local_experts": num_experts,

@@ -158,7 +158,7 @@ def write_experts(
         name, start, stop = job.spec.name, job.start, job.stop
         if job.ffn is None:
             rows = _mean_rows(backbone, name, start, stop)
-            writer.write(name, start, rows)
+            writer.write(name, start, _cast(rows, writer.dtype(name), f"The backbone's {name}"))
             return rows.numel()
         index, layer, projection = job.ffn
         first_element = start * (job.spec.numel // job.spec.shape[0])
@@ -167,12 +167,7 @@ def write_experts(
         written = 0
         for expert, rows in builder.block(index, name, first_element, origin, inputs):
             target = expert_tensor(layer, expert, projection)
-            cast = rows.to(writer.dtype(target))
-            if cast.dtype == torch.float16 and not cast.isfinite().all():
-                raise UpitError(
-                    f"Expert {expert} overflows float16 in {name}; set dtype: bfloat16, or a "
-                    "higher density."
-                )
+            cast = _cast(rows, writer.dtype(target), f"Expert {expert}'s {name}")
             writer.write(target, start, cast)
             written += cast.numel()
         return written
@@ -187,17 +182,26 @@ def write_experts(
             bar.update(written * itemsize)
 
 
+def _cast(rows: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
+    """To the output's dtype; inputs are finite by now, so infinities are overflows of the cast."""
+    cast = rows.to(dtype)
+    if dtype == torch.float16 and not cast.isfinite().all():
+        raise UpitError(f"{what} overflows float16; set dtype: bfloat16.")
+    return cast
+
+
 def _mean_rows(models: Sequence[Checkpoint], name: str, start: int, stop: int) -> torch.Tensor:
-    rows = models[0].rows(name, start, stop)
-    if len(models) > 1:
-        rows = rows.float()
-        for model in models[1:]:
-            rows += model.rows(name, start, stop).float()
-        rows /= len(models)
-    if not rows.isfinite().all():
-        labels = ", ".join(model.label for model in models)
-        raise UpitError(
-            f"Checkpoint {labels} has NaN or infinite weights in {name}; use a checkpoint from "
-            "before the training diverged."
-        )
-    return rows
+    """The mean of the models' rows, in float32; those of a single model as they are stored."""
+    total: torch.Tensor | None = None
+    for model in models:
+        rows = model.rows(name, start, stop)
+        if not rows.isfinite().all():
+            raise UpitError(
+                f"Checkpoint {model.label} has NaN or infinite weights in {name}; use a checkpoint "
+                "from before the training diverged."
+            )
+        if len(models) == 1:
+            return rows
+        total = rows.float() if total is None else total.add_(rows.float())
+    assert total is not None
+    return total.div_(len(models))
