@@ -72,7 +72,6 @@ class _PickleFile:
         self._tensors: dict[str, torch.Tensor] = {}
         for name, tensor in state.items():
             dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-            dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
             if not dense or tensor.dtype not in DTYPES.values() or not isinstance(name, str):
                 raise UpitError(
                     f"{path} stores {name} in a form that cannot be merged; convert the "

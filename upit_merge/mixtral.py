@@ -166,6 +166,11 @@ def _settings(config: Any) -> dict[str, Any]:
     return settings
 
 
+def context_length(checkpoint: Checkpoint) -> int:
+    """The longest input, in tokens, that a dense checkpoint's configuration allows."""
+    return int(_dense_config(checkpoint).max_position_embeddings)
+
+
 def inspect_models(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> DenseArchitecture:
     """Check that the models fit together and can become one Mixtral.
 

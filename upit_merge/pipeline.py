@@ -5,28 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from upit_merge.checkpoints import Checkpoint, OpenOptions, open_checkpoint
-from upit_merge.errors import UpitError
-from upit_merge.expansion.density import resolve_densities
+from upit_merge.checkpoints import OpenOptions
+from upit_merge.device import merge_workers, resolve_device
 from upit_merge.expansion.experts import ExpertBuilder, write_experts
 from upit_merge.expansion.lineage import Lineage, plan_lineage
 from upit_merge.expansion.similarity import delta_gram
-from upit_merge.mixtral import (
-    DenseArchitecture,
-    default_dtype,
-    gate_tensor,
-    inspect_models,
-    moe_config,
-    moe_specs,
-)
-from upit_merge.recipe import Recipe, expand_models
+from upit_merge.inputs import Inputs, opened
+from upit_merge.mixtral import context_length, gate_tensor, moe_config
+from upit_merge.recipe import Recipe
 from upit_merge.report.card import model_card, router_sentence
 from upit_merge.report.record import merge_record, write_json
 from upit_merge.report.tables import bucket_table, show
@@ -39,14 +32,11 @@ from upit_merge.router.pretrain import (
 )
 from upit_merge.router.seed_tokens import SeedSet
 from upit_merge.staging import REPORT, require_space, staged_output
-from upit_merge.tensor_files import Shard, ShardWriter, plan_shards, shard_index
+from upit_merge.tensor_files import Shard, ShardWriter, shard_index
 from upit_merge.tokenizer import (
     copy_generation_config,
     copy_tokenizer,
-    find_model,
     load_tokenizer,
-    resolve_chat_template,
-    tokenizer_donor,
     write_chat_template,
 )
 
@@ -78,37 +68,6 @@ class RunOptions:
     quiet: bool = False
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Everything a recipe refers to, opened and found to fit together."""
-
-    recipe: Recipe
-    base: Checkpoint
-    checkpoints: tuple[Checkpoint, ...]
-    architecture: DenseArchitecture
-    densities: torch.Tensor
-    backbone: tuple[Checkpoint, ...]
-    tokenizer: Checkpoint | None
-    dtype: torch.dtype
-    num_experts: int
-    experts_per_token: int
-    chat_template: str | None
-
-    @property
-    def labels(self) -> list[str]:
-        return [checkpoint.label for checkpoint in self.checkpoints]
-
-    @property
-    def settings_donor(self) -> Checkpoint:
-        """Whose configuration the output carries: the last model the backbone comes from."""
-        return self.backbone[-1]
-
-    def shards(self, max_shard_bytes: int) -> tuple[Shard, ...]:
-        return plan_shards(
-            moe_specs(self.architecture, self.num_experts, self.dtype), max_shard_bytes
-        )
-
-
 def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> None:
     """Turn a recipe into an MoE folder.
 
@@ -125,7 +84,7 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
     clock = _Clock()
     with (
         staged_output(out, overwrite=options.overwrite) as staging,
-        opened(recipe, options) as inputs,
+        opened(recipe, options.open) as inputs,
     ):
         seeds = seed_set(inputs, options)
         shards = inputs.shards(options.max_shard_bytes)
@@ -171,7 +130,7 @@ def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
     return load_seed_set(
         settings,
         tokenizer,
-        context=inputs.settings_donor.config.get("max_position_embeddings", 1 << 30),
+        context=context_length(inputs.settings_donor),
         vocab_size=inputs.architecture.settings["vocab_size"],
         seed=inputs.recipe.seed,
     )
@@ -190,105 +149,6 @@ class _Clock:
         self.seconds[stage] = round(time.perf_counter() - started, 3)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device of that name.
-
-    Raises:
-        UpitError: there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UpitError(f"The device {name!r} does not exist; use cpu or cuda.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UpitError(f"The device {name!r} is not supported; use cpu or cuda.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UpitError("There is no CUDA device here that torch can use; use --device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UpitError(
-            f"The device {name!r} does not exist, there are {torch.cuda.device_count()}; use "
-            "--device cuda."
-        )
-    return device
-
-
-@contextlib.contextmanager
-def opened(recipe: Recipe, options: RunOptions) -> Iterator[Inputs]:
-    """Open and check every model of a recipe; closes them again."""
-    entries = expand_models(recipe.models)
-    with contextlib.ExitStack() as stack:
-
-        def open_model(reference: str, role: str = "checkpoint") -> Checkpoint:
-            return stack.enter_context(
-                contextlib.closing(open_checkpoint(reference, options.open, role=role))
-            )
-
-        base = open_model(recipe.base_model, "base_model")
-        checkpoints = tuple(open_model(entry.model) for entry in entries)
-        architecture = inspect_models(base, checkpoints)
-        num_experts = recipe.parameters.num_experts or len(checkpoints)
-        experts_per_token = recipe.parameters.experts_per_token or min(2, num_experts)
-        if num_experts < experts_per_token:
-            raise UpitError(
-                f"The recipe makes {num_experts} experts but routes a token to "
-                f"{experts_per_token}; lower experts_per_token or raise num_experts."
-            )
-        _warn_of_repeats(checkpoints)
-        donor = tokenizer_donor(recipe.tokenizer_source, base, checkpoints)
-        if recipe.router and donor is None:
-            raise UpitError(
-                "router: needs a tokenizer for its seed data, but no model of the recipe has one; "
-                "put tokenizer.json into the last checkpoint's folder."
-            )
-        yield Inputs(
-            recipe=recipe,
-            base=base,
-            checkpoints=checkpoints,
-            architecture=architecture,
-            densities=resolve_densities(
-                architecture,
-                recipe.parameters.density,
-                [entry.parameters.density for entry in entries],
-            ),
-            backbone=_backbone(recipe.parameters.backbone, base, checkpoints),
-            tokenizer=donor,
-            dtype=recipe.output_dtype or default_dtype(base),
-            num_experts=num_experts,
-            experts_per_token=experts_per_token,
-            chat_template=(
-                resolve_chat_template(recipe.chat_template, [*checkpoints, base])
-                if recipe.chat_template
-                else None
-            ),
-        )
-
-
-def _warn_of_repeats(checkpoints: Sequence[Checkpoint]) -> None:
-    folders = [checkpoint.folder.resolve() for checkpoint in checkpoints]
-    for checkpoint, folder in zip(checkpoints, folders, strict=True):
-        if folders.count(folder) > 1:
-            LOG.warning(
-                "Checkpoint %s is listed %d times; its copies become identical experts.",
-                checkpoint.label,
-                folders.count(folder),
-            )
-            return
-
-
-def _backbone(
-    setting: str, base: Checkpoint, checkpoints: tuple[Checkpoint, ...]
-) -> tuple[Checkpoint, ...]:
-    if setting == "last":
-        return (checkpoints[-1],)
-    if setting == "average":
-        return checkpoints
-    if setting == "base":
-        return (base,)
-    return (find_model(setting, "parameters.backbone", checkpoints, base),)
-
-
 def similarity(inputs: Inputs, device: torch.device, *, quiet: bool) -> torch.Tensor:
     """Pass 1, see `delta_gram`."""
     return delta_gram(
@@ -299,12 +159,6 @@ def similarity(inputs: Inputs, device: torch.device, *, quiet: bool) -> torch.Te
         workers=merge_workers(device),
         quiet=quiet,
     )
-
-
-def merge_workers(device: torch.device) -> int:
-    """Threads that read, compute and write blocks."""
-    # On a GPU two threads suffice to read and write while the device computes.
-    return torch.get_num_threads() if device.type == "cpu" else 2
 
 
 def _write_model(

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from rich.table import Table
 
+from upit_merge.device import merge_workers, resolve_device
 from upit_merge.expansion import experts
 from upit_merge.expansion.lineage import plan_lineage
 from upit_merge.expansion.similarity import cosine
+from upit_merge.inputs import Inputs, opened
 from upit_merge.pipeline import (
-    Inputs,
     RunOptions,
-    merge_workers,
-    opened,
-    resolve_device,
     seed_set,
     similarity,
 )
@@ -33,7 +31,7 @@ def plan_recipe(recipe: Recipe, options: RunOptions) -> None:
     """
     recipe = recipe.with_seed(options.seed)
     device = resolve_device(options.device)
-    with opened(recipe, options) as inputs:
+    with opened(recipe, options.open) as inputs:
         seeds = seed_set(inputs, options)
         gram = similarity(inputs, device, quiet=options.quiet)
         lineage = plan_lineage(gram, inputs.densities, inputs.num_experts, recipe.parameters)

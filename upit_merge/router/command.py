@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from upit_merge.device import resolve_device
 from upit_merge.errors import UpitError
-from upit_merge.pipeline import resolve_device
 from upit_merge.recipe import RouterSettings
 from upit_merge.report.record import write_json
 from upit_merge.report.tables import bucket_table, show

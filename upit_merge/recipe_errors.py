@@ -1,0 +1,106 @@
+"""What is wrong with a recipe, in one sentence: pydantic's findings in the reader's words."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+# The models of a recipe's blocks, by their place in the document.
+Blocks = Mapping[str, type[BaseModel]]
+
+
+def explain(error: ValidationError, document: Mapping[str, Any], blocks: Blocks) -> str:
+    """One sentence, without its full stop, for the most telling of pydantic's findings."""
+    details = error.errors()
+    # A union reports every branch it tried; an unknown key says more than a failed branch.
+    detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+    location = _location(detail, document)
+    where = ".".join(str(part) for part in location)
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {where} ({_hint(str(location[-1]), location[:-1], blocks)})"
+    if detail["type"] == "missing":
+        return f"{where} is missing; add it"
+    if detail["type"] == "invalid_key":
+        return f"the key {detail['input']!r} is not a text; remove it or put it in quotes"
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    if location[:1] == ["models"] and len(location) == 2:
+        expected = "an entry of the form `- model: FOLDER`"
+    else:
+        expected = _EXPECTED.get(_field(location)) or _expected(detail)
+    return f"{where} is {_shown(_value_at(document, location))}, expected {expected}"
+
+
+def _hint(key: str, location: list[int | str], blocks: Blocks) -> str:
+    """What the writer of an unknown key may have meant."""
+    path = ".".join(part for part in location if isinstance(part, str))
+    known = list(blocks.get(path, blocks["density"]).model_fields)
+    # `num-experts` and `Num_Experts` are as close to a key as can be.
+    if close := difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1):
+        return f"did you mean {close[0]}?"
+    for block, model in blocks.items():
+        if block != "density" and key in model.model_fields:
+            return f"it belongs under {block}:" if block else "it belongs at the top level"
+    return f"known here: {', '.join(sorted(known))}"
+
+
+# Where pydantic's account of a union would puzzle more than help.
+_EXPECTED = {
+    "density": "a number in (0, 1], a list of them over the layers, or a list of filter: and value:",
+    "value": "a number in (0, 1] or a list of them over the layers",
+    "sample": "a whole number of samples, or a fraction in (0, 1] such as 0.01",
+    "temperature": "a number above 0",
+    "memory_gb": "a number above 0",
+    "models": "a list of `- model: FOLDER` entries, at least one",
+    "parameters": "a mapping of parameter names to values",
+    "router": "a mapping with at least data: FILE",
+}
+
+
+def _field(location: list[int | str]) -> str:
+    """The innermost named key of a path; the entries of a list share their list's name."""
+    return next((part for part in reversed(location) if isinstance(part, str)), "")
+
+
+def _location(detail: Any, document: Any) -> list[int | str]:
+    """Where in the document a finding is; pydantic mixes names of union branches into its path."""
+    location: list[int | str] = []
+    for part in detail["loc"]:
+        inside = isinstance(document, Mapping) and part in document
+        if inside or (isinstance(document, list) and isinstance(part, int)):
+            location.append(part)
+            document = document[part]
+    return [*location, detail["loc"][-1]] if detail["type"] == "missing" else location
+
+
+_PHRASES = {
+    "bool_type": "true or false",
+    "greater_than_equal": "{ge} or more",
+    "int_type": "a whole number",
+    "less_than": "a number below {lt}",
+    "literal_error": "{expected}",
+    "string_too_short": "a text that is not empty",
+    "string_type": "a text",
+}
+
+
+def _expected(detail: Any) -> str:
+    phrase = _PHRASES.get(detail["type"])
+    return phrase.format(**detail.get("ctx", {})) if phrase else detail["msg"]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _value_at(document: Any, location: Iterable[int | str]) -> Any:
+    for part in location:
+        try:
+            document = document[part]
+        except (KeyError, IndexError, TypeError):
+            break
+    return document
