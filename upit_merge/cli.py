@@ -137,9 +137,7 @@ def plan(recipe: Path, **values: Any) -> None:
     default="one_vs_rest",
     show_default=True,
 )
-@click.option(
-    "--stream", type=click.Choice(["expert", "mean"]), default="expert", show_default=True
-)
+@click.option("--stream", type=click.Choice(["mean", "expert"]), default="mean", show_default=True)
 @click.option("--temperature", type=float, default=1.0, show_default=True)
 @click.option("--batch-tokens", type=int, default=8192, show_default=True)
 @click.option("--memory-gb", type=float, default=4.0, show_default=True)

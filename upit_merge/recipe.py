@@ -128,9 +128,9 @@ class RouterSettings(_Strict):
     objective: Literal["one_vs_rest", "ridge", "random"] = Field(
         "one_vs_rest", description="What the gates are fitted to."
     )
-    stream: Literal["expert", "mean"] = Field(
-        "expert",
-        description="Router inputs: of the sample's own expert, or of the mean of all experts.",
+    stream: Literal["mean", "expert"] = Field(
+        "mean",
+        description="Router inputs: computed with the mean of all experts, or the sample's own expert.",
     )
     temperature: PositiveNumber = Field(
         1.0, description="Divides the gate logits: higher mixes the chosen experts more evenly."

@@ -1,0 +1,124 @@
+"""The demo in small: its text, its training, and that its table is what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from upit_merge.demo.corpus import Domain, load_domains
+from upit_merge.demo.evaluation import document_losses, perplexity
+from upit_merge.demo.run import Row, _verdicts, run_demo
+from upit_merge.demo.training import TrainingBudget, train_demo_models
+
+SMALL = TrainingBudget(
+    vocab_size=400, hidden_size=64, layers=1, context=64, base_steps=6, sft_rounds=1, sft_steps=4
+)
+
+
+@pytest.fixture(scope="module")
+def domains() -> list[Domain]:
+    return load_domains()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    run_demo(folder, quiet=True, budget=SMALL)
+    return folder
+
+
+def test_domains_have_text_to_train_on_and_other_text_to_measure(domains: list[Domain]) -> None:
+    assert [domain.name for domain in domains] == ["code", "docs", "arithmetic"]
+    for domain in domains:
+        assert len(domain.heldout) == 100
+        assert len(domain.train) > 1000
+        assert not set(domain.heldout) & set(domain.train)
+        assert all(50 < len(text) <= 600 for text in domain.heldout)
+    assert domains == load_domains()
+
+
+def test_arithmetic_is_right(domains: list[Domain]) -> None:
+    checked = 0
+    for text in domains[2].heldout:
+        for line in text.splitlines():
+            if line.startswith("Question: ") and " + " in line.split("?")[0]:
+                a, b = map(int, line.removeprefix("Question: ").split("?")[0].split(" + "))
+                assert line.endswith(f"Answer: {a + b}.")
+                checked += 1
+    assert checked > 50
+
+
+def test_training_can_be_repeated(tmp_path: Path, domains: list[Domain]) -> None:
+    models = [train_demo_models(tmp_path / n, domains, quiet=True, budget=SMALL) for n in "ab"]
+    first, second = (AutoModelForCausalLM.from_pretrained(m.checkpoints[-1]) for m in models)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+
+
+def test_perplexity_is_that_of_transformers(finished: Path, domains: list[Domain]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished / "base")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "base")
+    texts = domains[0].heldout[:7]
+    total = count = 0.0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"][:50]])
+        with torch.no_grad():
+            loss = model(ids, labels=ids).loss.item()
+        total += loss * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    nll, targets = document_losses(model, tokenizer, texts, max_length=50, batch_size=3)
+    assert nll.sum().item() == pytest.approx(total, rel=1e-5)
+    assert targets.sum() == count
+    assert perplexity(model, tokenizer, texts, 50) == pytest.approx(
+        math.exp(total / count), rel=1e-5
+    )
+
+
+def test_demo_leaves_what_it_says(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"base", "sft", "seed.jsonl", "demo.yml", "moe", "results.json"}
+    results = json.loads((finished / "results.json").read_text())
+    rows = {row["model"]: row["perplexities"] for row in results["rows"]}
+    assert list(rows)[-3:] == [
+        "average of checkpoints",
+        "MoE, random gate (mean of 3)",
+        "MoE as built",
+    ]
+    assert len(rows) == 1 + len(list((finished / "sft").iterdir())) + 3
+    report = json.loads((finished / "moe" / "upit_report.json").read_text())
+    assert len(report["lineage"]["experts"]) == 8
+    assert report["router"]["objective"] == "one_vs_rest"
+
+
+def test_demo_measures_the_model_as_it_is_on_disk(finished: Path, domains: list[Domain]) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    moe = AutoModelForCausalLM.from_pretrained(finished / "moe")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "moe")
+    for domain, stated in zip(domains, results["rows"][-1]["perplexities"], strict=True):
+        assert perplexity(moe, tokenizer, domain.heldout) == pytest.approx(stated, rel=1e-5)
+
+
+def test_seed_data_and_held_out_text_are_apart(finished: Path, domains: list[Domain]) -> None:
+    rows = [json.loads(line) for line in (finished / "seed.jsonl").read_text().splitlines()]
+    assert len(rows) == 600
+    heldout = {text for domain in domains for text in domain.heldout}
+    assert not heldout & {row["text"] for row in rows}
+
+
+def test_verdicts_say_above_when_it_is_above() -> None:
+    rows = [
+        Row("checkpoint-1", (4.0,)),
+        Row("average of checkpoints", (2.0,)),
+        Row("MoE, random gate (mean of 3)", (6.0,)),
+        Row("MoE as built", (3.0,)),
+    ]
+    assert _verdicts(rows) == [
+        "The MoE as built is 50.0% below MoE, random gate (mean of 3) (6.00).",
+        "The MoE as built is 50.0% above average of checkpoints (2.00).",
+        "The MoE as built is 25.0% below checkpoint-1 (4.00).",
+    ]

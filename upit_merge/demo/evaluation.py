@@ -1,0 +1,67 @@
+"""How well a causal language model predicts held-out documents."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.inference_mode()
+def document_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int = 128,
+    batch_size: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """The model's loss on every document.
+
+    Documents of like length share a batch, padded on the right; under causal attention no real
+    token sees that padding, so no attention mask is needed.
+
+    Args:
+        model: any causal language model; put into evaluation mode and left there.
+        tokenizer: the model's; adds BOS, which is context and never a target.
+        texts: documents; each is cut at ``max_length`` tokens.
+        max_length: in tokens, BOS included.
+        batch_size: in documents.
+
+    Returns:
+        Two tensors [len(texts)]: summed negative log-likelihood in nats (float64) and the number
+        of target tokens (int64). A document without a target has 0 and 0.
+    """
+    model.eval()
+    documents = [
+        torch.tensor(ids)
+        for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    ]
+    order = sorted(range(len(documents)), key=lambda index: len(documents[index]))
+    nll = torch.zeros(len(documents), dtype=torch.float64)
+    targets = torch.zeros(len(documents), dtype=torch.int64)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = [documents[row] for row in rows]
+        inputs = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)  # [documents, length]
+        labels = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100)
+        logits = model(input_ids=inputs.to(model.device), use_cache=False).logits.float().cpu()
+        losses = F.cross_entropy(
+            logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
+        )  # [documents, length - 1]; 0 where there is no target
+        nll[rows] = losses.double().sum(dim=1)
+        targets[rows] = (labels[:, 1:] != -100).sum(dim=1)
+    return nll, targets
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int = 128,
+    batch_size: int = 16,
+) -> float:
+    """exp(mean negative log-likelihood over all target tokens of ``texts``)."""
+    nll, targets = document_losses(model, tokenizer, texts, max_length, batch_size)
+    return math.exp(nll.sum().item() / targets.sum().item())
