@@ -146,7 +146,7 @@ WRONG_VALUES: list[tuple[Document, str, str, str]] = [
         "'softmax'",
         "'one_vs_rest', 'ridge' or 'random'",
     ),
-    (router(stream="all"), "router.stream", "'all'", "'expert' or 'mean'"),
+    (router(stream="all"), "router.stream", "'all'", "'mean' or 'expert'"),
     (router(temperature=0), "router.temperature", "0", POSITIVE),
     (router(temperature="hot"), "router.temperature", "'hot'", POSITIVE),
     (router(temperature=float("inf")), "router.temperature", "inf", POSITIVE),
