@@ -695,7 +695,9 @@ def test_recipe_file(text: str | None, sentence: str, family: Family) -> None:
 @pytest.mark.parametrize("option", ["--device=cuda", "--cuda"])
 def test_cuda_without_a_device(option: str, command: str, family: Family) -> None:
     result = run(command, family.write_recipe(family.recipe()), family.root / "out", option)
-    sentence = "There is no CUDA device here that torch can use; use --device cpu."
+    sentence = (
+        "There is no CUDA device here that torch can use; leave out --cuda, or use --device cpu."
+    )
     assert_refused(result, sentence, family)
     assert not (family.root / "out").exists()
 
@@ -843,7 +845,7 @@ def test_too_small_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None
     usage = shutil.disk_usage(family.root)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     sentence = (
-        "The output needs 0.00 GB on the disk of out, which has 0.00 GB free; free some space or "
+        "The disk of out has 0.00 GB free, but the output (0.00 GB) must fit; free some space or "
         "choose another folder."
     )
     recipe = family.write_recipe(family.recipe())

@@ -110,7 +110,7 @@ def test_seed_data_and_held_out_text_are_apart(finished: Path, domains: list[Dom
     assert not heldout & {row["text"] for row in rows}
 
 
-def test_verdicts_say_above_when_it_is_above() -> None:
+def test_verdicts_say_higher_when_it_is_higher() -> None:
     rows = [
         Row("checkpoint-1", (4.0,)),
         Row("average of checkpoints", (2.0,)),
@@ -118,7 +118,10 @@ def test_verdicts_say_above_when_it_is_above() -> None:
         Row("MoE as built", (3.0,)),
     ]
     assert _verdicts(rows) == [
-        "The MoE as built is 50.0% below MoE, random gate (mean of 3) (6.00).",
-        "The MoE as built is 50.0% above average of checkpoints (2.00).",
-        "The MoE as built is 25.0% below checkpoint-1 (4.00).",
+        f"The mean perplexity of the MoE as built is {rest}"
+        for rest in (
+            "50.0% lower than that of MoE, random gate (mean of 3) (6.00).",
+            "50.0% HIGHER than that of average of checkpoints (2.00).",
+            "25.0% lower than that of checkpoint-1 (4.00).",
+        )
     ]

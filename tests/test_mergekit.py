@@ -180,3 +180,22 @@ print("mergekit works:", callable(mergekit.merge.run_merge))
 def test_plugin_can_be_switched_off(disabled: str) -> None:
     code = "import mergekit.merge as m; print(hasattr(m.run_merge, '__wrapped__'))"
     assert python(code, UPIT_MERGE_DISABLE_PLUGIN=disabled) == str(disabled == "0")
+
+
+def test_other_methods_get_their_arguments_untouched() -> None:
+    """Also those that a later mergekit may add to run_merge."""
+    code = """
+import types
+from upit_merge import mergekit_plugin
+seen = []
+def run_merge(merge_config, out_path, options, config_source=None, *, added=None):
+    seen.append((out_path, options, config_source, added))
+module = types.ModuleType("merge")
+module.run_merge = run_merge
+mergekit_plugin.extend_run_merge(module)
+config = types.SimpleNamespace(merge_method="linear")
+module.run_merge(config, "out", None, added=1)
+module.run_merge(merge_config=config, out_path="o", options=2, config_source="s")
+print(seen)
+"""
+    assert python(code) == "[('out', None, None, 1), ('o', 2, 's', None)]"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from tests.conftest import VOCABULARY, Family, build_family, byte_tokenizer
@@ -197,3 +198,75 @@ def test_no_card_when_not_wanted(shared_family, merge) -> None:
     assert not (out / "README.md").exists()
     assert not (out / "mergekit_config.yml").exists()
     assert (out / "upit_report.json").exists()
+
+
+def test_special_tokens_come_with_the_tokenizer(family, merge) -> None:
+    """A chat model must stop where its tokenizer ends a turn, whatever the backbone is."""
+    last = family.checkpoints[-1]
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((last / name).read_text())
+        (last / name).write_text(json.dumps(content | {"eos_token_id": 7}))
+
+    def ends(out: Path) -> list[int]:
+        files = ("config.json", "generation_config.json")
+        return [json.loads((out / name).read_text())["eos_token_id"] for name in files]
+
+    assert ends(merge(family.recipe(parameters={"backbone": "base"}), "a")) == [7, 7]
+    assert ends(merge(family.recipe(tokenizer_source="base"), "b")) == [1, 1]
+
+
+def test_default_dtype_ignores_what_is_not_copied(tmp_path, merge) -> None:
+    """Old Llama checkpoints carry rotary tables in float32 beside bfloat16 weights."""
+    family = build_family(tmp_path, count=2, dtype=torch.bfloat16)
+    path = family.base / "model.safetensors"
+    tensors = load_model(family.base)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, path, metadata={"format": "pt"})
+    out = merge(family.recipe())
+    assert {t.dtype for t in load_model(out).values()} == {torch.bfloat16}
+
+
+def test_other_dtypes_than_the_base_are_told(tmp_path, merge, caplog) -> None:
+    family = build_family(tmp_path, count=2)
+    model = AutoModelForCausalLM.from_pretrained(family.base)
+    model.to(torch.bfloat16).save_pretrained(family.base)
+    out = merge(family.recipe(), "told")
+    assert {t.dtype for t in load_model(out).values()} == {torch.bfloat16}
+    assert "is stored in float32, the base in bfloat16" in caplog.text
+    caplog.clear()
+    merge(family.recipe(dtype="float32"), "chosen")
+    assert "is stored in" not in caplog.text
+
+
+def test_an_odd_card_of_the_base_does_no_harm(family, merge) -> None:
+    (family.base / "README.md").write_text("---\nlicense: mit\ndate: 2024-02-30\n---\n")
+    assert (merge(family.recipe()) / "README.md").is_file()
+
+
+def test_output_beside_the_checkpoints_is_not_taken_for_one(family, merge, monkeypatch) -> None:
+    monkeypatch.chdir(family.root)
+    out = family.root / "sft" / "checkpoint-moe"
+    merge(family.recipe(models=["sft/checkpoint-*"]), out)
+    assert load(out).config.num_local_experts == 3
+
+
+def test_tokenizer_larger_than_the_vocabulary_is_told(family, merge, caplog) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(family.checkpoints[-1])
+    merge(family.recipe())
+    assert "has token ids up to 259, but the models have only 259 embeddings" in caplog.text
+
+
+def test_yarn_is_carried_over_without_a_warning(tmp_path, merge, caplog) -> None:
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+    }
+    family = build_family(tmp_path, count=2, rope_parameters=rope)
+    caplog.clear()
+    config = load(merge(family.recipe())).config
+    assert {k: config.rope_parameters[k] for k in rope} == rope
+    assert "factor" not in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -11,11 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from scipy.optimize import linear_sum_assignment
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import Family, build_family
 from tests.naive import load_model
 from upit_merge.cli import main
+from upit_merge.errors import UpitError
 from upit_merge.router.buckets import balanced, lowest
 from upit_merge.router.gate_files import opened_moe
 from upit_merge.router.layerwise import MEAN, LayerwiseMoe, PackedStates, Stream, token_batches
@@ -232,6 +236,137 @@ def test_balanced_buckets_are_the_best_equal_ones() -> None:
     assert torch.equal(lowest(losses), losses.argmin(1))
 
 
+@pytest.mark.parametrize(("samples", "experts"), [(40, 4), (60, 5), (200, 8), (30, 30), (7, 1)])
+@pytest.mark.parametrize("digits", [2, 12])
+def test_balanced_equals_an_assignment_problem(samples: int, experts: int, digits: int) -> None:
+    """Against scipy's solver with one column per place; two digits make plenty of ties."""
+    generator = torch.Generator().manual_seed(samples)
+    losses = torch.rand(samples, experts, generator=generator, dtype=torch.float64)
+    losses = (losses + 0.2 * torch.arange(experts)).round(decimals=digits)
+    places = math.ceil(samples / experts)
+    rows, columns = linear_sum_assignment(losses.numpy().repeat(places, axis=1))
+    expected = losses.numpy().repeat(places, axis=1)[rows, columns].sum()
+    assigned = balanced(losses)
+    assert torch.bincount(assigned, minlength=experts).max() <= places
+    assert losses.gather(1, assigned.unsqueeze(1)).sum().item() == pytest.approx(expected)
+
+
+def report_of(out: Path) -> dict:
+    return json.loads((out / "upit_report.json").read_text())["router"]
+
+
+def test_router_settings_reach_their_stages(shared_family, merge) -> None:
+    """Each setting alone changes what it should, against the run without it."""
+    seeds = str(shared_family.seed_file())
+
+    def run(**settings) -> tuple[dict, dict[str, torch.Tensor]]:
+        name = "-".join(f"{key}{value}" for key, value in settings.items()) or "plain"
+        out = merge(shared_family.recipe(router={"data": seeds, **settings}), name)
+        return report_of(out), gates(out)
+
+    plain, plain_gates = run()
+    assert plain["data"]["max_length"] == 64  # the model's context; 512 is the default
+    assert plain["data"]["samples"] == 24
+    _, warm = run(temperature=2.0)
+    for name, gate in warm.items():
+        torch.testing.assert_close(gate * 2, plain_gates[name])
+    short, _ = run(max_length=12)
+    assert short["data"]["max_length"] == 12
+    assert short["data"]["truncated_samples"] > 0
+    assert run(sample=10)[0]["data"]["samples"] == 10
+    assert run(sample=0.5)[0]["data"]["samples"] == 12
+    sizes = [expert["samples"] for expert in plain["buckets"]["experts"]]
+    assert sizes == [8, 8, 8]
+    lowest_report, _ = run(assign="lowest")
+    buckets = lowest_report["buckets"]
+    assert buckets["loss_of_assigned_expert"] == pytest.approx(
+        buckets["loss_of_best_expert_per_sample"]
+    )
+    assert plain["buckets"]["loss_of_assigned_expert"] > buckets["loss_of_assigned_expert"]
+    for settings in ({"stream": "expert"}, {"objective": "ridge"}):
+        _, other = run(**settings)
+        assert not any(torch.equal(gate, plain_gates[name]) for name, gate in other.items())
+    for settings in ({"batch_tokens": 1}, {"memory_gb": 1e-9}):
+        _, same = run(**settings)
+        for name, gate in same.items():
+            torch.testing.assert_close(gate, plain_gates[name], rtol=1e-3, atol=1e-4)
+
+
+def test_sample_choice_follows_the_seed(shared_family, merge) -> None:
+    router = {"data": str(shared_family.seed_file()), "sample": 5}
+
+    def losses(name: str, seed: int) -> float:
+        out = merge(shared_family.recipe(router=router, parameters={"seed": seed}), name)
+        return report_of(out)["buckets"]["loss_of_best_single_expert"]
+
+    assert losses("a", 1) == losses("b", 1)
+    assert losses("a2", 1) != losses("c", 2)
+
+
+def test_chat_template_of_the_recipe_serves_the_seed_data(family, merge) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"Hello {i}"}]} for i in range(6)]
+    path = family.root / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    out = merge(family.recipe(chat_template=template, router={"data": str(path)}))
+    assert report_of(out)["data"]["tokens"] == 6 * len("<user>Hello 0")
+
+
+def test_router_refuses_an_incomplete_or_misshapen_model(family, merge) -> None:
+    out = merge(family.recipe())
+    tensors = load_model(out)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    for change, sentence in [
+        (lambda t: t.pop(name), f"has no tensor {name}"),
+        (lambda t: t.update({name: t[name][:8].clone()}), f"has {name} of shape [8, 32]"),
+    ]:
+        broken = dict(tensors)
+        change(broken)
+        save_file(broken, out / "model.safetensors", metadata={"format": "pt"})
+        before = (out / "model.safetensors").read_bytes()
+        result = CliRunner().invoke(
+            main, ["router", str(out), "--data", str(family.seed_file()), "--quiet"]
+        )
+        assert result.exit_code == 1
+        assert sentence in result.stderr
+        assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("assign", ["balanced", "lowest"])
+def test_experts_that_overflow_are_named(family, merge, assign: str) -> None:
+    """Finite weights of 1e25 pass the check of the weights but not the forward pass."""
+    path = family.checkpoints[1] / "model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        if ".mlp." in name:
+            tensors[name] *= 1e25
+    save_file(tensors, path, metadata={"format": "pt"})
+    router = {"data": str(family.seed_file()), "assign": assign}
+    with pytest.raises(UpitError, match="Expert 1 gives NaN or infinite losses"):
+        merge(family.recipe(router=router))
+
+
+def test_empty_buckets_are_told(shared_family, merge, caplog) -> None:
+    merge(shared_family.recipe(router={"data": str(shared_family.seed_file()), "sample": 2}))
+    assert "No seed sample belongs to expert(s)" in caplog.text
+
+
+def test_spill_file_is_not_a_hole(tmp_path) -> None:
+    """A hole in a mapped file would kill the process on a full disk."""
+    states = PackedStates([100], 64, torch.float32, scratch=tmp_path, budget_bytes=0)
+    (path,) = tmp_path.glob("hidden-*")
+    assert path.stat().st_blocks * 512 >= 100 * 64 * 4
+    states.close()
+
+
+def test_spill_needs_room(tmp_path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: usage)
+    with pytest.raises(UpitError, match="the router's hidden states"):
+        PackedStates([100], 64, torch.float32, scratch=tmp_path, budget_bytes=0)
+    assert not list(tmp_path.iterdir())
+
+
 def gates(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for n, t in load_model(folder).items() if n.endswith("moe.gate.weight")}
 
@@ -265,8 +400,11 @@ def test_router_command_gives_what_the_recipe_would_have(family: Family, merge) 
         assert changed == set(gates(later))
         for name in got:
             assert torch.equal(got[name], expected[name])
-        report = json.loads((later / "upit_report.json").read_text())
-        assert report["router"]["objective"] == "one_vs_rest"
+        assert report_of(later)["objective"] == "one_vs_rest"
+        assert report_of(later)["settings"]["data"] == str(seeds)
+        card = (later / "README.md").read_text()
+        assert "random" not in card
+        assert "pre-trained layer by layer on 24 seed samples" in card
         assert not (later / ".upit-staging").exists()
 
 

@@ -134,9 +134,9 @@ def test_dataset_id(monkeypatch):
         return datasets.Dataset.from_list([{"text": "a", "id": 1}, {"text": "b", "id": 2}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read_seed_data("org/name", split="test", config="main", revision="v1") == [
-        SeedExample("org/name test row 1", text="a"),
-        SeedExample("org/name test row 2", text="b"),
+    assert read_seed_data("org/name@v1", split="test", config="main") == [
+        SeedExample("org/name@v1 test row 1", text="a"),
+        SeedExample("org/name@v1 test row 2", text="b"),
     ]
 
 
@@ -535,3 +535,11 @@ def test_import_is_cheap():
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'}"
     code = f"import sys, {seed_tokens.__name__}\nassert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_text_without_blank_lines_is_a_sample_per_line(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("one\ntwo\nthree\n\n")
+    assert [example.text for example in read_seed_data(str(path))] == ["one", "two", "three"]
+    path.write_text("one\ntwo\n\nthree\n")
+    assert [example.text for example in read_seed_data(str(path))] == ["one\ntwo", "three"]

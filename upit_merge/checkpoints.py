@@ -24,8 +24,16 @@ WEIGHT_INDEX = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 
-# What a download needs: weights, configuration, tokenizer. Not optimizer states or other formats.
-_HUB_PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "*.safetensors", "README.md")
+# What a download needs: weights, configuration, tokenizer. Not optimizer states, other formats
+# (`consolidated.safetensors` is a second copy of everything), or what is in subfolders.
+_HUB_PATTERNS = (
+    "model*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+    "README.md",
+)
 
 
 @dataclass(frozen=True)
@@ -249,7 +257,9 @@ def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -
     from huggingface_hub import snapshot_download
 
     repo, _, revision = reference.partition("@")
-    patterns = [*_HUB_PATTERNS, *(["*.bin"] if options.allow_pickle else [])]
+    patterns = [*_HUB_PATTERNS]
+    patterns += ["pytorch_model*.bin"] if options.allow_pickle else []
+    patterns += ["*.py"] if options.trust_remote_code else []
     try:
         return Path(
             snapshot_download(
@@ -257,6 +267,7 @@ def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -
                 revision=revision or None,
                 cache_dir=options.cache_dir,
                 allow_patterns=patterns,
+                ignore_patterns=["*/*"],
             )
         )
     except Exception as error:  # the Hub client raises dozens of types, none of them for users
@@ -303,8 +314,3 @@ def check_same_tensors(
                 f"Checkpoint {checkpoint.label} has {name} of shape {list(spec.shape)}, the base "
                 f"{base.label} has {list(expected)}; all models must come from the same base."
             )
-
-
-def stored_dtypes(checkpoint: Checkpoint) -> set[torch.dtype]:
-    """The dtypes a checkpoint's tensors are stored in."""
-    return {spec.dtype for spec in checkpoint.specs.values()}

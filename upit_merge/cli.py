@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -28,6 +28,35 @@ class _LazyOptionsCommand(_Verbatim):
         return [*super().get_params(ctx), *_mergekit_params()]
 
 
+class _RouterCommand(_Verbatim):
+    """Takes the keys of a recipe's `router:` block as options."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*_router_params(), *super().get_params(ctx)]
+
+
+def _router_params() -> list[click.Parameter]:
+    """One option per router setting; values are checked by the settings themselves."""
+    from upit_merge.recipe import RouterSettings
+
+    params: list[click.Parameter] = []
+    for name, field in RouterSettings.model_fields.items():
+        default = field.default if not field.is_required() else None
+        choices = get_args(field.annotation) if isinstance(default, str) else ()
+        params.append(
+            click.Option(
+                [f"--{name.replace('_', '-')}"],
+                required=field.is_required(),
+                type=click.Choice(choices) if choices else str,
+                metavar=None if choices or field.annotation is str else "VALUE",
+                default=default,
+                show_default=default is not None,
+                help=field.description,
+            )
+        )
+    return params
+
+
 def _mergekit_params() -> list[click.Parameter]:
     from mergekit.options import add_merge_options
 
@@ -36,9 +65,15 @@ def _mergekit_params() -> list[click.Parameter]:
     def template(merge_options: Any) -> None:
         """Only its options are of interest."""
 
+    from upit_merge.mergekit_plugin import NO_EFFECT
+
     for param in template.params:
+        assert isinstance(param, click.Option)
+        # Accepted, for who is used to them, and told to have no effect; but not advertised.
+        param.hidden = param.name in NO_EFFECT
         if param.name == "out_shard_size":
             param.type = _ShardSize()
+            param.help = "Largest size of an output file, in bytes  [default: 5B]"
     return template.params
 
 
@@ -69,10 +104,11 @@ def _merge_options(values: dict[str, Any]) -> Any:
 
     from upit_merge.errors import UpitError
 
-    for name, least in (("num_threads", 1), ("random_seed", 0)):
-        if (value := values.get(name)) is not None and value < least:
+    # mergekit seeds numpy too, which takes 32 bits.
+    for name, least, most in (("num_threads", 1, 2**15), ("random_seed", 0, 2**32 - 1)):
+        if (value := values.get(name)) is not None and not least <= value <= most:
             option = name.replace("_", "-")
-            raise UpitError(f"--{option} is {value}; it must be {least} or more.")
+            raise UpitError(f"--{option} is {value}; it must be from {least} to {most}.")
     options = MergeOptions(**values)
     options.apply_global_options()
     return options
@@ -119,29 +155,11 @@ def plan(recipe: Path, **values: Any) -> None:
 
 
 @main.command(
-    cls=_Verbatim,
+    cls=_RouterCommand,
     epilog="upit-merge router out/ --data seed.jsonl --objective ridge",
 )
 @click.argument("out", type=_FOLDER)
-@click.option("--data", required=True, help="jsonl, parquet or txt, a folder, or a dataset id.")
-@click.option("--subset", help="Configuration name of a dataset id.")
-@click.option("--split", default="train", show_default=True, help="Split of a dataset id.")
-@click.option("--sample", help="Samples to use: a count (500) or a fraction (0.01).")
-@click.option("--max-length", type=int, default=512, show_default=True, help="Tokens per sample.")
-@click.option(
-    "--assign", type=click.Choice(["balanced", "lowest"]), default="balanced", show_default=True
-)
-@click.option(
-    "--objective",
-    type=click.Choice(["one_vs_rest", "ridge", "random"]),
-    default="one_vs_rest",
-    show_default=True,
-)
-@click.option("--stream", type=click.Choice(["mean", "expert"]), default="mean", show_default=True)
-@click.option("--temperature", type=float, default=1.0, show_default=True)
-@click.option("--batch-tokens", type=int, default=8192, show_default=True)
-@click.option("--memory-gb", type=float, default=4.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer.")
 @click.option("--quiet", is_flag=True, help="No progress bars, no table.")
@@ -163,7 +181,7 @@ def router(
 
 @main.command(cls=_Verbatim, epilog="upit-merge demo demo/")
 @click.argument("folder", type=_FOLDER)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def demo(folder: Path, seed: int, quiet: bool) -> None:
     """Train small models on text that is on this machine, merge them, and measure the result."""

@@ -22,7 +22,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UpitError(f"The device {name!r} is not supported; use cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UpitError("There is no CUDA device here that torch can use; use --device cpu.")
+        raise UpitError(
+            "There is no CUDA device here that torch can use; leave out --cuda, or use --device cpu."
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UpitError(
             f"The device {name!r} does not exist, there are {torch.cuda.device_count()}; use "

@@ -12,10 +12,21 @@ import torch
 from upit_merge.checkpoints import Checkpoint, OpenOptions, open_checkpoint
 from upit_merge.errors import UpitError
 from upit_merge.expansion.density import resolve_densities
-from upit_merge.mixtral import DenseArchitecture, default_dtype, inspect_models, moe_specs
+from upit_merge.mixtral import (
+    DenseArchitecture,
+    default_dtype,
+    inspect_models,
+    moe_specs,
+    stored_dtype,
+)
 from upit_merge.recipe import Recipe, expand_models
 from upit_merge.tensor_files import Shard, plan_shards
-from upit_merge.tokenizer import find_model, resolve_chat_template, tokenizer_donor
+from upit_merge.tokenizer import (
+    find_model,
+    highest_token_id,
+    resolve_chat_template,
+    tokenizer_donor,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -72,13 +83,17 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
                 f"The recipe makes {num_experts} experts but routes a token to "
                 f"{experts_per_token}; lower experts_per_token or raise num_experts."
             )
-        _warn_of_repeats(checkpoints)
+        _warn_of_repeats(base, checkpoints)
+        if recipe.output_dtype is None:
+            _warn_of_mixed_dtypes(base, checkpoints, architecture)
         donor = tokenizer_donor(recipe.tokenizer_source, base, checkpoints)
         if recipe.router and donor is None:
             raise UpitError(
                 "router: needs a tokenizer for its seed data, but no model of the recipe has one; "
                 "put tokenizer.json into the last checkpoint's folder."
             )
+        if donor:
+            _warn_of_large_tokenizer(donor, architecture.settings["vocab_size"])
         yield Inputs(
             recipe=recipe,
             base=base,
@@ -91,7 +106,7 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
             ),
             backbone=_backbone(recipe.parameters.backbone, base, checkpoints),
             tokenizer=donor,
-            dtype=recipe.output_dtype or default_dtype(base),
+            dtype=recipe.output_dtype or default_dtype(base, architecture),
             num_experts=num_experts,
             experts_per_token=experts_per_token,
             chat_template=(
@@ -102,7 +117,43 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
         )
 
 
-def _warn_of_repeats(checkpoints: Sequence[Checkpoint]) -> None:
+def _warn_of_large_tokenizer(donor: Checkpoint, vocab_size: int) -> None:
+    """Token ids without an embedding crash a model only when they occur."""
+    if (highest := highest_token_id(donor.folder)) is not None and highest >= vocab_size:
+        LOG.warning(
+            "The tokenizer of %s has token ids up to %d, but the models have only %d embeddings; "
+            "text with the further tokens will fail.",
+            donor.label,
+            highest,
+            vocab_size,
+        )
+
+
+def _warn_of_mixed_dtypes(
+    base: Checkpoint, checkpoints: Sequence[Checkpoint], architecture: DenseArchitecture
+) -> None:
+    """Arithmetic is float32 in any case, but the output's dtype should then be a choice."""
+    expected = stored_dtype(base, architecture)
+    for checkpoint in checkpoints:
+        if (found := stored_dtype(checkpoint, architecture)) != expected:
+            LOG.warning(
+                "Checkpoint %s is stored in %s, the base in %s, and the output will be in %s; "
+                "set dtype: in the recipe to choose.",
+                checkpoint.label,
+                *(str(d).removeprefix("torch.") for d in (found, expected)),
+                str(default_dtype(base, architecture)).removeprefix("torch."),
+            )
+            return
+
+
+def _warn_of_repeats(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> None:
+    for checkpoint in checkpoints:
+        if checkpoint.folder.resolve() == base.folder.resolve():
+            LOG.warning(
+                "The base %s is listed under models: too; it becomes an expert that was not "
+                "fine-tuned, and a parent of others.",
+                base.label,
+            )
     folders = [checkpoint.folder.resolve() for checkpoint in checkpoints]
     for checkpoint, folder in zip(checkpoints, folders, strict=True):
         if folders.count(folder) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from upit_merge.errors import UpitError
 
 LOG = logging.getLogger(__name__)
 
+METHOD = "upit"
+
 # mergekit options that change nothing here, with the reason, told when one is used.
-_NO_EFFECT = {
+NO_EFFECT = {
     "allow_crimes": "all models must share one architecture",
     "unsafe_truncate_embeddings": "all models must share one vocabulary",
     "lora_merge_cache": "LoRA adapters are not supported yet",
@@ -42,7 +45,7 @@ def register_method(merge_methods: ModuleType) -> None:
         """Known to mergekit by name; the work is done by `run_merge`, see `extend_run_merge`."""
 
         spec = MergeMethodSpec(
-            name="upit",
+            name=METHOD,
             pretty_name="UpIT",
             reference_url="https://arxiv.org/abs/2410.01610",
             contract=InputContract(base=BasePolicy.REQUIRED),
@@ -62,13 +65,18 @@ def extend_run_merge(merge: ModuleType) -> None:
     _extend_configuration()
     original: Callable[..., None] = merge.run_merge
 
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def run_merge(
-        merge_config: Any, out_path: str, options: Any, config_source: str | None = None
-    ) -> None:
-        if merge_config.merge_method != "upit":
-            return original(merge_config, out_path, options=options, config_source=config_source)
-        return _run_upit(merge_config, out_path, options, config_source)
+    def run_merge(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        values = given.arguments
+        if values["merge_config"].merge_method != METHOD:
+            return original(*args, **kwargs)
+        return _run_upit(
+            values["merge_config"], values["out_path"], values["options"], values["config_source"]
+        )
 
     merge.run_merge = run_merge  # type: ignore[attr-defined]
 
@@ -81,7 +89,7 @@ def _extend_configuration() -> None:
     """
     from mergekit.config import MergeConfiguration
 
-    from upit_merge.recipe import METHOD, parse_recipe
+    from upit_merge.recipe import parse_recipe
 
     class UpitConfiguration(MergeConfiguration):
         router: dict[str, Any] | None = None
@@ -121,6 +129,11 @@ def _run_upit(merge_config: Any, out_path: str, options: Any, config_source: str
     from upit_merge.pipeline import run_recipe
     from upit_merge.recipe import parse_recipe_text
 
+    if config_source is None and not hasattr(merge_config, "router"):
+        LOG.warning(
+            "A MergeConfiguration made without model_validate drops the router: block; pass "
+            "config_source to run_merge if the recipe has one."
+        )
     # mergekit-multi gives no source: there, the configuration itself is the recipe.
     source = config_source or merge_config.to_yaml()
     run_recipe(parse_recipe_text(source), source, Path(out_path), run_options(options))
@@ -138,7 +151,7 @@ def run_options(options: Any, *, overwrite: bool = False) -> Any:
     if not options.safe_serialization:
         raise UpitError("upit writes safetensors only; leave out --no-safe-serialization.")
     defaults = type(options)()
-    for name, reason in _NO_EFFECT.items():
+    for name, reason in NO_EFFECT.items():
         if getattr(options, name, None) != getattr(defaults, name, None):
             LOG.warning("--%s has no effect on upit: %s.", name.replace("_", "-"), reason)
     return RunOptions(

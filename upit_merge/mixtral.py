@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from upit_merge.checkpoints import Checkpoint, check_same_tensors, stored_dtypes
+from upit_merge.checkpoints import Checkpoint, check_same_tensors
 from upit_merge.errors import UpitError
 from upit_merge.tensor_files import TensorSpec
 
@@ -33,14 +33,8 @@ _SHARED_FIELDS = (
     "sliding_window",
     "vocab_size",
 )
-_CARRIED_FIELDS = (
-    "bos_token_id",
-    "eos_token_id",
-    "initializer_range",
-    "max_position_embeddings",
-    "pad_token_id",
-    "use_cache",
-)
+_CARRIED_FIELDS = ("initializer_range", "max_position_embeddings", "use_cache")
+_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def expert_tensor(layer: int, expert: int, projection: str) -> str:
@@ -91,16 +85,13 @@ class DenseArchitecture:
         ffn = {name for _layer, _projection, name in self.ffn_names()}
         return [name for name in self.specs if name not in ffn]
 
-    def largest_tensor_bytes(self, dtype: torch.dtype) -> int:
-        return max(spec.numel for spec in self.specs.values()) * dtype.itemsize
 
-
-def _expected_shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expected_shapes(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The tensors of a dense Llama or Mistral without biases, in model order."""
-    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
-    for layer in range(config.num_hidden_layers):
+    hidden, inner, head = (settings[f] for f in ("hidden_size", "intermediate_size", "head_dim"))
+    queries, keys = (settings[f"num_{f}_heads"] * head for f in ("attention", "key_value"))
+    yield "model.embed_tokens.weight", (settings["vocab_size"], hidden)
+    for layer in range(settings["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         yield f"{prefix}input_layernorm.weight", (hidden,)
         yield f"{prefix}self_attn.q_proj.weight", (queries, hidden)
@@ -112,8 +103,8 @@ def _expected_shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{prefix}mlp.down_proj.weight", (hidden, inner)
         yield f"{prefix}mlp.up_proj.weight", (inner, hidden)
     yield "model.norm.weight", (hidden,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, hidden)
+    if not settings["tie_word_embeddings"]:
+        yield "lm_head.weight", (settings["vocab_size"], hidden)
 
 
 def _dense_config(checkpoint: Checkpoint) -> Any:
@@ -147,7 +138,7 @@ def _dense_config(checkpoint: Checkpoint) -> Any:
         dense = LlamaConfig if model_type == "llama" else MistralConfig
         config = dense.from_dict(dict(raw))
         # What the output could not be loaded with must show now, not after the merge.
-        MixtralConfig.from_dict(_settings(config))
+        MixtralConfig.from_dict(_settings(config) | _carried(config))
         if config.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {config.hidden_act!r} is unknown")
         return config
@@ -164,6 +155,11 @@ def _settings(config: Any) -> dict[str, Any]:
     if config.model_type == "llama":  # keeps the key if it is there but does not act on it
         settings["sliding_window"] = None
     return settings
+
+
+def _carried(config: Any) -> dict[str, Any]:
+    carried = {field: getattr(config, field, None) for field in _CARRIED_FIELDS}
+    return carried | {"attention_dropout": config.attention_dropout or 0.0}
 
 
 def context_length(checkpoint: Checkpoint) -> int:
@@ -199,7 +195,7 @@ def inspect_models(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> Dense
                     f"{settings[field]}; {remedy}."
                 )
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in _expected_shapes(config):
+    for name, shape in _expected_shapes(settings):
         spec = base.specs.get(name)
         if spec is None or spec.shape != shape:
             found = "lacks it" if spec is None else f"has it in shape {list(spec.shape)}"
@@ -225,14 +221,24 @@ def _refuse_unknown_tensors(checkpoint: Checkpoint, shapes: Mapping[str, Any]) -
         )
 
 
-def default_dtype(base: Checkpoint) -> torch.dtype:
-    """The output's dtype when the recipe names none: the widest the base is stored in."""
-    dtypes = stored_dtypes(base)
+def stored_dtype(checkpoint: Checkpoint, architecture: DenseArchitecture) -> torch.dtype:
+    """The widest dtype among a checkpoint's tensors that matter."""
+    dtypes = {checkpoint.specs[name].dtype for name in architecture.specs}
     return max(dtypes, key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16))
 
 
+def default_dtype(base: Checkpoint, architecture: DenseArchitecture) -> torch.dtype:
+    """The output's dtype when the recipe names none: the base's, but never above float32."""
+    dtype = stored_dtype(base, architecture)
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
 def moe_config(
-    donor: Checkpoint, num_experts: int, experts_per_token: int, dtype: torch.dtype
+    donor: Checkpoint,
+    token_donor: Checkpoint,
+    num_experts: int,
+    experts_per_token: int,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """The output's `config.json`.
 
@@ -240,9 +246,11 @@ def moe_config(
     and 5, vLLM, llama.cpp), not under those only transformers 5 writes.
 
     Args:
-        donor: The checkpoint whose settings and token ids the output carries.
+        donor: The checkpoint whose settings the output carries.
+        token_donor: The one whose special token ids it carries, that of the tokenizer.
     """
     config = _dense_config(donor)
+    tokens = _dense_config(token_donor)
     rope = dict(config.rope_parameters)
     rope_theta = rope.pop("rope_theta")
     scaled = rope.get("rope_type", "default") != "default"
@@ -252,8 +260,8 @@ def moe_config(
         **{
             field: value for field, value in _settings(config).items() if field != "rope_parameters"
         },
-        **{field: getattr(config, field, None) for field in _CARRIED_FIELDS},
-        "attention_dropout": config.attention_dropout or 0.0,
+        **_carried(config),
+        **{field: getattr(tokens, field, None) for field in _TOKEN_FIELDS},
         "rope_theta": rope_theta,
         "rope_scaling": rope if scaled else None,
         "num_local_experts": num_experts,
@@ -283,3 +291,41 @@ def moe_specs(
         for layer in range(architecture.num_layers)
     ]
     return body, gates
+
+
+def check_moe(moe: Checkpoint, config: Any) -> None:
+    """Check that a Mixtral folder has every tensor, under its published name and in its shape.
+
+    Args:
+        config: The folder's `MixtralConfig`.
+
+    Raises:
+        UpitError: naming the tensor that is missing or has another shape.
+    """
+    settings = _settings(config)
+    settings["head_dim"] = config.head_dim or config.hidden_size // config.num_attention_heads
+    ffn = {f"mlp.{projection}.weight": projection for projection in PROJECTIONS}
+
+    def expected() -> Iterator[tuple[str, tuple[int, ...]]]:
+        for name, shape in _expected_shapes(settings):
+            _model, layers, *rest = name.split(".", 3)
+            if layers != "layers" or rest[1] not in ffn:
+                yield name, shape
+                continue
+            for expert in range(config.num_local_experts):
+                yield expert_tensor(int(rest[0]), expert, ffn[rest[1]]), shape
+        for layer in range(config.num_hidden_layers):
+            yield gate_tensor(layer), (config.num_local_experts, config.hidden_size)
+
+    for name, shape in expected():
+        spec = moe.specs.get(name)
+        if spec is None:
+            raise UpitError(
+                f"{moe.label} has no tensor {name}; the router needs a complete Mixtral under the "
+                "published names, such as the output of a upit recipe."
+            )
+        if spec.shape != shape:
+            raise UpitError(
+                f"{moe.label} has {name} of shape {list(spec.shape)}, its config.json says "
+                f"{list(shape)}; make the model again."
+            )

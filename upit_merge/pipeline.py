@@ -24,6 +24,7 @@ from upit_merge.report.card import model_card, router_sentence
 from upit_merge.report.record import merge_record, write_json
 from upit_merge.report.tables import bucket_table, show
 from upit_merge.router.gate_files import opened_moe, write_gates
+from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.pretrain import (
     RouterResult,
     load_seed_set,
@@ -31,7 +32,7 @@ from upit_merge.router.pretrain import (
     training_free_gates,
 )
 from upit_merge.router.seed_tokens import SeedSet
-from upit_merge.staging import REPORT, require_space, staged_output
+from upit_merge.staging import REPORT, refuse_occupied, require_space, staged_output
 from upit_merge.tensor_files import Shard, ShardWriter, shard_index
 from upit_merge.tokenizer import (
     copy_generation_config,
@@ -82,13 +83,15 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
     recipe = recipe.with_seed(options.seed)
     device = resolve_device(options.device)
     clock = _Clock()
+    refuse_occupied(out, overwrite=options.overwrite)
+    # Opened first: a glob must not find the output folder that is about to be made.
     with (
-        staged_output(out, overwrite=options.overwrite) as staging,
         opened(recipe, options.open) as inputs,
+        staged_output(out, overwrite=options.overwrite) as staging,
     ):
         seeds = seed_set(inputs, options)
         shards = inputs.shards(options.max_shard_bytes)
-        require_space(out, sum(shard.num_bytes for shard in shards), "The output")
+        require_space(out, sum(shard.num_bytes for shard in shards), "the output")
         with clock.measure("similarity"):
             gram = similarity(inputs, device, quiet=options.quiet)
         lineage = plan_lineage(gram, inputs.densities, inputs.num_experts, recipe.parameters)
@@ -100,11 +103,10 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
         if recipe.router and seeds:
             with clock.measure("router"), opened_moe(staging) as moe:
                 router = pretrain_router(
-                    moe,
+                    LayerwiseMoe(moe, device),
                     seeds,
                     recipe.router,
                     seed=recipe.seed,
-                    device=device,
                     scratch=staging,
                     quiet=options.quiet,
                 )
@@ -114,7 +116,7 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
         )
         record |= {"router": router.report if router else None, "seconds": clock.seconds}
         _write_papers(staging, out, inputs, lineage, source, record, options)
-    _tell(out, lineage, router, quiet=options.quiet)
+    _tell(out, lineage, router, seeds, quiet=options.quiet)
 
 
 def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
@@ -193,13 +195,18 @@ def _write_model(
 def _write_settings(
     staging: Path, inputs: Inputs, shards: tuple[Shard, ...], options: RunOptions
 ) -> None:
+    token_donor = inputs.tokenizer or inputs.settings_donor
     config = moe_config(
-        inputs.settings_donor, inputs.num_experts, inputs.experts_per_token, inputs.dtype
+        inputs.settings_donor,
+        token_donor,
+        inputs.num_experts,
+        inputs.experts_per_token,
+        inputs.dtype,
     )
     write_json(staging / "config.json", config)
     if len(shards) > 1:
         write_json(staging / "model.safetensors.index.json", shard_index(shards))
-    copy_generation_config(inputs.settings_donor, staging)
+    copy_generation_config(token_donor, staging)
     if inputs.tokenizer is None:
         LOG.warning("No model of the recipe has a tokenizer; the output has none either.")
         return
@@ -235,7 +242,14 @@ def _write_papers(
     write_json(staging / REPORT, record)
 
 
-def _tell(out: Path, lineage: Lineage, router: RouterResult | None, *, quiet: bool) -> None:
+def _tell(
+    out: Path,
+    lineage: Lineage,
+    router: RouterResult | None,
+    seeds: SeedSet | None,
+    *,
+    quiet: bool,
+) -> None:
     if router is None:
         LOG.warning(
             "The recipe has no router: block, so the gates are random: the model works, but its "
@@ -244,6 +258,8 @@ def _tell(out: Path, lineage: Lineage, router: RouterResult | None, *, quiet: bo
         )
     if quiet:
         return
+    if seeds:
+        print(seeds.summary())
     if router and (buckets := router.report.get("buckets")):
         show(bucket_table(buckets["experts"]))
     print(f"{lineage.summary[0].upper()}{lineage.summary[1:]}. The model is in {out}.")

@@ -15,8 +15,9 @@ from upit_merge.pipeline import (
     seed_set,
     similarity,
 )
-from upit_merge.recipe import Recipe
+from upit_merge.recipe import Recipe, RouterSettings
 from upit_merge.report.tables import lineage_table, show
+from upit_merge.router.layerwise import LOGIT_ROWS
 from upit_merge.router.seed_tokens import SeedSet
 
 # What Python, torch and transformers take before any weight is read.
@@ -52,7 +53,7 @@ def plan_recipe(recipe: Recipe, options: RunOptions) -> None:
         )
         print(f"Memory for the merge: about {merge_memory(inputs, device) / 2**30:.1f} GiB.")
         if seeds and recipe.router:
-            memory = router_memory(inputs, seeds, float(recipe.router.memory_gb))
+            memory = router_memory(inputs, seeds, recipe.router)
             print(seeds.summary())
             print(f"Memory for the router: about {memory / 2**30:.1f} GiB.")
 
@@ -67,16 +68,22 @@ def merge_memory(inputs: Inputs, device: torch.device) -> int:
     return _IMPORTS_BYTES + merge_workers(device) * block * per_element
 
 
-def router_memory(inputs: Inputs, seeds: SeedSet, budget_gib: float) -> int:
-    """Bytes of RAM router pre-training needs on the CPU: one layer and the hidden states."""
+def router_memory(inputs: Inputs, seeds: SeedSet, router: RouterSettings) -> int:
+    """Bytes of RAM router pre-training needs on the CPU: a layer, a batch, the hidden states."""
     settings, specs = inputs.architecture.settings, inputs.architecture.specs
     layer = sum(spec.numel for name, spec in specs.items() if name.startswith("model.layers.0."))
     hidden = settings["hidden_size"]
-    states = 2 * 4 * hidden * sum(len(sample.input_ids) for sample in seeds.samples)
+    lengths = [len(sample.input_ids) for sample in seeds.samples]
+    states = 2 * 4 * hidden * sum(lengths)
+    # In float32: the three FFN activations that are alive at once, or the attention's share.
+    batch = min(sum(lengths), max(router.batch_tokens, *lengths))
+    activations = 4 * batch * (3 * settings["intermediate_size"] + 6 * hidden)
+    logits = 3 * 4 * min(LOGIT_ROWS, max(lengths)) * settings["vocab_size"]
     table = settings["vocab_size"] * hidden
     # A layer in float32 beside the stored copy being read, or the output head likewise.
     weights = max(layer, table) * (4 + inputs.dtype.itemsize)
-    return int(_IMPORTS_BYTES + weights + min(states, budget_gib * 2**30))
+    kept = min(states, float(router.memory_gb) * 2**30)
+    return int(_IMPORTS_BYTES + weights + max(activations, logits) + kept)
 
 
 def _cosine_table(labels: list[str], rows: list[list[float]]) -> Table:

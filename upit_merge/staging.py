@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,7 +22,7 @@ REPORT = "upit_report.json"
 _LOCK = ".upit-lock"
 
 
-@contextmanager
+@contextlib.contextmanager
 def staged_output(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a folder to build in; on success its files become those of `out`, else nothing does.
 
@@ -36,7 +36,7 @@ def staged_output(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UpitError: `out` is not empty, is no folder, is in use, or the disk is full.
     """
-    _refuse_occupied(out, overwrite)
+    refuse_occupied(out, overwrite=overwrite)
     created = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -47,6 +47,7 @@ def staged_output(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     done = False
     try:
         with exclusive(out):
+            refuse_occupied(out, overwrite=overwrite)  # another run may have just finished
             staging = out / STAGING
             # Left by a run that was killed; the lock says that nobody is using it.
             shutil.rmtree(staging, ignore_errors=True)
@@ -65,7 +66,7 @@ def staged_output(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 _remove_if_empty(folder)
 
 
-@contextmanager
+@contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold the folder's lock.
 
@@ -85,11 +86,18 @@ def exclusive(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # Removed while it is held: after the release it may be somebody else's.
+        with contextlib.suppress(OSError):  # Windows does not remove open files
+            path.unlink(missing_ok=True)
         lock.release()
-        path.unlink(missing_ok=True)
 
 
-def _refuse_occupied(out: Path, overwrite: bool) -> None:
+def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output folder that holds anything but, with `overwrite`, an earlier output.
+
+    Raises:
+        UpitError: naming what is there.
+    """
     if out.is_file():
         raise UpitError(f"The output {out} is a file; give a folder.")
     if not out.is_dir():
@@ -119,6 +127,10 @@ def _remove_if_empty(folder: Path) -> None:
 def _explained(error: OSError, out: Path) -> UpitError:
     if error.errno == errno.ENOSPC:
         return UpitError(f"The disk of {out} is full; free some space and run again.")
+    if error.errno == errno.EMFILE:
+        return UpitError(
+            "Too many files are open at once; raise the limit (`ulimit -n`) or --out-shard-size."
+        )
     where = error.filename or out
     return UpitError(f"Writing {where} failed ({error.strerror or error}); check the disk.")
 
@@ -142,6 +154,25 @@ def _files_of(report: Path) -> list[str]:
     return [name for name in files if isinstance(name, str) and Path(name).name == name]
 
 
+def reserve(path: Path, num_bytes: int) -> None:
+    """Create a file whose bytes are really there.
+
+    Raises:
+        UpitError: the disk is full.
+    """
+    chunk = bytes(1 << 20)
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+                return
+            for start in range(0, num_bytes, len(chunk)):
+                file.write(chunk[: num_bytes - start])
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise _explained(error, path.parent) from error
+
+
 def require_space(folder: Path, num_bytes: int, what: str) -> None:
     """Refuse work that cannot fit the disk, before it starts.
 
@@ -152,6 +183,6 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise UpitError(
-            f"{what} needs {num_bytes / 1e9:.2f} GB on the disk of {folder}, which has "
-            f"{free / 1e9:.2f} GB free; free some space or choose another folder."
+            f"The disk of {folder} has {free / 1e9:.2f} GB free, but {what} "
+            f"({num_bytes / 1e9:.2f} GB) must fit; free some space or choose another folder."
         )

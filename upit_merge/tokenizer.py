@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def tokenizer_donor(
 ) -> Checkpoint | None:
     """The model whose tokenizer the output gets.
 
-    Fine-tuning adds chat templates and end tokens, so the last checkpoint comes before the base.
+    Fine-tuning adds chat templates and end tokens: the last checkpoint that has a tokenizer, and
+    only then the base.
 
     Args:
         source: The recipe's `tokenizer_source`: `base`, the label of a model, or None.
@@ -52,7 +54,7 @@ def tokenizer_donor(
         UpitError: the model asked for is not in the recipe or has no tokenizer.
     """
     if source is None:
-        candidates = (checkpoints[-1], base)
+        candidates = (*reversed(checkpoints), base)
         return next((model for model in candidates if has_tokenizer(model.folder)), None)
     donor = base if source == "base" else find_model(source, "tokenizer_source", checkpoints, base)
     if not has_tokenizer(donor.folder):
@@ -72,7 +74,7 @@ def find_model(
         UpitError: naming the recipe's key and the labels there are.
     """
     for model in (*checkpoints, base):
-        if label == model.label or Path(label).absolute() == model.folder.absolute():
+        if label == model.label or Path(label).expanduser().absolute() == model.folder.absolute():
             return model
     known = ", ".join(model.label for model in checkpoints)
     raise UpitError(f"{key}: {label} is none of the recipe's models ({known}); name one of them.")
@@ -119,7 +121,7 @@ def resolve_chat_template(setting: str, models: Sequence[Checkpoint]) -> str | N
 def _own_template(folder: Path) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace")
     template = _tokenizer_config(folder).get("chat_template")
     return template if isinstance(template, str) else None
 
@@ -144,6 +146,18 @@ def write_chat_template(template: str, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
+
+
+def highest_token_id(folder: Path) -> int | None:
+    """The highest id in `tokenizer.json`, or None if there is no such file or it is unusual."""
+    try:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = (token["id"] for token in content.get("added_tokens", []))
+        return max(chain(ids, added), default=None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

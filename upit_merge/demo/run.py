@@ -68,7 +68,7 @@ def run_demo(
     Args:
         folder: Receives `base/`, `sft/checkpoint-*/`, `seed.jsonl`, `demo.yml`, `moe/` and
             `results.json`; must be empty or not exist.
-        seed: Of everything random.
+        seed: Of initial weights, the order of training data, the seed samples and the merge.
         budget: Sizes and lengths of the training; the default takes two minutes on two cores.
 
     Raises:
@@ -79,6 +79,8 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     _silence_transformers()
+    if budget is None:
+        print("This takes two to three minutes on two CPU cores that have nothing else to do.")
 
     domains = load_domains()
     models = train_demo_models(folder, domains, seed=seed, budget=budget, quiet=quiet)
@@ -211,8 +213,9 @@ def _verdicts(rows: Sequence[Row]) -> list[str]:
     references = [rows[-2], rows[-3], min(checkpoints, key=lambda row: row.mean)]
     for reference in references:
         change = built.mean / reference.mean - 1
-        word = "below" if change < 0 else "above"
+        word = "lower" if change < 0 else "HIGHER"
         sentences.append(
-            f"The MoE as built is {abs(change):.1%} {word} {reference.model} ({reference.mean:.2f})."
+            f"The mean perplexity of the MoE as built is {abs(change):.1%} {word} than that of "
+            f"{reference.model} ({reference.mean:.2f})."
         )
     return sentences

@@ -188,11 +188,17 @@ def plan_lineage(
     kept = list(range(m))
     if m > num_experts:
         kept = keep_diverse(gram.sum(0), num_experts, parameters.similarity)
-        summary = f"kept the {num_experts} most diverse of {m} checkpoints as experts"
+        summary = (
+            f"kept the last of {m} checkpoints as the only expert"
+            if num_experts == 1
+            else f"kept the {num_experts} most diverse of {m} checkpoints as experts"
+        )
     elif m == num_experts:
         summary = f"every one of the {m} checkpoints is an expert; no expansion"
     else:
-        summary = f"{m} checkpoints and {num_experts - m} children make {num_experts} experts"
+        born = num_experts - m
+        children = f"{born} {'child' if born == 1 else 'children'}"
+        summary = f"{m} checkpoints and {children} make {num_experts} experts"
     population = _Population(gram, densities, kept, parameters.mutation)
     # Python's own generator: the same numbers in every version and on every machine.
     generator = random.Random(f"upit lineage {parameters.seed}")

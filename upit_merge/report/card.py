@@ -11,6 +11,9 @@ import yaml
 from upit_merge.checkpoints import Checkpoint, looks_like_path
 from upit_merge.expansion.lineage import Lineage
 
+_ROUTER_HEADING = "## Router"
+_USE_HEADING = "## Use"
+
 
 def _hub_ids(models: Sequence[Checkpoint]) -> list[str]:
     """The references that name a model on the Hub: local folders mean nothing to other people."""
@@ -29,7 +32,7 @@ def _base_card_metadata(base: Checkpoint) -> dict[str, Any]:
         text = (base.folder / "README.md").read_text(encoding="utf-8")
         parts = text.split("---\n")
         metadata = yaml.safe_load(parts[1]) if text.startswith("---\n") and len(parts) > 2 else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: 30 February
         return {}
     if not isinstance(metadata, dict):
         return {}
@@ -88,11 +91,11 @@ def model_card(
         )
     lines += [
         "",
-        "## Router",
+        _ROUTER_HEADING,
         "",
         router_sentence,
         "",
-        "## Use",
+        _USE_HEADING,
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -111,6 +114,15 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def with_router_sentence(card: str, sentence: str) -> str:
+    """The card with another router section; unchanged if it is not one of ours."""
+    before, heading, rest = card.partition(f"\n{_ROUTER_HEADING}\n")
+    _old, use, after = rest.partition(f"\n{_USE_HEADING}\n")
+    if not (heading and use):
+        return card
+    return f"{before}{heading}\n{sentence}\n{use}{after}"
 
 
 def router_sentence(report: dict[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -13,37 +14,45 @@ from pydantic import ValidationError
 from upit_merge.device import resolve_device
 from upit_merge.errors import UpitError
 from upit_merge.recipe import RouterSettings
-from upit_merge.report.record import write_json
+from upit_merge.recipe_errors import explain
+from upit_merge.report.card import router_sentence, with_router_sentence
+from upit_merge.report.record import replace_text, write_json
 from upit_merge.report.tables import bucket_table, show
 from upit_merge.router.gate_files import opened_moe, replace_gates
+from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
 from upit_merge.staging import REPORT, STAGING, exclusive
 from upit_merge.tokenizer import load_tokenizer
 
 LOG = logging.getLogger(__name__)
 
+_NUMBERS = ("sample", "max_length", "temperature", "batch_tokens", "memory_gb")
+
 
 def parse_settings(values: dict[str, Any]) -> RouterSettings:
-    """Router settings from command line values; `sample` is a count or a fraction in text.
+    """Router settings from command line values, numbers among them as text.
 
     Raises:
         UpitError: naming the option and what would work.
     """
-    values = {key: value for key, value in values.items() if value is not None}
-    if isinstance(text := values.get("sample"), str):
-        try:
-            values["sample"] = int(text) if text.isdigit() else float(text)
-        except ValueError:
-            raise UpitError(
-                f"--sample is {text!r}; give a count such as 500 or a fraction such as 0.01."
-            ) from None
+    values = {
+        key: _number(value) if key in _NUMBERS else value
+        for key, value in values.items()
+        if value is not None
+    }
     try:
         return RouterSettings.model_validate(values)
     except ValidationError as error:
-        detail = error.errors()[0]
-        option = str(detail["loc"][0]).replace("_", "-")
-        message = detail["msg"].removeprefix("Input should be ")
-        raise UpitError(f"--{option} is {detail['input']!r}; it should be {message}.") from None
+        key, rest = explain(error, values, {"": RouterSettings}).split(" ", 1)
+        raise UpitError(f"--{key.replace('_', '-')} {rest}.") from None
+
+
+def _number(text: str) -> int | float | str:
+    """Text as the number it is: `sample` takes a count (500) or a fraction (0.01)."""
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
 
 
 def train_router(
@@ -63,12 +72,13 @@ def train_router(
     if not out.is_dir():
         raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
     with exclusive(out), opened_moe(out, str(out)) as moe:
+        model = LayerwiseMoe(moe, resolve_device(device))
         tokenizer = load_tokenizer(out, trust_remote_code=trust_remote_code)
         seeds = load_seed_set(
             settings,
             tokenizer,
-            context=moe.config.get("max_position_embeddings", 1 << 30),
-            vocab_size=moe.config.get("vocab_size", 0),
+            context=model.context,
+            vocab_size=model.vocab_size,
             seed=seed,
         )
         staging = out / STAGING
@@ -76,31 +86,34 @@ def train_router(
         staging.mkdir()
         try:
             result = pretrain_router(
-                moe,
-                seeds,
-                settings,
-                seed=seed,
-                device=resolve_device(device),
-                scratch=staging,
-                quiet=quiet,
+                model, seeds, settings, seed=seed, scratch=staging, quiet=quiet
             )
             replace_gates(out, staging, result.gates)
-            _update_report(out, result, settings)
+            _update_papers(out, result, settings, seed)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     if not quiet:
+        print(seeds.summary())
         if buckets := result.report.get("buckets"):
             show(bucket_table(buckets["experts"]))
         print(f"The gates in {out} are replaced.")
     return result
 
 
-def _update_report(out: Path, result: RouterResult, settings: RouterSettings) -> None:
+def _update_papers(out: Path, result: RouterResult, settings: RouterSettings, seed: int) -> None:
+    """Make the card and the report say what the gates are now, where they are ours."""
+    card = out / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        replace_text(card, with_router_sentence(text, router_sentence(result.report)))
     path = out / REPORT
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         LOG.info("%s has no %s; it is not updated.", out, REPORT)
         return
-    report["router"] = result.report | {"settings": settings.model_dump(mode="json")}
+    report["router"] = result.report | {
+        "seed": seed,
+        "settings": settings.model_dump(mode="json"),
+    }
     write_json(path, report)

@@ -57,7 +57,9 @@ def replace_gates(folder: Path, staging: Path, gates: Sequence[torch.Tensor]) ->
         UpitError: the copies do not fit the disk.
     """
     by_file = _gates_by_file(folder, gates)
-    require_space(staging, sum(p.stat().st_size for p in by_file), "Replacing the gates")
+    require_space(
+        staging, sum(p.stat().st_size for p in by_file), "a copy of the files with the gates"
+    )
     for path, tensors in by_file.items():
         shutil.copyfile(path, staging / path.name)
         patch_tensors(staging / path.name, tensors)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
-from upit_merge.mixtral import PROJECTIONS, expert_tensor, gate_tensor
+from upit_merge.mixtral import PROJECTIONS, check_moe, expert_tensor, gate_tensor
 from upit_merge.router.seed_tokens import TokenizedSample
+from upit_merge.staging import require_space, reserve
 
 # Rows of logits computed at a time: 1,024 x a vocabulary of 128 K in float32 is half a gigabyte.
-_LOGIT_ROWS = 1024
+LOGIT_ROWS = 1024
 
 MEAN = -1  # stands for the expert whose FFN is the mean of all
 
@@ -62,7 +63,11 @@ class PackedStates:
         if shape[0] * width * dtype.itemsize <= budget_bytes:
             self.rows = torch.empty(shape, dtype=dtype)
         else:
+            num_bytes = shape[0] * width * dtype.itemsize
+            require_space(scratch, num_bytes, "the router's hidden states")
             self._file = scratch / f"hidden-{id(self):x}.bin"
+            # A hole in a mapped file kills the process when the disk is full: fill it first.
+            reserve(self._file, num_bytes)
             mapped = torch.from_file(
                 str(self._file), shared=True, size=shape[0] * width, dtype=dtype
             )
@@ -86,7 +91,7 @@ class LayerwiseMoe:
         device: Where a layer is computed. On the CPU in float32, else in the stored dtype.
 
     Raises:
-        UpitError: the folder is not a Mixtral, or a gate is missing.
+        UpitError: the folder is not a Mixtral, or a tensor is missing or has another shape.
     """
 
     def __init__(self, moe: Checkpoint, device: torch.device) -> None:
@@ -99,21 +104,22 @@ class LayerwiseMoe:
             )
         self.moe = moe
         self.device = device
-        config = MixtralConfig.from_dict(dict(moe.config))
+        try:
+            config = MixtralConfig.from_dict(dict(moe.config))
+        except Exception as error:  # validation errors of transformers and of huggingface_hub
+            reason = " ".join(str(error).split())
+            raise UpitError(
+                f"The config.json of {moe.label} is not a valid Mixtral configuration ({reason}); "
+                "make the model again."
+            ) from None
         self.num_layers: int = config.num_hidden_layers
         self.num_experts: int = config.num_local_experts
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.context: int = config.max_position_embeddings
-        for layer in range(self.num_layers):
-            for name in (gate_tensor(layer), expert_tensor(layer, self.num_experts - 1, "up_proj")):
-                if name not in moe.specs:
-                    raise UpitError(
-                        f"{moe.label} has no tensor {name}; the router needs Mixtral's published "
-                        "names, which `mergekit-yaml` writes for a upit recipe."
-                    )
-        stored = moe.specs[gate_tensor(0)].dtype
-        self.dtype = torch.float32 if device.type == "cpu" else stored
+        check_moe(moe, config)
+        self.stored_dtype = moe.specs[gate_tensor(0)].dtype
+        self.dtype = torch.float32 if device.type == "cpu" else self.stored_dtype
         fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "dtype")}
         self._config = MistralConfig(**fields)
         self._config._attn_implementation = "sdpa"
@@ -147,7 +153,10 @@ class LayerwiseMoe:
             for name in self.moe.specs
             if name.startswith(prefix) and ".block_sparse_moe." not in name
         }
-        module.load_state_dict(state, strict=False, assign=True)
+        missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
+        # The FFN comes per expert; anything else that is not there would be uninitialised memory.
+        if unexpected or any(not name.startswith("mlp.") for name in missing):
+            raise RuntimeError(f"layer {layer}: missing {missing}, unexpected {unexpected}")
         return module.eval().requires_grad_(False)
 
     def set_ffn(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -210,8 +219,8 @@ class LayerwiseMoe:
             rows = states.rows[states.span(index)][sample.loss_start - 1 : -1].to(self.device)
             targets = torch.tensor(sample.input_ids[sample.loss_start :], device=self.device)
             total = 0.0
-            for start in range(0, len(targets), _LOGIT_ROWS):
-                part = slice(start, start + _LOGIT_ROWS)
+            for start in range(0, len(targets), LOGIT_ROWS):
+                part = slice(start, start + LOGIT_ROWS)
                 logits = F.linear(norm(rows[part]), head).float()
                 total += float(F.cross_entropy(logits, targets[part], reduction="sum"))
             means[index] = total / len(targets)

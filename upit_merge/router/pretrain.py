@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from upit_merge.blocks import progress_bar
 from upit_merge.checkpoints import Checkpoint
-from upit_merge.mixtral import gate_tensor
+from upit_merge.errors import UpitError
 from upit_merge.recipe import RouterSettings
 from upit_merge.router.buckets import ASSIGNMENTS
 from upit_merge.router.layerwise import MEAN, LayerwiseMoe, PackedStates, Stream
@@ -88,15 +89,13 @@ def load_seed_set(
         UpitError: the data cannot be read, is empty or malformed, or does not fit the model.
     """
     examples = read_seed_data(settings.data, split=settings.split, config=settings.subset)
-    seeds = tokenize_seed_data(
+    return tokenize_seed_data(
         sample_examples(examples, settings.sample, seed),
         tokenizer,
         max_length=settings.max_length,
         context=context,
         vocab_size=vocab_size,
     )
-    LOG.info(seeds.summary())
-    return seeds
 
 
 def training_free_gates(
@@ -113,12 +112,11 @@ def training_free_gates(
 
 
 def pretrain_router(
-    moe: Checkpoint,
+    model: LayerwiseMoe,
     seeds: SeedSet,
     settings: RouterSettings,
     *,
     seed: int,
-    device: torch.device,
     scratch: Path,
     quiet: bool,
 ) -> RouterResult:
@@ -129,19 +127,18 @@ def pretrain_router(
     is fitted to tell the buckets apart by what the gate sees there.
 
     Args:
-        moe: The open Mixtral folder; nothing is written to it.
+        model: The Mixtral folder; nothing is written to it.
         seeds: From `load_seed_set`.
         seed: Of the random objective.
         scratch: A folder for hidden states that exceed the memory budget.
 
     Raises:
-        UpitError: the folder is not a Mixtral.
+        UpitError: losses or gates are NaN or infinite, or hidden states do not fit the disk.
     """
-    model = LayerwiseMoe(moe, device)
     report: dict[str, Any] = {"objective": settings.objective, "data": seeds.to_report()}
     timings: dict[str, float] = {}
     if settings.objective == "random" or model.num_experts == 1:
-        gates = training_free_gates(moe, model.num_layers, model.num_experts, seed)
+        gates = training_free_gates(model.moe, model.num_layers, model.num_experts, seed)
         return RouterResult(gates, report | {"seconds": timings})
     started = time.perf_counter()
     buckets = sort_into_buckets(model, seeds, settings, scratch, quiet=quiet)
@@ -171,11 +168,13 @@ def sort_into_buckets(
     everything = tuple(range(len(seeds.samples)))
     tokens = sum(len(sample.input_ids) for sample in seeds.samples)
     losses = torch.empty(len(everything), model.num_experts, dtype=torch.float64)
-    states = _states(model, seeds, settings, scratch)
     total = tokens * model.num_experts * model.num_layers
     # One expert at a time: hidden states of one stream, at the price of reading the attention
     # weights once per expert, a fifth more than reading everything once.
-    with progress_bar(total, "losses of the experts", quiet=quiet, unit="tok") as bar:
+    with (
+        contextlib.closing(_states(model, seeds, settings, scratch)) as states,
+        progress_bar(total, "losses of the experts", quiet=quiet, unit="tok") as bar,
+    ):
         for expert in range(model.num_experts):
             model.sweep(
                 seeds.samples,
@@ -185,8 +184,19 @@ def sort_into_buckets(
                 on_progress=bar.update,
             )
             losses[:, expert] = model.losses(seeds.samples, states)
-    states.close()
-    return Buckets(losses, ASSIGNMENTS[settings.assign](losses))
+            if not losses[:, expert].isfinite().all():
+                raise UpitError(
+                    f"Expert {expert} gives NaN or infinite losses on the seed data; its "
+                    "checkpoint is broken, or its values overflow: use dtype: bfloat16."
+                )
+    buckets = Buckets(losses, ASSIGNMENTS[settings.assign](losses))
+    if empty := [str(row["expert"]) for row in buckets.rows() if row["samples"] == 0]:
+        LOG.warning(
+            "No seed sample belongs to expert(s) %s, whose gates stay untrained; give more "
+            "samples, or use assign: balanced.",
+            ", ".join(empty),
+        )
+    return buckets
 
 
 def fit_gates(
@@ -212,18 +222,25 @@ def fit_gates(
             for sample, expert in zip(seeds.samples, buckets.assigned, strict=True)
         ]
     )
-    states = _states(model, seeds, settings, scratch)
-    inputs = _states(model, seeds, settings, scratch)
     gates: list[Tensor] = []
     fit = _FITS[settings.objective]
 
     def fit_layer(layer: int) -> None:
         gate = fit(inputs.rows, labels, model.num_experts, device=model.device)
-        gates.append(normalise(gate, inputs.rows, float(settings.temperature)))
-        LOG.debug("fitted %s", gate_tensor(layer))
+        gate = normalise(gate, inputs.rows, float(settings.temperature))
+        if not gate.to(model.stored_dtype).isfinite().all():
+            raise UpitError(
+                f"The gate of layer {layer} is NaN or infinite; use a temperature nearer to 1, or "
+                "dtype: bfloat16."
+            )
+        gates.append(gate)
 
     total = len(labels) * model.num_layers
-    with progress_bar(total, "fitting the gates", quiet=quiet, unit="tok") as bar:
+    with (
+        contextlib.closing(_states(model, seeds, settings, scratch)) as states,
+        contextlib.closing(_states(model, seeds, settings, scratch)) as inputs,
+        progress_bar(total, "fitting the gates", quiet=quiet, unit="tok") as bar,
+    ):
         model.sweep(
             seeds.samples,
             streams,
@@ -233,6 +250,4 @@ def fit_gates(
             after_layer=fit_layer,
             on_progress=bar.update,
         )
-    states.close()
-    inputs.close()
     return gates

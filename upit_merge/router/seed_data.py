@@ -1,6 +1,6 @@
 """Seed data for the router: files or a Hub dataset -> raw examples -> a sample -> token ids.
 
-Three steps, each usable by itself: `read_seed_data`, `sample_examples`, `tokenize_seed_data`.
+Two steps: `read_seed_data`, `sample_examples`; `seed_tokens` turns the result into token ids.
 Every mistake in the data is an `UpitError` that names the file and the line, record or row.
 """
 
@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upit_merge.errors import UpitError, first_line
-
-if TYPE_CHECKING:
-    pass
 
 # The paper trains its router on 500 to 5,000 samples, about 1 % of the instruction-tuning set.
 DEFAULT_SAMPLES = 1000
@@ -52,15 +49,15 @@ class SeedExample:
 
 
 def read_seed_data(
-    source: str, *, split: str = "train", config: str | None = None, revision: str | None = None
+    source: str, *, split: str = "train", config: str | None = None
 ) -> list[SeedExample]:
     """Read every record of a file, of a folder's files (in sorted order), or of a Hub dataset.
 
     Args:
         source: a `.jsonl` or `.json` file (an object on each line, or one list of objects),
-            a `.parquet` file, a `.txt` file (blank lines separate the samples), a folder of
+            a `.parquet` file, a `.txt` file (blank lines separate the samples; without any, line ends do), a folder of
             such files (other files and subfolders are passed over), or a dataset id.
-        split, config, revision: of the dataset id; files have none.
+        split, config: of the dataset id, which may end in `@revision`; files have none.
 
     Raises:
         UpitError: nothing there, an unknown extension, an empty or malformed file, or a record
@@ -74,7 +71,7 @@ def read_seed_data(
             f"There is no seed data at {source!r}; give the path of a {_FILES} file or of a "
             "folder of them, or a dataset id."
         )
-    return _read_hub(source, split, config, revision)
+    return _read_hub(source, split, config)
 
 
 def _read_path(path: Path) -> list[SeedExample]:
@@ -141,10 +138,13 @@ def _parse(path: Path, first_line: int, text: str) -> Any:
 
 
 def _text_records(path: Path) -> Iterator[tuple[str, Any]]:
-    for blank, group in groupby(_lines(path), key=lambda item: not item[1].strip()):
-        block = list(group)
-        if not blank:
-            yield f"{path} line {block[0][0]}", {"text": "\n".join(line for _, line in block)}
+    """Blocks between blank lines; every line is one where a file has no blank lines to speak of."""
+    groups = groupby(_lines(path), key=lambda item: not item[1].strip())
+    blocks = [list(group) for blank, group in groups if not blank]
+    if len(blocks) == 1:
+        blocks = [[line] for line in blocks[0]]
+    for block in blocks:
+        yield f"{path} line {block[0][0]}", {"text": "\n".join(line for _, line in block)}
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -164,11 +164,12 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise UpitError(f"{path} is not readable parquet ({why}); write it again.") from error
 
 
-def _read_hub(name: str, split: str, config: str | None, revision: str | None) -> list[SeedExample]:
+def _read_hub(name: str, split: str, config: str | None) -> list[SeedExample]:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, config, split=split, revision=revision)
+        repo, _, revision = name.partition("@")
+        dataset = datasets.load_dataset(repo, config, split=split, revision=revision or None)
     except Exception as error:  # the Hub's client and the builders raise all kinds
         remedy = f"check the dataset's id, its config and that it has the split {split!r}"
         if isinstance(error, ConnectionError):
