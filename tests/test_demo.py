@@ -92,7 +92,7 @@ def test_demo_leaves_what_it_says(finished: Path) -> None:
     assert len(rows) == 1 + len(list((finished / "sft").iterdir())) + 3
     report = json.loads((finished / "moe" / "upit_report.json").read_text())
     assert len(report["lineage"]["experts"]) == 8
-    assert report["router"]["objective"] == "one_vs_rest"
+    assert report["router"]["settings"]["objective"] == "one_vs_rest"
 
 
 def test_demo_measures_the_model_as_it_is_on_disk(finished: Path, domains: list[Domain]) -> None:

@@ -134,7 +134,7 @@ def test_mergekit_multi_feeds_a_merge_into_upit(shared_family: Family, tmp_path:
     )
     assert result.returncode == 0, result.stderr
     report = yaml.safe_load((out / "upit_report.json").read_text())
-    assert report["router"]["objective"] == "ridge"
+    assert report["router"]["settings"]["objective"] == "ridge"
     assert report["checkpoints"][1].endswith("averaged")
 
 

@@ -401,7 +401,7 @@ def test_router_command_gives_what_the_recipe_would_have(family: Family, merge) 
         assert changed == set(gates(later))
         for name in got:
             assert torch.equal(got[name], expected[name])
-        assert report_of(later)["objective"] == "one_vs_rest"
+        assert report_of(later)["settings"]["objective"] == "one_vs_rest"
         assert report_of(later)["settings"]["data"] == str(seeds)
         card = (later / "README.md").read_text()
         assert "random" not in card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,6 +48,17 @@ def map_in_order(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         # Threads started later take the last value set anywhere as their default.
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Compute with one thread: sums over many rows then have one order, on every machine's CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
         torch.set_num_threads(threads)
 
 

@@ -134,7 +134,7 @@ def router_sentence(report: dict[str, Any] | None) -> str:
     samples = report["data"]["samples"]
     return (
         f"The gates were pre-trained layer by layer on {samples} seed samples "
-        f"(`{report['objective']}`), each assigned to an expert by its perplexity."
+        f"(`{report['settings']['objective']}`), each assigned to an expert by its perplexity."
     )
 
 

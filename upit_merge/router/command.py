@@ -89,7 +89,7 @@ def train_router(
                 model, seeds, settings, seed=seed, scratch=staging, quiet=quiet
             )
             replace_gates(out, staging, result.gates)
-            _update_papers(out, result, settings, seed)
+            _update_papers(out, result)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     if not quiet:
@@ -100,7 +100,7 @@ def train_router(
     return result
 
 
-def _update_papers(out: Path, result: RouterResult, settings: RouterSettings, seed: int) -> None:
+def _update_papers(out: Path, result: RouterResult) -> None:
     """Make the card and the report say what the gates are now, where they are ours."""
     card = out / "README.md"
     if card.is_file():
@@ -112,8 +112,5 @@ def _update_papers(out: Path, result: RouterResult, settings: RouterSettings, se
     except (OSError, ValueError):
         LOG.info("%s has no %s; it is not updated.", out, REPORT)
         return
-    report["router"] = result.report | {
-        "seed": seed,
-        "settings": settings.model_dump(mode="json"),
-    }
+    report["router"] = result.report
     write_json(path, report)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upit_merge.blocks import progress_bar
+from upit_merge.blocks import progress_bar, single_threaded
 from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
 from upit_merge.recipe import RouterSettings
@@ -135,7 +135,11 @@ def pretrain_router(
     Raises:
         UpitError: losses or gates are NaN or infinite, or hidden states do not fit the disk.
     """
-    report: dict[str, Any] = {"objective": settings.objective, "data": seeds.to_report()}
+    report: dict[str, Any] = {
+        "settings": settings.model_dump(mode="json"),
+        "seed": seed,
+        "data": seeds.to_report(),
+    }
     timings: dict[str, float] = {}
     if settings.objective == "random" or model.num_experts == 1:
         gates = training_free_gates(model.moe, model.num_layers, model.num_experts, seed)
@@ -226,8 +230,10 @@ def fit_gates(
     fit = _FITS[settings.objective]
 
     def fit_layer(layer: int) -> None:
-        gate = fit(inputs.rows, labels, model.num_experts, device=model.device)
-        gate = normalise(gate, inputs.rows, float(settings.temperature))
+        # Fitting is little work beside the forward pass, and must not depend on the machine's cores.
+        with single_threaded():
+            gate = fit(inputs.rows, labels, model.num_experts, device=model.device)
+            gate = normalise(gate, inputs.rows, float(settings.temperature))
         if not gate.to(model.stored_dtype).isfinite().all():
             raise UpitError(
                 f"The gate of layer {layer} is NaN or infinite; use a temperature nearer to 1, or "
