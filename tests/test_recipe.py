@@ -482,3 +482,28 @@ def test_density_of_one_model() -> None:
     plain, last = [0.8, 0.5, 0.1, 0.8], [0.8, 0.5, 0.2, 0.8]
     expected = [plain, plain, [*plain[:3], 0.3], last, last, [*last[:3], 0.3]]
     assert layers == [pytest.approx(row, abs=1e-12) for row in expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("merge_method: upit\nbase_model: a\nbase_model: b\n", "line 3, column 1"),
+        ("parameters: {seed: 1, density: 0.5, seed: 2}", "line 1, column 37"),
+        ("models:\n- model: a\n  model: b", "line 3, column 3"),
+    ],
+)
+def test_a_key_given_twice_is_refused(text: str, where: str) -> None:
+    with pytest.raises(UpitError, match=rf"{where}: the key \w+ is given twice"):
+        parse_recipe_text(text)
+
+
+@pytest.mark.parametrize(
+    "density",
+    [
+        {"filter": "down_prj", "value": 0.5},
+        [{"filter": "self_attn", "value": 0.5}, {"value": 0.9}],
+    ],
+)
+def test_a_filter_that_matches_nothing_is_refused(shared_family, merge, density) -> None:
+    with pytest.raises(UpitError, match=r"density: the filter '\w+' matches no FFN tensor"):
+        merge(shared_family.recipe(parameters={"density": density}))

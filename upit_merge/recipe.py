@@ -272,10 +272,24 @@ def load_recipe(path: Path) -> tuple[Recipe, str]:
     return parse_recipe_text(text, str(path)), text
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """The safe loader, which would silently let the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is given twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
 def parse_recipe_text(text: str, source: str = "the recipe") -> Recipe:
     """Validate a recipe given as YAML text; see `parse_recipe`."""
     try:
-        document = yaml.safe_load(text)
+        document = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date in month 13
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

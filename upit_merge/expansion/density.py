@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from upit_merge.errors import UpitError
 from upit_merge.mixtral import DenseArchitecture
 from upit_merge.recipe import Density, FilteredDensity, Parameters
 
@@ -24,6 +25,19 @@ def _as_mergekit(setting: Density) -> Any:
     return setting
 
 
+def _refuse_idle_filters(architecture: DenseArchitecture, settings: Sequence[Density]) -> None:
+    names = [name for _layer, _projection, name in architecture.ffn_names()]
+    for setting in settings:
+        for condition in setting if isinstance(setting, list) else [setting]:
+            pattern = condition.filter if isinstance(condition, FilteredDensity) else None
+            if pattern in (None, "*") or any(pattern in name for name in names):
+                continue
+            raise UpitError(
+                f"density: the filter {pattern!r} matches no FFN tensor; use a part of a name such "
+                f"as {names[-1]}."
+            )
+
+
 def resolve_densities(
     architecture: DenseArchitecture, shared: Density, per_model: Sequence[Density | None]
 ) -> torch.Tensor:
@@ -36,7 +50,11 @@ def resolve_densities(
 
     Returns:
         float64, (num_ffn_tensors, num_checkpoints).
+
+    Raises:
+        UpitError: a filter matches no FFN tensor, so that its value would never be used.
     """
+    _refuse_idle_filters(architecture, [shared, *(own for own in per_model if own is not None)])
     from mergekit.merge_methods.base import ParameterScope, ParameterSpec
     from mergekit.parameter_resolver import resolve_parameter
 
