@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,5 +72,6 @@ def progress_bar(total: int, description: str, *, quiet: bool, unit: str = "B") 
         unit=unit,
         unit_scale=unit == "B",
         dynamic_ncols=True,
-        mininterval=0.5,
+        # A log file keeps every line that a terminal overwrites.
+        mininterval=0.5 if sys.stderr.isatty() else 2,
     )

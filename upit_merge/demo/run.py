@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from upit_merge.blocks import progress_bar
 from upit_merge.checkpoints import Checkpoint, OpenOptions
 from upit_merge.demo.corpus import Domain, load_domains
 from upit_merge.demo.evaluation import perplexity
@@ -132,7 +133,6 @@ def _merge(folder: Path, seed: int, *, quiet: bool) -> None:
 def _measure(
     folder: Path, models: DemoModels, domains: Sequence[Domain], *, quiet: bool
 ) -> list[Row]:
-    from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "moe")
@@ -144,7 +144,7 @@ def _measure(
         return result
 
     total = len(models.checkpoints) + 3 + _RANDOM_GATES
-    with tqdm(total=total, desc="held-out perplexity", disable=quiet, unit="model") as bar:
+    with progress_bar(total, "held-out perplexity", quiet=quiet, unit="model") as bar:
         rows = [row("base", AutoModelForCausalLM.from_pretrained(models.base))]
         for path in models.checkpoints:
             rows.append(row(path.name, AutoModelForCausalLM.from_pretrained(path)))

@@ -20,7 +20,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.optim import Optimizer
-from tqdm import tqdm
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -29,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from upit_merge.blocks import progress_bar
 from upit_merge.demo.corpus import Domain
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -119,8 +119,7 @@ def train_demo_models(
     visits = len(domains) * budget.sft_rounds
     total = budget.base_steps + visits * budget.sft_steps
     checkpoints: list[Path] = []
-    with tqdm(total=total, unit="step", disable=quiet) as progress:
-        progress.set_description("train the base model")
+    with progress_bar(total, "train the base model", quiet=quiet, unit="step") as progress:
         peaks = [budget.base_learning_rate] * 2
         train(budget.base_steps, [1 / len(domains)] * len(domains), adamw(model), peaks)
         base = save(folder / "base", model, tokenizer)
