@@ -6,11 +6,11 @@ python benchmarks/gates.py demo/ [MORE DEMO FOLDERS]
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from upit_merge.demo.corpus import load_domains
-from upit_merge.demo.evaluation import perplexity
+from upit_merge.demo.evaluation import perplexity, set_gates
 from upit_merge.recipe import RouterSettings
 from upit_merge.router.buckets import ASSIGNMENTS
 from upit_merge.router.gate_files import opened_moe
@@ -51,11 +51,8 @@ def measure(folder: Path) -> dict[str, float]:
     results: dict[str, float] = {}
 
     def evaluate(gates: list[torch.Tensor]) -> float:
-        with torch.no_grad():
-            for layer, gate in zip(model.model.layers, gates, strict=True):
-                layer.mlp.gate.weight.copy_(gate)
-        losses = [math.log(perplexity(model, tokenizer, d.heldout)) for d in domains]
-        return math.exp(sum(losses) / len(losses))
+        set_gates(model, gates)
+        return geometric_mean(perplexity(model, tokenizer, d.heldout) for d in domains)
 
     with opened_moe(folder / "moe") as moe, tempfile.TemporaryDirectory() as scratch:
         layerwise = LayerwiseMoe(moe, torch.device("cpu"))
@@ -79,7 +76,7 @@ def measure(folder: Path) -> dict[str, float]:
             for seed in range(RANDOM_GATES)
         ]
         name = f"objective: random (mean of {RANDOM_GATES})"
-        results[name] = math.exp(sum(map(math.log, random)) / RANDOM_GATES)
+        results[name] = geometric_mean(random)
     return results
 
 

@@ -288,13 +288,13 @@ def open_checkpoint(
 def check_same_tensors(
     base: Checkpoint, others: Sequence[Checkpoint], names: Iterable[str]
 ) -> None:
-    """Every model must have the given tensors, in the base's shapes.
+    """Every other model must have the given tensors of the base, in the base's shapes.
 
     Raises:
         UpitError: naming the checkpoint, the tensor and both shapes.
     """
     for name in names:
-        for checkpoint in (base, *others):
+        for checkpoint in others:
             spec = checkpoint.specs.get(name)
             if spec is None:
                 raise UpitError(

@@ -11,10 +11,9 @@ from types import ModuleType
 from typing import Any
 
 from upit_merge.errors import UpitError
+from upit_merge.recipe import METHOD, parse_recipe, parse_recipe_text
 
 LOG = logging.getLogger(__name__)
-
-METHOD = "upit"
 
 # mergekit options that change nothing here, with the reason, told when one is used.
 NO_EFFECT = {
@@ -89,8 +88,6 @@ def _extend_configuration() -> None:
     """
     from mergekit.config import MergeConfiguration
 
-    from upit_merge.recipe import parse_recipe
-
     class UpitConfiguration(MergeConfiguration):
         router: dict[str, Any] | None = None
 
@@ -127,7 +124,6 @@ def _as_written(value: Any) -> Any:
 
 def _run_upit(merge_config: Any, out_path: str, options: Any, config_source: str | None) -> None:
     from upit_merge.pipeline import run_recipe
-    from upit_merge.recipe import parse_recipe_text
 
     if config_source is None and not hasattr(merge_config, "router"):
         LOG.warning(

@@ -9,6 +9,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@torch.no_grad()
+def set_gates(model: PreTrainedModel, gates: Sequence[Tensor]) -> None:
+    """Give a loaded Mixtral other gates, one (num_experts, hidden_size) per layer."""
+    for layer, gate in zip(model.model.layers, gates, strict=True):
+        layer.mlp.gate.weight.copy_(gate)
+
+
 @torch.inference_mode()
 def document_losses(
     model: PreTrainedModel,

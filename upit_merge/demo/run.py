@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import subprocess
 import sys
@@ -11,19 +10,19 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from upit_merge.blocks import progress_bar
-from upit_merge.checkpoints import Checkpoint, OpenOptions
 from upit_merge.demo.corpus import Domain, load_domains
-from upit_merge.demo.evaluation import perplexity
+from upit_merge.demo.evaluation import perplexity, set_gates
 from upit_merge.demo.training import DemoModels, TrainingBudget, train_demo_models
 from upit_merge.errors import UpitError
 from upit_merge.report.record import write_json
 from upit_merge.report.tables import show
+from upit_merge.router.gate_files import opened_moe
 from upit_merge.router.pretrain import training_free_gates
 
 RECIPE = """\
@@ -58,7 +57,7 @@ class Row:
     @property
     def mean(self) -> float:
         """Geometric mean over the domains: exp of the mean of their losses."""
-        return math.exp(sum(map(math.log, self.perplexities)) / len(self.perplexities))
+        return geometric_mean(self.perplexities)
 
 
 def run_demo(
@@ -173,23 +172,19 @@ def _average(checkpoints: Sequence[Path]) -> Any:
 def _with_random_gates(moe: Any, folder: Path, row: Any) -> Iterable[Row]:
     """The same experts behind several random gates, those a recipe without `router:` gets."""
     config = moe.config
-    checkpoint = Checkpoint("moe", folder / "moe", OpenOptions())
-    for seed in range(_RANDOM_GATES):
-        gates = training_free_gates(
-            checkpoint, config.num_hidden_layers, config.num_local_experts, seed
-        )
-        with torch.no_grad():
-            for layer, gate in zip(moe.model.layers, gates, strict=True):
-                layer.mlp.gate.weight.copy_(gate)
-        yield row("", moe)
-    checkpoint.close()
+    with opened_moe(folder / "moe") as checkpoint:
+        for seed in range(_RANDOM_GATES):
+            gates = training_free_gates(
+                checkpoint, config.num_hidden_layers, config.num_local_experts, seed
+            )
+            set_gates(moe, gates)
+            yield row("", moe)
 
 
 def _mean_row(name: str, rows: Iterable[Row]) -> Row:
     """Geometric means, domain by domain."""
     columns = zip(*(row.perplexities for row in rows), strict=True)
-    means = (math.exp(sum(map(math.log, column)) / len(column)) for column in columns)
-    return Row(f"{name} (mean of {_RANDOM_GATES})", tuple(means))
+    return Row(f"{name} (mean of {_RANDOM_GATES})", tuple(map(geometric_mean, columns)))
 
 
 def _table(rows: Sequence[Row], domains: Sequence[Domain]) -> Table:
