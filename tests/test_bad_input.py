@@ -692,11 +692,12 @@ def test_recipe_file(text: str | None, sentence: str, family: Family) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("command", ["upit-merge", "mergekit-yaml"])
-@pytest.mark.parametrize("option", ["--device=cuda", "--cuda"])
+@pytest.mark.parametrize("option", ["--device=cuda", "--cuda", "--multi-gpu"])
 def test_cuda_without_a_device(option: str, command: str, family: Family) -> None:
     result = run(command, family.write_recipe(family.recipe()), family.root / "out", option)
     sentence = (
-        "There is no CUDA device here that torch can use; leave out --cuda, or use --device cpu."
+        "There is no CUDA device here that torch can use; leave out --cuda and --multi-gpu, or "
+        "use --device cpu."
     )
     assert_refused(result, sentence, family)
     assert not (family.root / "out").exists()
@@ -833,11 +834,13 @@ def test_full_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("upit_merge.tensor_files._PositionedFile.write", no_space)
+    monkeypatch.setattr("upit_merge.tensor_files.PositionedFile.write", no_space)
     recipe = family.write_recipe(family.recipe())
     before = snapshot(family.root)
     result = run("upit-merge", recipe, family.root / "out")
-    assert_refused(result, "The disk of out is full; free some space and run again.", family)
+    assert_refused(
+        result, "The disk of out is full; free some space and run the same command again.", family
+    )
     assert snapshot(family.root) == before
 
 
@@ -851,14 +854,3 @@ def test_too_small_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None
     recipe = family.write_recipe(family.recipe())
     assert_refused(run("upit-merge", recipe, family.root / "out"), sentence, family)
     assert not (family.root / "out").exists()
-
-
-def test_interruption(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("upit_merge.pipeline.moe_config", interrupted)
-    recipe = family.write_recipe(family.recipe())
-    before = snapshot(family.root)
-    assert run("upit-merge", recipe, family.root / "out").exit_code == 1
-    assert snapshot(family.root) == before

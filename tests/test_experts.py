@@ -135,8 +135,9 @@ def test_density_may_vary_by_tensor(shared_family, merge) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"multi_gpu": True}], ids=str)
 @pytest.mark.parametrize("mutation", ["once", "compound"])
-def test_cuda_writes_the_same_bytes(tmp_path, merge, mutation: str) -> None:
+def test_cuda_writes_the_same_bytes(tmp_path, merge, mutation: str, options) -> None:
     family = build_family(tmp_path, count=3, dtype=torch.bfloat16)
     document = family.recipe(parameters={"num_experts": 6, "mutation": mutation})
-    assert digest(merge(document, "a")) == digest(merge(document, "b", device="cuda"))
+    assert digest(merge(document, "a")) == digest(merge(document, "b", **options))

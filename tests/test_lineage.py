@@ -11,12 +11,13 @@ import torch
 
 from tests.conftest import Family, build_family
 from tests.naive import load_model
-from upit_merge.checkpoints import OpenOptions, open_checkpoint
+from upit_merge.checkpoints import OpenOptions
 from upit_merge.errors import UpitError
 from upit_merge.expansion.lineage import keep_diverse, plan_lineage
-from upit_merge.expansion.similarity import cosine, delta_gram, squared_distance
-from upit_merge.mixtral import inspect_models
-from upit_merge.recipe import Parameters
+from upit_merge.expansion.similarity import cosine, squared_distance
+from upit_merge.inputs import opened
+from upit_merge.merging import Merger, measure_similarity
+from upit_merge.recipe import Parameters, parse_recipe
 
 
 def brute_deltas(family: Family) -> torch.Tensor:
@@ -33,16 +34,8 @@ def brute_deltas(family: Family) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gram_equals_brute_force(tmp_path, dtype) -> None:
     family = build_family(tmp_path, count=4, dtype=dtype)
-    base = open_checkpoint(str(family.base), OpenOptions())
-    checkpoints = [open_checkpoint(str(path), OpenOptions()) for path in family.checkpoints]
-    gram = delta_gram(
-        base,
-        checkpoints,
-        inspect_models(base, checkpoints),
-        device=torch.device("cpu"),
-        workers=2,
-        quiet=True,
-    )
+    with opened(parse_recipe(family.recipe()), OpenOptions()) as inputs:
+        gram = measure_similarity(Merger(inputs, (torch.device("cpu"),), quiet=True))
     deltas = brute_deltas(family)
     torch.testing.assert_close(gram.sum(0), deltas @ deltas.T, rtol=1e-12, atol=0)
 

@@ -51,7 +51,7 @@ def test_mergekit_options_are_honoured(shared_family: Family, tmp_path: Path) ->
     for name, options in {
         "plain": [],
         "options": ["--out-shard-size", "60000", "--no-copy-tokenizer", "--no-write-model-card"],
-        "seed": ["--random-seed", "9", "--multi-gpu", "--async-write"],
+        "seed": ["--random-seed", "9", "--low-cpu-memory", "--async-write"],
     }.items():
         outputs[name] = tmp_path / name
         result = run(
@@ -60,7 +60,7 @@ def test_mergekit_options_are_honoured(shared_family: Family, tmp_path: Path) ->
         assert result.returncode == 0, result.stderr
         assert "writing experts" not in result.stderr
         if name == "seed":
-            assert "--multi-gpu has no effect on upit" in result.stderr
+            assert "--low-cpu-memory has no effect on upit" in result.stderr
             assert "--async-write has no effect on upit" in result.stderr
         else:
             assert "has no effect" not in result.stderr

@@ -173,7 +173,11 @@ def test_folder_has_all_a_model_page_needs(family, merge) -> None:
     assert report["seed"] == 0
     assert set(report["versions"]) >= {"upit-merge", "mergekit", "torch", "transformers"}
     assert sum(e["samples"] for e in report["router"]["buckets"]["experts"]) == 24
-    assert set(report["seconds"]) == {"similarity", "experts", "router"}
+    assert set(report["seconds"]) == {
+        "similarity",
+        "experts",
+        "router",
+    }  # two passes, as it has children
 
 
 def test_chat_template_by_name_or_text(shared_family, merge) -> None:

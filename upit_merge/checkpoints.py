@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from typing import Any
 
 import torch
 
-from upit_merge.errors import UpitError, first_line
-from upit_merge.tensor_files import DTYPES, SafetensorsFile, TensorSpec
+from upit_merge.errors import UpitError, first_line, one_line, shown
+from upit_merge.tensor_files import DTYPES, SafetensorsFile, TensorSpec, check_tensor_name
 
 LOG = logging.getLogger(__name__)
 
@@ -34,6 +35,20 @@ _HUB_PATTERNS = (
     "merges.txt",
     "README.md",
 )
+
+# Of the files of a model folder, those that we, transformers or mergekit read, besides weights.
+_SMALL_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.md",
+    "*.model",
+    "*.py",
+    "*.tiktoken",
+    "*.txt",
+    "additional_chat_templates",
+    "additional_chat_templates/*",
+)
+_MAX_JSON_BYTES = 100_000_000  # as the safetensors library has it for headers
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ class _PickleFile:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # the unpickler raises whatever the file makes it raise
-            reason = first_line(error)
+            reason = one_line(first_line(error))
             if isinstance(error, pickle.UnpicklingError):
                 # torch's own words advise to run the code.
                 reason = "it is corrupt or holds objects other than tensors, which could run code"
@@ -79,13 +94,14 @@ class _PickleFile:
             )
         self._tensors: dict[str, torch.Tensor] = {}
         for name, tensor in state.items():
+            check_tensor_name(path, name)
             dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-            if not dense or tensor.dtype not in DTYPES.values() or not isinstance(name, str):
+            if not dense or tensor.is_meta or tensor.dtype not in DTYPES.values():
                 raise UpitError(
                     f"{path} stores {name} in a form that cannot be merged; convert the "
                     "checkpoint to safetensors in float32, float16 or bfloat16."
                 )
-            self._tensors[name] = tensor
+            self._tensors[name] = tensor.detach()
         self.specs = {n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in self._tensors.items()}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -101,15 +117,23 @@ class Checkpoint:
     Attributes:
         label: The name the recipe gave it.
         folder: The local folder.
-        config: The content of `config.json`.
+        config: The content of `config.json`; read from the folder unless given.
         specs: Shape and stored dtype of every tensor, by name.
     """
 
-    def __init__(self, label: str, folder: Path, options: OpenOptions) -> None:
+    def __init__(
+        self,
+        label: str,
+        folder: Path,
+        options: OpenOptions,
+        *,
+        config: dict[str, Any] | None = None,
+    ) -> None:
         self.label = label
         self.folder = folder
+        _refuse_foreign_files(label, folder)
         _refuse_adapter(label, folder)
-        self.config = read_json(folder / "config.json", f"checkpoint {label}")
+        self.config = config or read_json(folder / "config.json", f"checkpoint {label}")
         self._files = [opener(path) for opener, path in _weight_files(label, folder, options)]
         self._owner = {name: file for file in self._files for name in file.specs}
         self.specs: dict[str, TensorSpec] = {
@@ -122,12 +146,12 @@ class Checkpoint:
         for index in (WEIGHT_INDEX, PICKLE_INDEX):
             path = self.folder / index
             if path.is_file() and not (self.folder / WEIGHT_FILE).is_file():
-                promised = read_json(path, f"checkpoint {self.label}").get("weight_map", {})
+                promised = _weight_map(self.label, path)
                 missing = [name for name in promised if name not in self.specs]
                 if missing:
                     raise UpitError(
-                        f"Checkpoint {self.label} lacks {missing[0]} that its {index} lists; copy "
-                        "or download it again."
+                        f"Checkpoint {self.label} lacks {one_line(missing[0])} that its {index} "
+                        "lists; copy or download it again."
                     )
                 return
 
@@ -143,6 +167,10 @@ class Checkpoint:
         """The file that holds a tensor."""
         return self._owner[name].path
 
+    def files(self) -> list[Path]:
+        """The files that decide its weights."""
+        return [self.folder / "config.json", *(file.path for file in self._files)]
+
     def close(self) -> None:
         for file in self._files:
             file.close()
@@ -152,9 +180,11 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """Parse a JSON object from a file.
 
     Raises:
-        UpitError: the file is missing or is not a JSON object.
+        UpitError: the file is missing, huge or not a JSON object.
     """
     try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise UpitError(f"{path} is too large for JSON of a model; copy or download it again.")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UpitError(
@@ -170,6 +200,42 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
+def own_file(path: Path, folder: Path) -> Path:
+    """`path`, once it is sure that reading it reads a file of the model folder `folder`.
+
+    A folder from elsewhere may hold links to anything on this machine, which would end up in the
+    output, and named pipes and devices, which never end. The folder itself may be a link. In the
+    Hub's cache, files of `models--owner--name/snapshots/REVISION` are links into the model's
+    `blobs`.
+
+    Raises:
+        UpitError: it is a link that leads out of the folder, or neither a file nor a folder.
+    """
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    homes = [home]
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        homes.append(home.parents[1] / "blobs")
+    if not any(target.is_relative_to(allowed) for allowed in homes):
+        raise UpitError(
+            f"{path} is a link to {one_line(target)}, outside its folder; copy the file there, or "
+            "link the whole folder."
+        )
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UpitError(f"{path} is a pipe, socket or device, not a file; remove it.")
+    return path
+
+
+def _refuse_foreign_files(label: str, folder: Path) -> None:
+    """Check every small file of a model, whoever will read or copy it later."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UpitError(
+            f"Checkpoint {label} cannot be read in {folder}; check the folder's rights."
+        )
+    for pattern in _SMALL_FILES:
+        for path in sorted(folder.glob(pattern)):
+            own_file(path, folder)
+
+
 def _refuse_adapter(label: str, folder: Path) -> None:
     complete = any((folder / name).is_file() for name in (WEIGHT_FILE, WEIGHT_INDEX))
     if (folder / "adapter_config.json").is_file() and not complete:
@@ -183,7 +249,7 @@ def _weight_files(
     label: str, folder: Path, options: OpenOptions
 ) -> Iterable[tuple[type[SafetensorsFile] | type[_PickleFile], Path]]:
     if (folder / WEIGHT_FILE).is_file():
-        return [(SafetensorsFile, folder / WEIGHT_FILE)]
+        return [(SafetensorsFile, own_file(folder / WEIGHT_FILE, folder))]
     if (folder / WEIGHT_INDEX).is_file():
         return [(SafetensorsFile, path) for path in _indexed(label, folder, WEIGHT_INDEX)]
     for name in (PICKLE_FILE, PICKLE_INDEX):
@@ -194,7 +260,7 @@ def _weight_files(
                     "to safetensors, or pass --lazy-unpickle to read it with weights_only."
                 )
             if name == PICKLE_FILE:
-                return [(_PickleFile, folder / name)]
+                return [(_PickleFile, own_file(folder / name, folder))]
             return [(_PickleFile, path) for path in _indexed(label, folder, name)]
     raise UpitError(
         f"Checkpoint {label} has no weights ({WEIGHT_FILE} or {WEIGHT_INDEX}) in {folder}; give "
@@ -202,17 +268,26 @@ def _weight_files(
     )
 
 
-def _indexed(label: str, folder: Path, index: str) -> list[Path]:
-    weight_map = read_json(folder / index, f"checkpoint {label}").get("weight_map")
+def _weight_map(label: str, index: Path) -> dict[str, str]:
+    """Which tensor an index says to be in which file."""
+    weight_map = read_json(index, f"checkpoint {label}").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise UpitError(f"{folder / index} has no usable weight_map; copy or download it again.")
+        raise UpitError(f"{index} has no usable weight_map; copy or download it again.")
+    return weight_map
+
+
+def _indexed(label: str, folder: Path, index: str) -> list[Path]:
     paths = []
-    for filename in sorted(set(weight_map.values())):
-        # An index from the internet must not make us read anywhere else.
-        if Path(filename).name != filename or filename in ("", ".", ".."):
+    for filename in sorted(set(_weight_map(label, folder / index).values())):
+        # An index from the internet must not make us read anywhere else, on any system.
+        if re.search(r"[/\\:]", filename) or filename in (".", ".."):
             raise UpitError(
-                f"{folder / index} points outside its folder ({filename}); do not use this "
-                "checkpoint."
+                f"{folder / index} points outside its folder ({one_line(filename)}); do not use "
+                "this checkpoint."
+            )
+        if not re.fullmatch(r"[ -~]{1,255}", filename):
+            raise UpitError(
+                f"{folder / index} names {shown(filename)} as a file; do not use this checkpoint."
             )
         path = folder / filename
         if not path.is_file():
@@ -220,7 +295,7 @@ def _indexed(label: str, folder: Path, index: str) -> list[Path]:
                 f"Checkpoint {label} lacks the shard {filename} that its {index} lists; copy or "
                 "download it again."
             )
-        paths.append(path)
+        paths.append(own_file(path, folder))
     return paths
 
 
@@ -239,10 +314,11 @@ def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -
     Raises:
         UpitError: there is no such folder, or the Hub has no such model or cannot be reached.
     """
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
+    # Unlike Path's, these take whatever a recipe may hold: `~nobody`, names too long for the disk.
+    folder = Path(os.path.expanduser(reference))
+    if os.path.isdir(folder):
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise UpitError(f"The {role} {reference} is a file; give the folder that holds it.")
     if "+" in reference:
         raise UpitError(
@@ -271,7 +347,7 @@ def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -
             )
         )
     except Exception as error:  # the Hub client raises dozens of types, none of them for users
-        reason = first_line(error)
+        reason = one_line(first_line(error))
         raise UpitError(
             f"The {role} {reference} is neither a local folder nor a model the Hub could give "
             f"({reason}); correct the name or download it first."
@@ -304,7 +380,8 @@ def check_same_tensors(
             expected = base.specs[name].shape
             if spec.shape == expected:
                 continue
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            if table and len(spec.shape) == 2 and spec.shape[1:] == expected[1:]:
                 raise UpitError(
                     f"Checkpoint {checkpoint.label} has a vocabulary of {spec.shape[0]} in {name}, "
                     f"the base {base.label} one of {expected[0]}; resize the base's embeddings to "

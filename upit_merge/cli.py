@@ -24,8 +24,23 @@ class _Verbatim(click.Command):
 class _LazyOptionsCommand(_Verbatim):
     """Takes mergekit's merge options, which are imported only when the command is used."""
 
+    # Accepted, so that a command line need not be changed, but of no use to this command.
+    unused: frozenset[str] = frozenset()
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*super().get_params(ctx), *_mergekit_params()]
+        params = _mergekit_params()
+        for param in params:
+            assert isinstance(param, click.Option)
+            param.hidden = param.hidden or param.name in self.unused
+        return [*super().get_params(ctx), *params]
+
+
+class _PlanCommand(_LazyOptionsCommand):
+    unused = frozenset({"copy_tokenizer", "write_model_card", "safe_serialization"})
+
+
+class _VerifyCommand(_LazyOptionsCommand):
+    unused = _PlanCommand.unused | {"out_shard_size", "random_seed"}
 
 
 class _RouterCommand(_Verbatim):
@@ -142,16 +157,35 @@ def run(recipe: Path, out: Path, overwrite: bool, **values: Any) -> None:
     run_recipe(parsed, source, out, options)
 
 
-@main.command(cls=_LazyOptionsCommand, epilog="upit-merge plan recipes/upit-8x.yml")
+@main.command(cls=_PlanCommand, epilog="upit-merge plan recipes/upit-8x.yml out/")
 @click.argument("recipe", type=_RECIPE)
-def plan(recipe: Path, **values: Any) -> None:
-    """Check RECIPE and its models and show what `run` would make; writes nothing."""
+@click.argument("out", type=_FOLDER, required=False)
+def plan(recipe: Path, out: Path | None, **values: Any) -> None:
+    """Check RECIPE and its models and show what `run` would make and need; writes nothing.
+
+    With the folder OUT, check also that the output would fit its disk.
+    """
     from upit_merge.mergekit_plugin import run_options
     from upit_merge.planning import plan_recipe
     from upit_merge.recipe import load_recipe
 
     parsed, _source = load_recipe(recipe)
-    plan_recipe(parsed, run_options(_merge_options(values)))
+    plan_recipe(parsed, run_options(_merge_options(values)), out)
+
+
+@main.command(cls=_VerifyCommand, epilog="upit-merge verify out/")
+@click.argument("out", type=_FOLDER)
+@click.option("--recipe", type=_RECIPE, help="The recipe, if it is not in OUT.")
+@click.option("--gates", is_flag=True, help="Train the gates again too, from the seed data.")
+def verify(out: Path, recipe: Path | None, gates: bool, **values: Any) -> None:
+    """Compute again what OUT should be, from its recipe and the models, and compare every byte.
+
+    Start it in the folder in which the recipe was run, where its paths lead to the models.
+    """
+    from upit_merge.mergekit_plugin import run_options
+    from upit_merge.verify import verify_output
+
+    verify_output(out, recipe, run_options(_merge_options(values)), gates=gates)
 
 
 @main.command(

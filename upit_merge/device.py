@@ -1,10 +1,15 @@
-"""Where arithmetic is done."""
+"""Where arithmetic is done, and by how many threads."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
 from upit_merge.errors import UpitError
+
+# What blocks may take in all, so that memory does not grow with the number of cores.
+_BLOCKS_BYTES = 384 << 20
 
 
 def resolve_device(name: str) -> torch.device:
@@ -23,7 +28,8 @@ def resolve_device(name: str) -> torch.device:
         raise UpitError(f"The device {name!r} is not supported; use cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UpitError(
-            "There is no CUDA device here that torch can use; leave out --cuda, or use --device cpu."
+            "There is no CUDA device here that torch can use; leave out --cuda and --multi-gpu, or "
+            "use --device cpu."
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UpitError(
@@ -33,7 +39,31 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def merge_workers(device: torch.device) -> int:
-    """Threads that read, compute and write blocks of tensors."""
+def resolve_devices(name: str, *, multi_gpu: bool = False) -> tuple[torch.device, ...]:
+    """The devices of this process: with `multi_gpu` all CUDA devices, else the one of that name.
+
+    Of several processes on a machine, each takes a device of its own.
+
+    Raises:
+        UpitError: there is no such device here.
+    """
+    if multi_gpu:
+        name = "cuda"
+    device = resolve_device(name)
+    if device.type == "cpu" or ":" in name:
+        return (device,)
+    count = torch.cuda.device_count()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        return (torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count),)
+    return tuple(torch.device("cuda", index) for index in range(count if multi_gpu else 1))
+
+
+def merge_workers(devices: tuple[torch.device, ...], block_bytes: int) -> int:
+    """Threads that read, compute and write blocks of tensors.
+
+    Args:
+        block_bytes: RAM that one block takes.
+    """
     # On a GPU two threads suffice to read and write while the device computes.
-    return torch.get_num_threads() if device.type == "cpu" else 2
+    threads = torch.get_num_threads() if devices[0].type == "cpu" else 2 * len(devices)
+    return max(1, min(threads, _BLOCKS_BYTES // block_bytes))

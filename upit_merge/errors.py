@@ -1,4 +1,6 @@
-"""The one error users see."""
+"""The one error users see, and what may be quoted in it."""
+
+from __future__ import annotations
 
 import click
 
@@ -11,7 +13,32 @@ class UpitError(click.ClickException):
     """
 
 
+class ResumableError(UpitError):
+    """A failure of the surroundings (disk, memory, another process), not of the recipe.
+
+    What is done of the run is kept: the same command goes on from there.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error, to be quoted inside a sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(" .:")
+
+
+def shown(value: object) -> str:
+    """A value as it is quoted in a sentence: on one line, and not too long."""
+    return _cut(repr(value), 100)
+
+
+def one_line(text: object) -> str:
+    """Text from elsewhere, such as another library's error, as part of a sentence.
+
+    Line ends and control characters are escaped: a file from the internet must not be able to
+    write to the terminal.
+    """
+    return _cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:400]), 200)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -20,7 +20,7 @@ from upit_merge.mixtral import (
     stored_dtype,
 )
 from upit_merge.recipe import Recipe, expand_models
-from upit_merge.tensor_files import Shard, plan_shards
+from upit_merge.shards import Shard, plan_shards
 from upit_merge.tokenizer import (
     find_model,
     highest_token_id,
@@ -50,6 +50,11 @@ class Inputs:
     @property
     def labels(self) -> list[str]:
         return [checkpoint.label for checkpoint in self.checkpoints]
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """The base, then the checkpoints."""
+        return (self.base, *self.checkpoints)
 
     @property
     def settings_donor(self) -> Checkpoint:

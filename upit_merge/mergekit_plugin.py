@@ -12,6 +12,7 @@ from typing import Any
 
 from upit_merge.errors import UpitError
 from upit_merge.recipe import METHOD, parse_recipe, parse_recipe_text
+from upit_merge.recipe_errors import refuse_monster
 
 LOG = logging.getLogger(__name__)
 
@@ -24,7 +25,6 @@ NO_EFFECT = {
     "low_cpu_memory": "memory does not depend on the model's size anyway",
     "clone_tensors": "tensors are streamed to disk one by one",
     "read_to_gpu": "blocks always go straight to the device",
-    "multi_gpu": "one device does the arithmetic",
     "async_write": "reading, arithmetic and writing always overlap",
     "write_threads": "reading, arithmetic and writing always overlap",
 }
@@ -99,6 +99,7 @@ def _extend_configuration() -> None:
             and isinstance(obj, Mapping)
             and obj.get("merge_method") == METHOD
         ):
+            refuse_monster(obj, "the recipe")
             parse_recipe(_as_written(obj))
             return original(UpitConfiguration, obj, **kwargs)
         return original(cls, obj, **kwargs)
@@ -152,6 +153,7 @@ def run_options(options: Any, *, overwrite: bool = False) -> Any:
             LOG.warning("--%s has no effect on upit: %s.", name.replace("_", "-"), reason)
     return RunOptions(
         device=options.device or "cpu",
+        multi_gpu=options.multi_gpu,
         max_shard_bytes=options.out_shard_size,
         open=OpenOptions(
             allow_pickle=options.lazy_unpickle,

@@ -4,39 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from upit_merge.checkpoints import OpenOptions
-from upit_merge.device import merge_workers, resolve_device
-from upit_merge.expansion.experts import ExpertBuilder, write_experts
-from upit_merge.expansion.lineage import Lineage, plan_lineage
-from upit_merge.expansion.similarity import delta_gram
+from upit_merge.checkpoints import WEIGHT_INDEX, OpenOptions
+from upit_merge.device import resolve_devices
+from upit_merge.expansion.lineage import Lineage
 from upit_merge.inputs import Inputs, opened
-from upit_merge.mixtral import context_length, gate_tensor, moe_config
+from upit_merge.interrupt import ends_at_once
+from upit_merge.merging import Clock, Merged, Merger, merge
+from upit_merge.mixtral import context_length, moe_config
+from upit_merge.preflight import needs
+from upit_merge.processes import joined
 from upit_merge.recipe import Recipe
 from upit_merge.report.card import model_card, router_sentence
-from upit_merge.report.record import merge_record, write_json
+from upit_merge.report.record import merge_record
 from upit_merge.report.tables import bucket_table, show
+from upit_merge.resume import run_identity
 from upit_merge.router.gate_files import opened_moe, write_gates
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import (
-    RouterResult,
-    load_seed_set,
-    pretrain_router,
-    training_free_gates,
-)
+from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
 from upit_merge.router.seed_tokens import SeedSet
-from upit_merge.staging import REPORT, refuse_occupied, require_space, staged_output
-from upit_merge.tensor_files import Shard, ShardWriter, shard_index
+from upit_merge.shards import Shard, shard_index
+from upit_merge.staging import (
+    REPORT,
+    STAGING,
+    Staging,
+    explained_failures,
+    refuse_occupied,
+    scratch_folder,
+    staged_output,
+)
+from upit_merge.text_files import write_json
 from upit_merge.tokenizer import (
     copy_generation_config,
-    copy_tokenizer,
+    copy_tokenizer_files,
     load_tokenizer,
     write_chat_template,
 )
@@ -50,6 +54,7 @@ class RunOptions:
 
     Args:
         device: `cpu` or `cuda`, with or without an index.
+        multi_gpu: Use all CUDA devices.
         max_shard_bytes: Upper bound of an output file.
         open: How checkpoints are opened.
         seed: Replaces the recipe's seed.
@@ -60,6 +65,7 @@ class RunOptions:
     """
 
     device: str = "cpu"
+    multi_gpu: bool = False
     max_shard_bytes: int = 5_000_000_000
     open: OpenOptions = field(default_factory=OpenOptions)
     seed: int | None = None
@@ -72,51 +78,98 @@ class RunOptions:
 def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> None:
     """Turn a recipe into an MoE folder.
 
+    Under torchrun or `accelerate launch` all processes must call this; they share the merge, and
+    the first does the rest.
+
     Args:
         recipe: The validated recipe.
         source: Its text, kept beside the model.
-        out: The folder to write; must be empty or not exist, unless `options.overwrite`.
+        out: The folder to write; must be empty, not exist, or hold an unfinished run of the same
+            recipe, unless `options.overwrite`.
 
     Raises:
         UpitError: whatever the user can mend; nothing is left in `out` then.
+        ResumableError: the disk is full or another process failed; the same call goes on later.
     """
     recipe = recipe.with_seed(options.seed)
-    device = resolve_device(options.device)
-    clock = _Clock()
-    refuse_occupied(out, overwrite=options.overwrite)
-    # Opened first: a glob must not find the output folder that is about to be made.
     with (
-        opened(recipe, options.open) as inputs,
-        staged_output(out, overwrite=options.overwrite) as staging,
+        joined() as processes,
+        ends_at_once(lambda: "Interrupted; nothing was written." * processes.is_first),
+        explained_failures(out),
+        contextlib.ExitStack() as stack,
     ):
-        seeds = seed_set(inputs, options)
-        shards = inputs.shards(options.max_shard_bytes)
-        require_space(out, sum(shard.num_bytes for shard in shards), "the output")
-        with clock.measure("similarity"):
-            gram = similarity(inputs, device, quiet=options.quiet)
-        lineage = plan_lineage(gram, inputs.densities, inputs.num_experts, recipe.parameters)
-        LOG.info("Expansion: %s", lineage.summary)
-        with clock.measure("experts"):
-            _write_model(staging, shards, inputs, lineage, device, quiet=options.quiet)
-        _write_settings(staging, inputs, shards, options)
-        router = None
-        if recipe.router and seeds:
-            with clock.measure("router"), opened_moe(staging) as moe:
-                router = pretrain_router(
-                    LayerwiseMoe(moe, device),
-                    seeds,
-                    recipe.router,
-                    seed=recipe.seed,
-                    scratch=staging,
-                    quiet=options.quiet,
+        first = processes.is_first
+        with processes.together():
+            devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
+            if first:
+                refuse_occupied(out, overwrite=options.overwrite)
+            # Opened first: a glob must not find the output folder that is about to be made.
+            inputs = stack.enter_context(opened(recipe, options.open))
+            shards = inputs.shards(options.max_shard_bytes)
+            seeds = seed_set(inputs, options) if first else None
+            staging = Staging(out / STAGING)
+            if first:
+                identity = run_identity(recipe, inputs.models, options.max_shard_bytes)
+                staging = stack.enter_context(
+                    staged_output(out, identity, overwrite=options.overwrite)
                 )
-            write_gates(staging, router.gates)
-        record = merge_record(
-            recipe, inputs.labels, gram, lineage, inputs.experts_per_token, inputs.dtype
-        )
-        record |= {"router": router.report if router else None, "seconds": clock.seconds}
-        _write_papers(staging, out, inputs, lineage, source, record, options)
-    _tell(out, lineage, router, seeds, quiet=options.quiet)
+                if not staging.complete:
+                    needs(inputs, seeds, devices, shards).require(out, staging.size())
+        complete = processes.gather(staging.complete)[0]
+        if not complete:
+            clock = Clock()
+            merger = Merger(inputs, devices, quiet=options.quiet or not first)
+            merged = merge(merger, staging, shards, processes, clock)
+        if not first:
+            return
+        if not complete:
+            router = _finish(staging, out, source, merger, merged, shards, seeds, clock, options)
+    if complete:
+        _say(f"The model in {out} was complete; its last files are in place now.", options)
+    else:
+        _tell(out, merged.lineage, router, seeds, quiet=options.quiet)
+
+
+def _finish(
+    staging: Staging,
+    out: Path,
+    source: str,
+    merger: Merger,
+    merged: Merged,
+    shards: Sequence[Shard],
+    seeds: SeedSet | None,
+    clock: Clock,
+    options: RunOptions,
+) -> RouterResult | None:
+    """Everything after the weights: gates, settings, tokenizer, report and card."""
+    inputs, folder = merger.inputs, staging.model
+    recipe = inputs.recipe
+    config = output_config(inputs)
+    router = None
+    write_settings(folder, inputs, shards, copy_tokenizer=options.copy_tokenizer)
+    if recipe.router and seeds:
+        with (
+            clock.measure("router"),
+            scratch_folder(out) as scratch,
+            opened_moe(folder, config=config) as moe,
+        ):
+            router = pretrain_router(
+                LayerwiseMoe(moe, merger.devices[0]),
+                seeds,
+                recipe.router,
+                seed=recipe.seed,
+                scratch=scratch,
+                quiet=options.quiet,
+            )
+            write_gates(moe, router.gates)
+    record = merge_record(
+        recipe, inputs.labels, merged.gram, merged.lineage, inputs.experts_per_token, inputs.dtype
+    )
+    record |= {"router": router.report if router else None, "seconds": clock.seconds}
+    _write_papers(folder, out, inputs, merged.lineage, source, record, options)
+    # Last of all: without it no folder loads as a model.
+    write_json(folder / "config.json", config)
+    return router
 
 
 def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
@@ -138,82 +191,30 @@ def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
     )
 
 
-class _Clock:
-    """Wall time of the named stages, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - started, 3)
-
-
-def similarity(inputs: Inputs, device: torch.device, *, quiet: bool) -> torch.Tensor:
-    """Pass 1, see `delta_gram`."""
-    return delta_gram(
-        inputs.base,
-        inputs.checkpoints,
-        inputs.architecture,
-        device=device,
-        workers=merge_workers(device),
-        quiet=quiet,
-    )
-
-
-def _write_model(
-    staging: Path,
-    shards: tuple[Shard, ...],
-    inputs: Inputs,
-    lineage: Lineage,
-    device: torch.device,
-    *,
-    quiet: bool,
-) -> None:
-    seed = inputs.recipe.seed
-    with ShardWriter(staging, shards) as writer:
-        write_experts(
-            writer,
-            inputs.base,
-            inputs.checkpoints,
-            inputs.backbone,
-            inputs.architecture,
-            ExpertBuilder(lineage, inputs.densities, seed),
-            device=device,
-            workers=merge_workers(device),
-            quiet=quiet,
-        )
-        norms = inputs.settings_donor
-        for layer, gate in enumerate(
-            training_free_gates(norms, inputs.architecture.num_layers, inputs.num_experts, seed)
-        ):
-            writer.write(gate_tensor(layer), 0, gate)
-
-
-def _write_settings(
-    staging: Path, inputs: Inputs, shards: tuple[Shard, ...], options: RunOptions
-) -> None:
-    token_donor = inputs.tokenizer or inputs.settings_donor
-    config = moe_config(
+def output_config(inputs: Inputs) -> dict[str, Any]:
+    """The output's `config.json`."""
+    return moe_config(
         inputs.settings_donor,
-        token_donor,
+        inputs.tokenizer or inputs.settings_donor,
         inputs.num_experts,
         inputs.experts_per_token,
         inputs.dtype,
     )
-    write_json(staging / "config.json", config)
+
+
+def write_settings(
+    folder: Path, inputs: Inputs, shards: Sequence[Shard], *, copy_tokenizer: bool
+) -> None:
+    """What a model folder has beside weights and `config.json`: shard index, tokenizer."""
     if len(shards) > 1:
-        write_json(staging / "model.safetensors.index.json", shard_index(shards))
-    copy_generation_config(token_donor, staging)
+        write_json(folder / WEIGHT_INDEX, shard_index(shards))
+    copy_generation_config(inputs.tokenizer or inputs.settings_donor, folder)
     if inputs.tokenizer is None:
         LOG.warning("No model of the recipe has a tokenizer; the output has none either.")
-        return
-    if options.copy_tokenizer:
-        copy_tokenizer(inputs.tokenizer, staging)
+    elif copy_tokenizer:
+        copy_tokenizer_files(inputs.tokenizer, folder)
         if inputs.chat_template:
-            write_chat_template(inputs.chat_template, staging)
+            write_chat_template(inputs.chat_template, folder)
 
 
 def _write_papers(
@@ -238,8 +239,13 @@ def _write_papers(
             inputs.experts_per_token,
         )
         (staging / "README.md").write_text(card, encoding="utf-8")
-    record["files"] = sorted([*(path.name for path in staging.iterdir()), REPORT])
+    record["files"] = sorted([*(path.name for path in staging.iterdir()), REPORT, "config.json"])
     write_json(staging / REPORT, record)
+
+
+def _say(sentence: str, options: RunOptions) -> None:
+    if not options.quiet:
+        print(sentence)
 
 
 def _tell(

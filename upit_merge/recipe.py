@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,13 +24,27 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from upit_merge.errors import UpitError, first_line
-from upit_merge.recipe_errors import explain
+from upit_merge.errors import UpitError, first_line, one_line, shown
+from upit_merge.recipe_errors import explain, refuse_monster
 
 METHOD = "upit"
 
+_MAX_CHARACTERS = 250_000  # a recipe is a page of text
+_MAX_MERGED = 10_000  # keys that come by `<<`
+
 Number = StrictInt | StrictFloat
+
+
+def _without_controls(text: str) -> str:
+    """Names of models, files and datasets are quoted in messages, each of them one line."""
+    if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029]", text):
+        raise PydanticCustomError("control_characters", "control characters")
+    return text
+
+
+Name = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_controls)]
 
 
 def _number(value: Any) -> Any:
@@ -71,7 +86,7 @@ class ModelParameters(_Strict):
 class ModelEntry(_Strict):
     """One entry of `models:`: a folder, a Hub id, or a glob of folders."""
 
-    model: StrictStr = Field(min_length=1)
+    model: Name
     parameters: ModelParameters = ModelParameters()
 
 
@@ -97,9 +112,8 @@ class Parameters(_Strict):
     mutation: Literal["once", "compound"] = Field(
         "once", description="Drop from checkpoints only, or from children of children too (paper)."
     )
-    backbone: StrictStr = Field(
+    backbone: Name = Field(
         "last",
-        min_length=1,
         description="Attention, norms and embeddings: last, average, base or one of the models.",
     )
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = Field(
@@ -110,11 +124,9 @@ class Parameters(_Strict):
 class RouterSettings(_Strict):
     """`router:`, the pre-training of the gates (paper, section 3.3)."""
 
-    data: StrictStr = Field(
-        min_length=1, description="jsonl, parquet or txt, a folder of them, or a dataset id."
-    )
-    subset: StrictStr | None = Field(None, description="Configuration name of a dataset id.")
-    split: StrictStr = Field("train", description="Split of a dataset id.")
+    data: Name = Field(description="jsonl, parquet or txt, a folder of them, or a dataset id.")
+    subset: Name | None = Field(None, description="Configuration name of a dataset id.")
+    split: Name = Field("train", description="Split of a dataset id.")
     sample: Annotated[
         Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, le=1)] | None,
         BeforeValidator(_number),
@@ -147,8 +159,8 @@ class Recipe(_Strict):
     """A whole `merge_method: upit` document. Unknown keys are errors."""
 
     merge_method: Literal["upit"]
-    base_model: StrictStr = Field(
-        min_length=1, description="The pre-trained dense model: what deltas are measured against."
+    base_model: Name = Field(
+        description="The pre-trained dense model: what deltas are measured against."
     )
     models: list[ModelEntry] = Field(min_length=1)
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
@@ -157,7 +169,7 @@ class Recipe(_Strict):
     out_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="As in mergekit: wins over dtype. Arithmetic is always float32."
     )
-    tokenizer_source: StrictStr | None = Field(
+    tokenizer_source: Name | None = Field(
         None, description="`base` or a model; the last checkpoint if it has a tokenizer, else base."
     )
     chat_template: StrictStr | None = Field(
@@ -238,6 +250,7 @@ def parse_recipe(document: Any, source: str = "the recipe") -> Recipe:
     Raises:
         UpitError: one sentence that names the first wrong key, its value and what would work.
     """
+    refuse_monster(document, source)
     if not isinstance(document, Mapping):
         raise UpitError(f"{source} is not a YAML mapping; see recipes/upit-8x.yml for one.")
     if "merge_method" not in document:
@@ -245,7 +258,7 @@ def parse_recipe(document: Any, source: str = "the recipe") -> Recipe:
     method = document["merge_method"]
     if method != METHOD:
         raise UpitError(
-            f"{source}: merge_method is {method!r}, not '{METHOD}'; run other methods with "
+            f"{source}: merge_method is {shown(method)}, not '{METHOD}'; run other methods with "
             "mergekit-yaml."
         )
     for key, remedy in _MERGEKIT_ONLY.items():
@@ -264,7 +277,8 @@ def load_recipe(path: Path) -> tuple[Recipe, str]:
         UpitError: the file cannot be read, is not YAML, or is not a valid recipe.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_CHARACTERS + 1)
     except FileNotFoundError:
         raise UpitError(f"The recipe {path} does not exist; correct the path.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -272,10 +286,18 @@ def load_recipe(path: Path) -> tuple[Recipe, str]:
     return parse_recipe_text(text, str(path)), text
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, which would silently let the last of two equal keys win."""
+class _CarefulLoader(yaml.SafeLoader):
+    """The safe loader, which would silently let the last of two equal keys win.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    It would also copy whatever merge keys (`<<`) name, and what those name in turn, without end.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._merged = 0
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
@@ -283,20 +305,39 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                     None, None, f"the key {key.value} is given twice", key.start_mark
                 )
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return super().construct_mapping(node, deep)
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if isinstance(source, yaml.MappingNode):
+                        self.flatten_mapping(source)
+                        self._merged += len(source.value)
+                    if self._merged > _MAX_MERGED:
+                        problem = "merge keys (`<<`) copy too much"
+                        raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        super().flatten_mapping(node)
 
 
 def parse_recipe_text(text: str, source: str = "the recipe") -> Recipe:
     """Validate a recipe given as YAML text; see `parse_recipe`."""
+    if len(text) > _MAX_CHARACTERS:
+        raise UpitError(
+            f"{source} has more than {_MAX_CHARACTERS:,} characters; give a recipe, such as "
+            "recipes/upit-8x.yml."
+        )
     try:
-        document = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date in month 13
+        document = yaml.load(text, Loader=_CarefulLoader)
+    except Exception as error:  # a wrong date or tag makes PyYAML raise whatever comes up
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         told = [getattr(error, name, None) for name in ("context", "problem", "reason")]
-        problem = ", ".join(filter(None, told)) or first_line(error)
+        problem = ", ".join(map(str, filter(None, told))) or first_line(error)
+        if not isinstance(error, (yaml.YAMLError, ValueError, RecursionError)):
+            problem = "a value does not fit its tag"
         raise UpitError(
-            f"{source} is not valid YAML ({where}{problem}); correct the file."
+            f"{source} is not valid YAML ({where}{one_line(problem)}); correct the file."
         ) from None
     return parse_recipe(document, source)
 

@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from upit_merge.errors import UpitError, one_line, shown
+
 # The models of a recipe's blocks, by their place in the document.
 Blocks = Mapping[str, type[BaseModel]]
+
+# YAML's aliases may repeat aliases that repeat aliases ("billion laughs"): what is this large with
+# all of them written out is refused before it costs time and memory.
+_MAX_SIZE = 1_000_000  # a value counts 10, a text its length too
+_MAX_BITS = 128  # of a whole number: seeds have 63
+
+
+def refuse_monster(document: Any, source: str) -> None:
+    """Refuse what could not be validated, or quoted in a message, in reasonable time.
+
+    Raises:
+        UpitError: with its aliases written out the document is huge or endless, or it has a number
+            or a text that cannot even be printed.
+    """
+    size, left = 0, [document]
+    while left:
+        value = left.pop()
+        size += 10 + (len(value) if isinstance(value, (str, bytes)) else 0)
+        if size > _MAX_SIZE:
+            raise UpitError(
+                f"{source} is too large with its aliases (`*name`) written out; repeat less."
+            )
+        if isinstance(value, Mapping):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            left += value
+        elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise UpitError(f"{source} holds a number of {value.bit_length()} bits; correct it.")
+        elif isinstance(value, str) and (half := re.search("[\ud800-\udfff]", value)):
+            raise UpitError(
+                f"{source} holds {shown(half[0])}, half of a character; correct the text it is in."
+            )
 
 
 def explain(error: ValidationError, document: Mapping[str, Any], blocks: Blocks) -> str:
@@ -18,20 +53,20 @@ def explain(error: ValidationError, document: Mapping[str, Any], blocks: Blocks)
     # A union reports every branch it tried; an unknown key says more than a failed branch.
     detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     location = _location(detail, document)
-    where = ".".join(str(part) for part in location)
+    where = one_line(".".join(str(part) for part in location))
     if detail["type"] == "extra_forbidden":
         return f"unknown key {where} ({_hint(str(location[-1]), location[:-1], blocks)})"
     if detail["type"] == "missing":
         return f"{where} is missing; add it"
     if detail["type"] == "invalid_key":
-        return f"the key {detail['input']!r} is not a text; remove it or put it in quotes"
+        return f"the key {shown(detail['input'])} is not a text; remove it or put it in quotes"
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     if location[:1] == ["models"] and len(location) == 2:
         expected = "an entry of the form `- model: FOLDER`"
     else:
         expected = _EXPECTED.get(_field(location)) or _expected(detail)
-    return f"{where} is {_shown(_value_at(document, location))}, expected {expected}"
+    return f"{where} is {shown(_value_at(document, location))}, expected {expected}"
 
 
 def _hint(key: str, location: list[int | str], blocks: Blocks) -> str:
@@ -78,6 +113,7 @@ def _location(detail: Any, document: Any) -> list[int | str]:
 
 _PHRASES = {
     "bool_type": "true or false",
+    "control_characters": "a text without line ends or other control characters",
     "greater_than_equal": "{ge} or more",
     "int_type": "a whole number",
     "less_than": "a number below {lt}",
@@ -90,11 +126,6 @@ _PHRASES = {
 def _expected(detail: Any) -> str:
     phrase = _PHRASES.get(detail["type"])
     return phrase.format(**detail.get("ctx", {})) if phrase else detail["msg"]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _value_at(document: Any, location: Iterable[int | str]) -> Any:

@@ -8,33 +8,69 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
-from upit_merge.errors import UpitError
+from upit_merge.errors import ResumableError, UpitError
+from upit_merge.interrupt import ends_at_once
+from upit_merge.resume import first_difference, has_progress
+from upit_merge.text_files import sync_folder, write_json
 
 LOG = logging.getLogger(__name__)
 
 STAGING = ".upit-staging"
 REPORT = "upit_report.json"
 _LOCK = ".upit-lock"
+_STATE = "run.json"
+
+
+@dataclass(frozen=True)
+class Staging:
+    """The hidden folder inside the output folder in which the output is built.
+
+    Attributes:
+        root: Holds the state of the run and its journals.
+        complete: An earlier run finished the output and was killed while moving it into place.
+    """
+
+    root: Path
+    complete: bool = False
+
+    @property
+    def model(self) -> Path:
+        """The files that will be the output."""
+        return self.root / "model"
+
+    def size(self) -> int:
+        """Bytes of the output that are on the disk already; shards have holes until filled."""
+        stats = [path.stat() for path in self.model.iterdir()]
+        return sum(getattr(stat, "st_blocks", 0) * 512 for stat in stats)
 
 
 @contextlib.contextmanager
-def staged_output(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_output(
+    out: Path, identity: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[Staging]:
     """Give a folder to build in; on success its files become those of `out`, else nothing does.
 
     The staging folder is inside `out`, hence on the same disk: moving is renaming. `config.json`
-    comes last, so that an interrupted move does not leave a folder that loads as a model.
+    comes last, so that an interrupted move does not leave a folder that loads as a model. What a
+    killed run has done is found again by the next one with the same identity; so is what was done
+    before the disk was full or Ctrl-C was pressed. After other errors nothing is left.
 
     Args:
         out: The output folder; created if needed.
+        identity: What decides the output, see `resume.run_identity`.
         overwrite: Replace an earlier output of this program (a folder with a report in it).
 
     Raises:
-        UpitError: `out` is not empty, is no folder, is in use, or the disk is full.
+        UpitError: `out` is not empty, is no folder, is in use, holds an unfinished run with
+            another identity, or the disk is full.
     """
     refuse_occupied(out, overwrite=overwrite)
     created = [path for path in (out, *out.parents) if not path.exists()]
@@ -44,26 +80,101 @@ def staged_output(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise UpitError(
             f"The output folder {out} cannot be created ({error.strerror}); choose another."
         ) from None
-    done = False
+    leave = True
     try:
         with exclusive(out):
             refuse_occupied(out, overwrite=overwrite)  # another run may have just finished
-            staging = out / STAGING
-            # Left by a run that was killed; the lock says that nobody is using it.
-            shutil.rmtree(staging, ignore_errors=True)
+            staging = _open_staging(out, identity)
+            root = staging.root
+            leave = False
+
+            def last_words() -> str:
+                if _is_moving(root) or has_progress(root):
+                    return "Interrupted; the same command goes on from there."
+                shutil.rmtree(root, ignore_errors=True)
+                (out / _LOCK).unlink(missing_ok=True)
+                for folder in created:
+                    _remove_if_empty(folder)
+                return "Interrupted; nothing was written."
+
             try:
-                staging.mkdir()
-                yield staging
-                _move_into_place(staging, out, overwrite)
-                done = True
-            except OSError as error:
-                raise _explained(error, out) from error
+                with ends_at_once(last_words):
+                    yield staging
+                    _move_into_place(staging, out)
+                leave = True
+            except BaseException as error:
+                may_go_on = not isinstance(error, UpitError) or isinstance(error, ResumableError)
+                leave = _is_moving(root) or (may_go_on and has_progress(root))
+                raise
             finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                if not leave:
+                    shutil.rmtree(staging.root, ignore_errors=True)
     finally:
-        if not done:
+        if not leave:
             for folder in created:
                 _remove_if_empty(folder)
+
+
+@contextlib.contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder on the disk of `out` for files that are needed for a while.
+
+    It does not touch an unfinished run there.
+    """
+    folder = out / STAGING / "scratch"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        remove_scratch(out)
+
+
+def remove_scratch(out: Path) -> None:
+    """Remove what `scratch_folder` gave, if it is there."""
+    shutil.rmtree(out / STAGING / "scratch", ignore_errors=True)
+    _remove_if_empty(out / STAGING)
+
+
+def _open_staging(out: Path, identity: Mapping[str, Any]) -> Staging:
+    """The staging folder of an unfinished run with this identity, or a new one."""
+    root = out / STAGING
+    state = _state(root)
+    moving = _is_moving(root)
+    if state and (moving or has_progress(root)):
+        change = first_difference(state["identity"], json.loads(json.dumps(identity)))
+        if change:
+            raise UpitError(
+                f"The output folder {out} holds an unfinished run, but {change}; undo that to "
+                f"finish it, or delete {root} to start over."
+            )
+        LOG.info("Going on with the unfinished run in %s.", out)
+        for path in (root / "model").iterdir():
+            # Small files are made again; a draft of one must not become part of the output.
+            if not moving and path.suffix != ".safetensors":
+                path.unlink()
+        return Staging(root, complete=moving)
+    try:
+        # Without a record of what is done, nothing there is of use; the lock says that nobody
+        # else is using it.
+        shutil.rmtree(root, ignore_errors=True)
+        (root / "model").mkdir(parents=True)
+        write_json(root / _STATE, {"identity": identity, "moving": None})
+    except OSError as error:
+        shutil.rmtree(root, ignore_errors=True)
+        raise _explained(error, out) from error
+    return Staging(root)
+
+
+def _state(root: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((root / _STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _is_moving(root: Path) -> bool:
+    return bool((_state(root) or {}).get("moving"))
 
 
 @contextlib.contextmanager
@@ -102,6 +213,8 @@ def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
         raise UpitError(f"The output {out} is a file; give a folder.")
     if not out.is_dir():
         return
+    if _is_moving(out / STAGING):  # a complete output, in part here and in part still there
+        return
     present = sorted(path.name for path in out.iterdir() if path.name not in (STAGING, _LOCK))
     if not present:
         return
@@ -124,25 +237,73 @@ def _remove_if_empty(folder: Path) -> None:
         LOG.debug("left %s in place", folder)
 
 
-def _explained(error: OSError, out: Path) -> UpitError:
+@contextlib.contextmanager
+def explained_failures(out: Path) -> Iterator[None]:
+    """Turn what the operating system refuses, disk or memory, into a sentence.
+
+    Raises:
+        ResumableError: instead of `OSError`, `MemoryError` and torch's own.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _explained(error, out) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _out_of_memory() from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's words for it on the CPU
+            raise
+        raise _out_of_memory() from error
+
+
+def _out_of_memory() -> ResumableError:
+    return ResumableError(
+        "The memory is used up; close other programs, use fewer threads (--num-threads) or lower "
+        "router.batch_tokens, and run again."
+    )
+
+
+def _explained(error: OSError, out: Path) -> ResumableError:
     if error.errno == errno.ENOSPC:
-        return UpitError(f"The disk of {out} is full; free some space and run again.")
+        return ResumableError(
+            f"The disk of {out} is full; free some space and run the same command again."
+        )
     if error.errno == errno.EMFILE:
-        return UpitError(
+        return ResumableError(
             "Too many files are open at once; raise the limit (`ulimit -n`) or --out-shard-size."
         )
     where = error.filename or out
-    return UpitError(f"Writing {where} failed ({error.strerror or error}); check the disk.")
+    return ResumableError(
+        f"Reading or writing {where} failed ({error.strerror or error}); check the disk."
+    )
 
 
-def _move_into_place(staging: Path, out: Path, overwrite: bool) -> None:
-    if overwrite:
-        (out / "config.json").unlink(missing_ok=True)
-        for name in _files_of(out / REPORT):
-            (out / name).unlink(missing_ok=True)
-    names = sorted(path.name for path in staging.iterdir())
-    for name in sorted(names, key=lambda name: name == "config.json"):
-        os.replace(staging / name, out / name)
+def _move_into_place(staging: Staging, out: Path) -> None:
+    """Rename every file into `out`; does what is left of it if it was begun before."""
+    state = _state(staging.root) or {}
+    if not staging.complete:
+        sync_folder(staging.model)
+        new = {path.name for path in staging.model.iterdir()}
+        old = [name for name in _files_of(out / REPORT) if name not in new]
+        state["moving"] = {"obsolete": old}
+        write_json(staging.root / _STATE, state)
+    names = sorted(path.name for path in staging.model.iterdir())
+    last = "config.json"
+    if last in names:
+        # An earlier output stops being a model before its files are mixed with the new ones.
+        (out / last).unlink(missing_ok=True)
+    for name in state["moving"]["obsolete"]:
+        (out / name).unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: name == last):
+        os.replace(staging.model / name, out / name)
+    sync_folder(out)
+    # The state goes last: until then the same command finds that all is done.
+    for path in staging.root.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _STATE:
+            path.unlink()
+    shutil.rmtree(staging.root, ignore_errors=True)
 
 
 def _files_of(report: Path) -> list[str]:
@@ -173,16 +334,28 @@ def reserve(path: Path, num_bytes: int) -> None:
         raise _explained(error, path.parent) from error
 
 
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of a folder, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def missing_space(folder: Path, num_bytes: int, what: str) -> str | None:
+    """A sentence if the disk of a folder has not that many bytes free."""
+    free = free_bytes(folder)
+    if free >= num_bytes:
+        return None
+    return (
+        f"The disk of {folder} has {free / 1e9:.2f} GB free, but {what} "
+        f"({num_bytes / 1e9:.2f} GB) must fit; free some space or choose another folder."
+    )
+
+
 def require_space(folder: Path, num_bytes: int, what: str) -> None:
     """Refuse work that cannot fit the disk, before it starts.
 
     Raises:
         UpitError: naming what is needed and what is free.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise UpitError(
-            f"The disk of {folder} has {free / 1e9:.2f} GB free, but {what} "
-            f"({num_bytes / 1e9:.2f} GB) must fit; free some space or choose another folder."
-        )
+    if sentence := missing_space(folder, num_bytes, what):
+        raise UpitError(sentence)

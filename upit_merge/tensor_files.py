@@ -12,16 +12,16 @@ import json
 import math
 import os
 import struct
+import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from upit_merge.errors import UpitError
+from upit_merge.errors import UpitError, one_line, shown
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -31,8 +31,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# The header is padded to this many bytes so that tensors start aligned, as the library does it.
-_ALIGNMENT = 8
+_MAX_NAME = 500  # characters of a tensor's name; real ones stay below 100
 
 
 @dataclass(frozen=True)
@@ -58,71 +57,127 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class _Location:
+class Location:
+    """Where the bytes of a tensor begin."""
+
     spec: TensorSpec
     start: int  # absolute offset in the file, in bytes
 
 
-def _header_locations(path: Path) -> dict[str, _Location]:
+def check_tensor_name(path: Path, name: object) -> None:
+    """Refuse what no model calls a tensor, so that every later message can quote the name.
+
+    Raises:
+        UpitError: the name is not a short text of printable characters.
+    """
+    if not isinstance(name, str) or not name.isprintable() or len(name) > _MAX_NAME:
+        raise UpitError(
+            f"{path} has a tensor named {shown(name)}, as no Llama or Mistral has; do not use this "
+            "checkpoint."
+        )
+
+
+def _header_locations(path: Path) -> dict[str, Location]:
     """Where every tensor of the file lies.
 
     Raises:
-        UpitError: the file is truncated or corrupt, or a tensor is not a floating-point one.
+        UpitError: the file is truncated or corrupt, or a tensor is not a floating-point one or has
+            a name or shape that no model's tensor has.
     """
     try:
         # The library checks what a hostile or torn file could get wrong: the header's size,
         # offsets that overlap, leave holes or point past the end, shapes that do not fit.
-        with safe_open(str(path), framework="pt") as _:
-            pass
+        with safe_open(str(path), framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            stored = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UpitError(
-            f"{path} is truncated or corrupt ({error}); copy or download it again."
+            f"{path} is truncated or corrupt ({one_line(error)}); copy or download it again."
         ) from error
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    base, offsets = _data_offsets(path)
     locations = {}
-    for name, entry in header.items():
-        dtype = DTYPES.get(entry["dtype"])
+    for name, (dtype_name, shape) in stored.items():
+        check_tensor_name(path, name)
+        dtype = DTYPES.get(dtype_name)
         if dtype is None:
             raise UpitError(
-                f"{path} stores {name} as {entry['dtype']}, which cannot be merged; use the "
+                f"{path} stores {name} as {dtype_name}, which cannot be merged; use the "
                 f"unquantised checkpoint ({', '.join(DTYPES)})."
             )
-        start, _end = entry["data_offsets"]
-        spec = TensorSpec(name, tuple(entry["shape"]), dtype)
-        locations[name] = _Location(spec, 8 + length + start)
+        # A tensor without elements takes no bytes, whatever its other dimensions promise.
+        if math.prod(max(size, 1) for size in shape) * dtype.itemsize > sys.maxsize:
+            raise UpitError(
+                f"{path} stores {name} in shape {shown(shape)}; do not use this checkpoint."
+            )
+        spec = TensorSpec(name, shape, dtype)
+        start, end = offsets.get(name, (0, -1))
+        if end - start != spec.num_bytes:
+            raise _odd_header(path)
+        locations[name] = Location(spec, base + start)
     return locations
 
 
-class _PositionedFile:
+def _data_offsets(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Where the data begins, and first and last byte of every tensor in it.
+
+    The library, which has accepted the header, does not tell offsets in all its releases. It also
+    accepts spellings that nothing writes, such as a list in place of an entry's mapping.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        offsets = {name: entry["data_offsets"] for name, entry in header.items()}
+        return 8 + length, {name: (start, end) for name, (start, end) in offsets.items()}
+    except (OSError, struct.error, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise _odd_header(path) from error
+
+
+def _odd_header(path: Path) -> UpitError:
+    return UpitError(
+        f"{path} has a header in a form that nothing writes; copy or download it again, or convert "
+        "the checkpoint with the safetensors library."
+    )
+
+
+class PositionedFile:
     """Reads and writes at absolute offsets, from any thread, on every operating system."""
 
     def __init__(self, path: Path, mode: str) -> None:
         self.path = path
         self._file = open(path, mode, buffering=0)  # noqa: SIM115 (closed by `close`)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # for systems where seeking and reading are two steps
 
     def read(self, buffer: memoryview, offset: int) -> None:
         done = 0
-        with self._lock:
-            self._file.seek(offset)
-            while done < len(buffer):
-                count = self._file.readinto(buffer[done:])  # type: ignore[attr-defined]
-                if not count:
-                    raise UpitError(
-                        f"{self.path} became shorter while it was being read; check that no other "
-                        "program is writing it and try again."
-                    )
-                done += count
+        while done < len(buffer):
+            count = self._read_some(buffer[done:], offset + done)
+            if not count:
+                raise UpitError(
+                    f"{self.path} became shorter while it was being read; check that no other "
+                    "program is writing it and try again."
+                )
+            done += count
 
     def write(self, data: memoryview, offset: int) -> None:
         done = 0
+        while done < len(data):
+            done += self._write_some(data[done:], offset + done)
+
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], offset)
         with self._lock:
             self._file.seek(offset)
-            while done < len(data):
-                done += self._file.write(data[done:])
+            return self._file.readinto(buffer) or 0  # type: ignore[attr-defined]
+
+    def _write_some(self, data: memoryview, offset: int) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self._file.fileno(), data, offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.write(data)
 
     def resize(self, num_bytes: int) -> None:
         self._file.truncate(num_bytes)
@@ -140,7 +195,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._locations = _header_locations(path)
-        self._file = _PositionedFile(path, "rb")
+        self._file = PositionedFile(path, "rb")
         self.specs = {name: location.spec for name, location in self._locations.items()}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -158,166 +213,20 @@ class SafetensorsFile:
         self._file.close()
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A safetensors file to be: its name and its tensors, in file order."""
-
-    filename: str
-    tensors: tuple[TensorSpec, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(spec.num_bytes for spec in self.tensors)
-
-
-def plan_shards(
-    groups: Iterable[Iterable[TensorSpec]], max_shard_bytes: int, stem: str = "model"
-) -> tuple[Shard, ...]:
-    """Distribute tensors over shards, in order; pure planning, nothing is written.
-
-    Everything that fits one shard becomes a single `model.safetensors`. Otherwise every group
-    starts a new shard: the gates are a group of their own, so that a router can be replaced
-    later by replacing one small file.
-
-    Args:
-        groups: Tensors in file order, in groups that do not share a shard.
-        max_shard_bytes: Upper bound of a shard; a larger tensor gets a shard to itself.
-    """
-    listed = [list(group) for group in groups]
-    everything = [spec for group in listed for spec in group]
-    if sum(spec.num_bytes for spec in everything) <= max_shard_bytes:
-        return (Shard(f"{stem}.safetensors", tuple(everything)),)
-    contents: list[list[TensorSpec]] = []
-    for group in listed:
-        size = None
-        for spec in group:
-            if size is None or size + spec.num_bytes > max_shard_bytes:
-                contents.append([])
-                size = 0
-            contents[-1].append(spec)
-            size += spec.num_bytes
-    total = len(contents)
-    if total == 1:
-        return (Shard(f"{stem}.safetensors", tuple(contents[0])),)
-    return tuple(
-        Shard(f"{stem}-{index:05d}-of-{total:05d}.safetensors", tuple(specs))
-        for index, specs in enumerate(contents, start=1)
-    )
-
-
-def shard_index(shards: Iterable[Shard]) -> dict[str, object]:
-    """The content of `model.safetensors.index.json`."""
-    shards = list(shards)
-    return {
-        "metadata": {"total_size": sum(shard.num_bytes for shard in shards)},
-        "weight_map": {spec.name: shard.filename for shard in shards for spec in shard.tensors},
-    }
-
-
-def _encode_header(tensors: Iterable[TensorSpec]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in tensors:
-        header[spec.name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.num_bytes],
-        }
-        offset += spec.num_bytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    padding = -len(encoded) % _ALIGNMENT
-    encoded += b" " * padding
-    return struct.pack("<Q", len(encoded)) + encoded
-
-
-class ShardWriter:
-    """Files of known size, filled in any order, by any number of threads.
-
-    Shapes are known before the first weight is, so every header is written first and every row
-    block goes straight to its final offset: memory holds the block, never a tensor or a shard.
-    """
-
-    def __init__(self, folder: Path, shards: Iterable[Shard]) -> None:
-        self.folder = folder
-        self.shards = tuple(shards)
-        self._locations: dict[str, tuple[_PositionedFile, _Location]] = {}
-        self._files: list[_PositionedFile] = []
-        self._rows_left: dict[str, int] = {}
-        self._lock = threading.Lock()
-        for shard in self.shards:
-            self._create(shard)
-
-    def _create(self, shard: Shard) -> None:
-        header = _encode_header(shard.tensors)
-        file = _PositionedFile(self.folder / shard.filename, "w+b")
-        self._files.append(file)
-        file.write(memoryview(header), 0)
-        offset = len(header)
-        for spec in shard.tensors:
-            self._locations[spec.name] = (file, _Location(spec, offset))
-            self._rows_left[spec.name] = spec.shape[0]
-            offset += spec.num_bytes
-        file.resize(offset)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype a tensor is written in."""
-        return self._locations[name][1].spec.dtype
-
-    def write(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Write rows of a tensor, beginning at row `start`; cast to the planned dtype."""
-        file, location = self._locations[name]
-        file.write(
-            _raw_bytes(rows, location.spec.dtype), location.start + start * location.spec.row_bytes
-        )
-        with self._lock:
-            self._rows_left[name] -= rows.shape[0]
-
-    def finish(self) -> None:
-        """Flush to the disk and close.
-
-        Raises:
-            RuntimeError: a planned tensor was not written completely (a defect of this program).
-        """
-        unwritten = [name for name, left in self._rows_left.items() if left != 0]
-        if unwritten:
-            raise RuntimeError(f"{len(unwritten)} tensors are incomplete, first {unwritten[0]}")
-        for file in self._files:
-            file.sync()
-        self.close()
-
-    def close(self) -> None:
-        while self._files:
-            self._files.pop().close()
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # After an error the files are the caller's to remove; only a clean exit may finish them.
-        if kind is None:
-            self.finish()
-        else:
-            self.close()
-
-
 def patch_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Replace the values of some tensors of a safetensors file, in place, in their stored dtype."""
     locations = _header_locations(path)
-    file = _PositionedFile(path, "r+b")
+    file = PositionedFile(path, "r+b")
     try:
         for name, tensor in tensors.items():
             location = locations[name]
-            file.write(_raw_bytes(tensor, location.spec.dtype), location.start)
+            file.write(raw_bytes(tensor, location.spec.dtype), location.start)
         file.sync()
     finally:
         file.close()
 
 
-def _raw_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
+def raw_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
+    """The bytes of a tensor, cast to a dtype, as a file holds them."""
     flat = tensor.to(device="cpu", dtype=dtype).contiguous().view(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.checkpoints import Checkpoint
-from upit_merge.errors import UpitError, first_line
+from upit_merge.errors import UpitError, first_line, one_line, shown
 
 LOG = logging.getLogger(__name__)
 
@@ -74,13 +75,14 @@ def find_model(
         UpitError: naming the recipe's key and the labels there are.
     """
     for model in (*checkpoints, base):
-        if label == model.label or Path(label).expanduser().absolute() == model.folder.absolute():
+        named = Path(os.path.expanduser(label)).absolute()
+        if label == model.label or named == model.folder.absolute():
             return model
     known = ", ".join(model.label for model in checkpoints)
     raise UpitError(f"{key}: {label} is none of the recipe's models ({known}); name one of them.")
 
 
-def copy_tokenizer(donor: Checkpoint, folder: Path) -> None:
+def copy_tokenizer_files(donor: Checkpoint, folder: Path) -> None:
     """Copy the donor's tokenizer and chat template files."""
     for name in _TOKENIZER_FILES:
         if (donor.folder / name).is_file():
@@ -112,7 +114,7 @@ def resolve_chat_template(setting: str, models: Sequence[Checkpoint]) -> str | N
     names = sorted(p.name.removesuffix(".jinja") for p in shipped.iterdir() if ".jinja" in p.name)
     if setting not in names:
         raise UpitError(
-            f"chat_template: {setting!r} is neither a Jinja template nor one of mergekit's "
+            f"chat_template: {shown(setting)} is neither a Jinja template nor one of mergekit's "
             f"({', '.join(names)}); use one of these."
         )
     return shipped.joinpath(f"{setting}.jinja").read_text(encoding="utf-8")
@@ -129,7 +131,7 @@ def _own_template(folder: Path) -> str | None:
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -140,11 +142,14 @@ def write_chat_template(template: str, folder: Path) -> None:
     It goes where transformers 5 looks (`chat_template.jinja`) and where older readers and
     llama.cpp do (`tokenizer_config.json`).
     """
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    # JSON may hold half a character, which UTF-8 cannot; in JSON it can be escaped again.
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8", errors="replace")
     (folder / "chat_template.json").unlink(missing_ok=True)
     config = _tokenizer_config(folder) | {"chat_template": template}
     (folder / "tokenizer_config.json").write_text(
-        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+        errors="backslashreplace",
     )
 
 
@@ -155,8 +160,9 @@ def highest_token_id(folder: Path) -> int | None:
         vocabulary = content["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         added = (token["id"] for token in content.get("added_tokens", []))
-        return max(chain(ids, added), default=None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        highest = max(chain(ids, added), default=None)
+        return highest if isinstance(highest, int) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -178,7 +184,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # whatever a broken or foreign tokenizer makes the loader raise
-        reason = first_line(error)
+        reason = one_line(first_line(error))
         raise UpitError(
             f"The tokenizer in {folder} cannot be loaded ({reason}); check its files."
         ) from error

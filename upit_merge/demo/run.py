@@ -20,10 +20,10 @@ from upit_merge.demo.corpus import Domain, load_domains
 from upit_merge.demo.evaluation import perplexity, set_gates
 from upit_merge.demo.training import DemoModels, TrainingBudget, train_demo_models
 from upit_merge.errors import UpitError
-from upit_merge.report.record import write_json
 from upit_merge.report.tables import show
 from upit_merge.router.gate_files import opened_moe
 from upit_merge.router.pretrain import training_free_gates
+from upit_merge.text_files import write_json
 
 RECIPE = """\
 # What `upit-merge demo` runs: checkpoints of a small Llama, fine-tuned on three kinds of text one

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -12,18 +13,49 @@ from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
 from upit_merge.expansion.dare import dare, index_hash, mask_key
 from upit_merge.expansion.lineage import Lineage
+from upit_merge.expansion.similarity import block_gram
 from upit_merge.mixtral import DenseArchitecture, expert_tensor
-from upit_merge.tensor_files import ShardWriter, TensorSpec
+from upit_merge.resume import Saver
+from upit_merge.tensor_files import TensorSpec
 
 # Small enough that the dozen passes over a block run in the processor's cache, large enough that
 # Python's part does not show; a GPU wants more work at a time. Results do not depend on it.
-_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
 def block_elements(device: torch.device, mutation: str, num_experts: int) -> int:
     """Elements of a block; smaller where all experts' deltas of it are alive at once."""
     size = _BLOCK_ELEMENTS[device.type]
     return max(1 << 14, size * 16 // (16 + num_experts)) if mutation == "compound" else size
+
+
+def block_bytes(device: torch.device, mutation: str, num_experts: int, num_models: int) -> int:
+    """Bytes of RAM a block takes while it is worked on, with both passes' arithmetic in one.
+
+    The stored values of all models, their deltas in float32, and a handful of temporaries; the
+    Gram matrix of the same block, in float64, is over by the time the experts begin.
+    """
+    elements = block_elements(device, mutation, num_experts)
+    if device.type != "cpu":  # the arithmetic is elsewhere; values come and go
+        return elements * (4 * num_models + 8)
+    deltas = num_models + (num_experts if mutation == "compound" else 0)
+    return elements * (4 * num_models + max(4 * deltas + 24, 8 * (num_models + 1)))
+
+
+class Sink(Protocol):
+    """Takes the rows of output tensors, in any order, from any thread."""
+
+    def wants(self, name: str) -> bool:
+        """Whether a tensor is to be made at all."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype it is to be given in."""
+        ...
+
+    def write(self, name: str, start: int, rows: torch.Tensor) -> None:
+        """Take rows of it, beginning at row `start`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +84,7 @@ class ExpertBuilder:
         first_element: int,
         base: torch.Tensor,
         checkpoints: dict[int, torch.Tensor],
+        wanted: Collection[int],
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (expert index, values) for one block of one FFN tensor.
 
@@ -61,6 +94,7 @@ class ExpertBuilder:
             first_element: Index of the block's first element in the flattened tensor.
             base: The base's values, stored dtype, any shape.
             checkpoints: The values of the checkpoints needed, same shape.
+            wanted: Indices of the experts to compute.
 
         Yields:
             Checkpoint experts in their stored dtype, children in float32; shape of `base`.
@@ -71,9 +105,13 @@ class ExpertBuilder:
             mask_key(self.seed, "element", name), first_element, base.numel(), base.device
         )
         if self.lineage.mutation == "compound":
-            yield from self._compound(tensor, name, origin, deltas, hashed, checkpoints)
+            for index, values in self._compound(tensor, name, origin, deltas, hashed, checkpoints):
+                if index in wanted:
+                    yield index, values
             return
         for index, expert in enumerate(self.lineage.experts):
+            if index not in wanted:
+                continue
             if expert.checkpoint is not None:
                 yield index, checkpoints[expert.checkpoint]
                 continue
@@ -116,70 +154,122 @@ class ExpertBuilder:
 
 @dataclass(frozen=True)
 class _Job:
+    """A block of one dense tensor, and what is to be made of it.
+
+    Attributes:
+        targets: Names of the output's tensors by expert; by 0 for the backbone.
+        ffn: (index among the FFN tensors, dense name), or None for the backbone.
+        with_gram: Its part of the Gram matrix is wanted too.
+    """
+
     spec: TensorSpec
     start: int
     stop: int
-    ffn: tuple[int, int, str] | None  # (index among the FFN tensors, layer, projection)
+    targets: Mapping[int, str]
+    ffn: tuple[int, str] | None
+    with_gram: bool
+    device: torch.device
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == self.spec.shape[0]
 
 
 def write_experts(
-    writer: ShardWriter,
+    sink: Sink,
     base: Checkpoint,
     checkpoints: Sequence[Checkpoint],
     backbone: Sequence[Checkpoint],
     architecture: DenseArchitecture,
     builder: ExpertBuilder,
+    saver: Saver,
     *,
-    device: torch.device,
+    grams: Collection[int] = (),
+    devices: Sequence[torch.device],
     workers: int,
     quiet: bool,
-) -> None:
-    """Write all experts and the backbone; every input tensor is read once.
+    description: str = "writing experts",
+) -> dict[int, torch.Tensor]:
+    """Make all experts and the backbone that the sink wants; every input tensor is read once.
 
     Args:
         backbone: The models whose attention, norms and embeddings are averaged; usually one.
+        saver: Told of every tensor that is complete.
+        grams: Indices of the FFN tensors whose Gram matrix is computed on the way.
+        devices: Blocks take turns on them.
+
+    Returns:
+        The Gram matrices asked for, by tensor, as `delta_gram` gives them.
 
     Raises:
         UpitError: a backbone weight is NaN or infinite, or an expert overflows float16.
     """
     needed = builder.checkpoints_needed()
+    models = (base, *checkpoints)
+    jobs = list(_jobs(sink, architecture, builder.lineage, grams, devices))
+
+    def run(job: _Job) -> torch.Tensor | None:
+        name, start, stop = job.spec.name, job.start, job.stop
+        if job.ffn is None:
+            target = job.targets[0]
+            rows = _mean_rows(backbone, name, start, stop)
+            sink.write(target, start, _cast(rows, sink.dtype(target), f"The backbone's {name}"))
+            return None
+        read = range(len(checkpoints)) if job.with_gram else needed
+        origin = base.rows(name, start, stop).to(job.device)
+        values = {i: checkpoints[i].rows(name, start, stop).to(job.device) for i in read}
+        gram = block_gram(name, models, [origin, *values.values()]) if job.with_gram else None
+        first = start * (job.spec.numel // job.spec.shape[0])
+        inputs = {i: values[i] for i in needed}
+        for expert, rows in builder.block(job.ffn[0], name, first, origin, inputs, job.targets):
+            target = job.targets[expert]
+            sink.write(target, start, _cast(rows, sink.dtype(target), f"Expert {expert}'s {name}"))
+        return gram
+
+    def bytes_of(job: _Job) -> int:
+        per_row = job.spec.numel // job.spec.shape[0]
+        return sum(
+            (job.stop - job.start) * per_row * sink.dtype(target).itemsize
+            for target in job.targets.values()
+        )
+
+    total: dict[int, torch.Tensor] = {}
+    with progress_bar(sum(map(bytes_of, jobs)), description, quiet=quiet) as bar:
+        for job, gram in zip(jobs, map_in_order(run, jobs, workers), strict=True):
+            if job.ffn and gram is not None:
+                total[job.ffn[0]] = total.get(job.ffn[0], 0) + gram
+            if job.is_last:
+                done = {job.ffn[0]: total[job.ffn[0]]} if job.ffn and job.with_gram else {}
+                saver.finished(job.targets.values(), done)
+            bar.update(bytes_of(job))
+    return total
+
+
+def _jobs(
+    sink: Sink,
+    architecture: DenseArchitecture,
+    lineage: Lineage,
+    grams: Collection[int],
+    devices: Sequence[torch.device],
+) -> Iterator[_Job]:
     ffn = {
         name: (index, layer, projection)
         for index, (layer, projection, name) in enumerate(architecture.ffn_names())
     }
-    size = block_elements(device, builder.lineage.mutation, len(builder.lineage))
-    jobs = [
-        _Job(spec, start, stop, ffn.get(name))
-        for name, spec in architecture.specs.items()
-        for start, stop in row_blocks(spec, size)
-    ]
-
-    def run(job: _Job) -> int:
-        name, start, stop = job.spec.name, job.start, job.stop
-        if job.ffn is None:
-            rows = _mean_rows(backbone, name, start, stop)
-            writer.write(name, start, _cast(rows, writer.dtype(name), f"The backbone's {name}"))
-            return rows.numel()
-        index, layer, projection = job.ffn
-        first_element = start * (job.spec.numel // job.spec.shape[0])
-        origin = base.rows(name, start, stop).to(device)
-        inputs = {i: checkpoints[i].rows(name, start, stop).to(device) for i in needed}
-        written = 0
-        for expert, rows in builder.block(index, name, first_element, origin, inputs):
-            target = expert_tensor(layer, expert, projection)
-            cast = _cast(rows, writer.dtype(target), f"Expert {expert}'s {name}")
-            writer.write(target, start, cast)
-            written += cast.numel()
-        return written
-
-    total = sum(
-        spec.numel * (len(builder.lineage) if name in ffn else 1)
-        for name, spec in architecture.specs.items()
-    )
-    itemsize = writer.dtype(next(iter(architecture.backbone_names()))).itemsize
-    with progress_bar(total * itemsize, "writing experts", quiet=quiet) as bar:
-        for written in map_in_order(run, jobs, workers):
-            bar.update(written * itemsize)
+    size = block_elements(devices[0], lineage.mutation, len(lineage))
+    for count, (name, spec) in enumerate(architecture.specs.items()):
+        index, layer, projection = ffn.get(name, (None, 0, ""))
+        targets = {0: name}
+        if index is not None:
+            targets = {e: expert_tensor(layer, e, projection) for e in range(len(lineage))}
+        targets = {expert: target for expert, target in targets.items() if sink.wants(target)}
+        with_gram = index is not None and index in grams
+        if not targets and not with_gram:
+            continue
+        tensor = None if index is None else (index, name)
+        device = devices[count % len(devices)]
+        for start, stop in row_blocks(spec, size):
+            yield _Job(spec, start, stop, targets, tensor, with_gram, device)
 
 
 def _cast(rows: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:

@@ -110,19 +110,52 @@ def keep_diverse(gram: torch.Tensor, count: int, similarity: str) -> list[int]:
 
 
 class _Population:
-    """The experts so far, with their expected Gram matrix per tensor."""
+    """The experts so far, with their expected Gram matrix."""
 
     def __init__(
-        self, gram: torch.Tensor, densities: torch.Tensor, kept: list[int], mutation: str
+        self,
+        gram: torch.Tensor,
+        densities: torch.Tensor,
+        kept: list[int],
+        parameters: Parameters,
+        size: int,
     ) -> None:
-        self.checkpoint_gram = gram
-        self.densities = densities
-        self.mutation = mutation
-        self.gram = gram[:, kept][:, :, kept]
         self.experts = [
             Expert(index, None, None, tuple(float(i == index) for i in range(gram.shape[1])))
             for index in kept
         ]
+        self._parameters = parameters
+        self._densities = densities
+        self._pairs = torch.zeros(size, size, dtype=torch.bool)
+        # Fresh masks make a child's norm a sum over checkpoints, whatever the tensors; compounded
+        # ones need every tensor's own matrix, because densities may differ between tensors.
+        self._checkpoints = gram.sum(0)
+        dropped = gram.diagonal(dim1=1, dim2=2) * (1 / densities - 1)
+        self._noise = dropped.sum(0)
+        kept_gram = gram[:, kept][:, :, kept]
+        if parameters.mutation == "once":
+            kept_gram = kept_gram.sum(0, keepdim=True)
+        self._grams = torch.zeros(kept_gram.shape[0], size, size, dtype=torch.float64)
+        self._grams[:, : len(kept), : len(kept)] = kept_gram
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """Expected inner products, (num_experts, num_experts), summed over the tensors."""
+        size = len(self.experts)
+        return self._grams[:, :size, :size].sum(0)
+
+    def choose_parents(self, generator: random.Random) -> tuple[int, int]:
+        """The next pair, by the recipe's rule; of equals the one with the lower indices."""
+        rows, columns = torch.triu_indices(len(self.experts), len(self.experts), offset=1)
+        used = self._pairs[rows, columns]
+        if self._parameters.repeat_pairs or bool(used.all()):
+            used = torch.zeros_like(used)
+        if self._parameters.parents == "random":
+            chosen = generator.choice((~used).nonzero().flatten().tolist())
+        else:
+            distances = _dissimilarity(self.gram, self._parameters.similarity)[rows, columns]
+            chosen = int(distances.masked_fill(used, -torch.inf).argmax())
+        return int(rows[chosen]), int(columns[chosen])
 
     def add_child(self, first: int, second: int, alpha: float) -> None:
         beta = 1 - alpha
@@ -130,30 +163,37 @@ class _Population:
         weights = tuple(
             alpha * a + beta * b for a, b in zip(mother.weights, father.weights, strict=True)
         )
-        if self.mutation == "compound":
+        size, grams = len(self.experts), self._grams
+        if self._parameters.mutation == "compound":
             # ⟨c, d⟩ = α⟨a, d⟩ + β⟨b, d⟩ for every expert d: masks are unbiased and independent.
-            cross = alpha * self.gram[:, first] + beta * self.gram[:, second]
-            density = self.densities[:, 0]
+            cross = alpha * grams[:, first, :size] + beta * grams[:, second, :size]
+            density = self._densities[:, 0]
             norm = (
-                alpha**2 * self.gram[:, first, first] / density
-                + beta**2 * self.gram[:, second, second] / density
-                + 2 * alpha * beta * self.gram[:, first, second]
+                alpha**2 * grams[:, first, first] / density
+                + beta**2 * grams[:, second, second] / density
+                + 2 * alpha * beta * grams[:, first, second]
             )
         else:
             # Masks are fresh, so a child shares its parents' genomes but not their noise.
             w = torch.tensor(weights, dtype=torch.float64)
             others = torch.tensor([e.weights for e in self.experts], dtype=torch.float64)
-            cross = torch.einsum("ki,tij,j->tk", others, self.checkpoint_gram, w)
-            own = self.checkpoint_gram.diagonal(dim1=1, dim2=2)
-            norm = torch.einsum("i,tij,j->t", w, self.checkpoint_gram, w)
-            norm = norm + (w**2 * own * (1 / self.densities - 1)).sum(1)
-        size = self.gram.shape[1]
-        grown = torch.empty(self.gram.shape[0], size + 1, size + 1, dtype=torch.float64)
-        grown[:, :size, :size] = self.gram
-        grown[:, size, :size] = grown[:, :size, size] = cross
-        grown[:, size, size] = norm
-        self.gram = grown
+            products = self._checkpoints @ w
+            cross = (others @ products).unsqueeze(0)
+            norm = (w @ products + w**2 @ self._noise).unsqueeze(0)
+        grams[:, size, :size] = grams[:, :size, size] = cross
+        grams[:, size, size] = norm
+        self._pairs[first, second] = True
         self.experts.append(Expert(None, (first, second), alpha, weights))
+
+
+def needs_gram(num_checkpoints: int, num_experts: int, parameters: Parameters) -> bool:
+    """Whether the lineage depends on how alike the checkpoints are.
+
+    If not, one pass over them suffices: experts are written while their likeness is measured.
+    """
+    if num_experts in (1, num_checkpoints):
+        return False
+    return num_checkpoints > num_experts or parameters.parents != "random"
 
 
 def plan_lineage(
@@ -199,19 +239,10 @@ def plan_lineage(
         born = num_experts - m
         children = f"{born} {'child' if born == 1 else 'children'}"
         summary = f"{m} checkpoints and {children} make {num_experts} experts"
-    population = _Population(gram, densities, kept, parameters.mutation)
+    population = _Population(gram, densities, kept, parameters, num_experts)
     # Python's own generator: the same numbers in every version and on every machine.
     generator = random.Random(f"upit lineage {parameters.seed}")
-    used: set[tuple[int, int]] = set()
     while len(population.experts) < num_experts:
-        pairs = list(combinations(range(len(population.experts)), 2))
-        unused = pairs if parameters.repeat_pairs else [p for p in pairs if p not in used]
-        candidates = unused or pairs
-        if parameters.parents == "random":
-            pair = generator.choice(candidates)
-        else:
-            distances = _dissimilarity(population.gram.sum(0), parameters.similarity)
-            pair = max(candidates, key=lambda p: float(distances[p]))
-        used.add(pair)
+        pair = population.choose_parents(generator)
         population.add_child(*pair, alpha=generator.random())
-    return Lineage(tuple(population.experts), population.gram.sum(0), parameters.mutation, summary)
+    return Lineage(tuple(population.experts), population.gram, parameters.mutation, summary)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,15 @@ from upit_merge.blocks import map_in_order, progress_bar, row_blocks
 from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
 from upit_merge.mixtral import DenseArchitecture
+from upit_merge.resume import Saver
 
-# Fixed: sums are taken block by block, so another size would round differently.
+# Sums are taken block by block, so the size must not depend on the machine.
 _BLOCK_ELEMENTS = 1 << 18
+
+
+def gram_block_elements(num_checkpoints: int) -> int:
+    """Elements of a block in pass 1: fewer with more checkpoints, so that memory stays the same."""
+    return max(1 << 12, min(_BLOCK_ELEMENTS, 8 * _BLOCK_ELEMENTS // num_checkpoints))
 
 
 @dataclass(frozen=True)
@@ -22,52 +28,88 @@ class _Block:
     name: str
     start: int
     stop: int
+    device: torch.device
+
+
+def block_gram(
+    name: str, models: Sequence[Checkpoint], rows: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Inner products of the deltas of one block; differences, products and sums are float64.
+
+    Args:
+        name: Of the tensor, for messages.
+        models: The base, then the m checkpoints.
+        rows: Their values, all of one shape, on one device.
+
+    Returns:
+        float64 on the CPU, (m, m).
+
+    Raises:
+        UpitError: a weight is NaN or infinite.
+    """
+    origin = rows[0].double().flatten()
+    deltas = torch.empty(len(rows) - 1, origin.numel(), dtype=torch.float64, device=origin.device)
+    for delta, values in zip(deltas, rows[1:], strict=True):
+        torch.sub(values.double().flatten(), origin, out=delta)
+    gram = (deltas @ deltas.T).cpu()
+    if not gram.isfinite().all():
+        _refuse_non_finite(models, rows, name)
+    return gram
 
 
 def delta_gram(
     base: Checkpoint,
     checkpoints: Sequence[Checkpoint],
     architecture: DenseArchitecture,
+    tensors: Collection[int],
+    saver: Saver,
     *,
-    device: torch.device,
+    devices: Sequence[torch.device],
     workers: int,
     quiet: bool,
-) -> torch.Tensor:
+) -> dict[int, torch.Tensor]:
     """Inner products of the FFN deltas of all checkpoints, one Gram matrix per tensor.
 
     The deltas of neighbouring checkpoints are so alike that lower precision drowns what tells
-    them apart; differences, products and sums are float64.
+    them apart.
+
+    Args:
+        tensors: Indices of the FFN tensors to do.
+        saver: Told of every tensor that is done.
 
     Returns:
-        float64 on the CPU, (num_ffn_tensors, num_checkpoints, num_checkpoints).
+        By tensor, float64 on the CPU, (num_checkpoints, num_checkpoints).
 
     Raises:
         UpitError: a weight is NaN or infinite.
     """
-    names = [name for _layer, _projection, name in architecture.ffn_names()]
-    blocks = [
-        _Block(index, name, start, stop)
-        for index, name in enumerate(names)
-        for start, stop in row_blocks(architecture.specs[name], _BLOCK_ELEMENTS)
-    ]
     models = (base, *checkpoints)
+    names = {
+        index: name
+        for index, (_layer, _projection, name) in enumerate(architecture.ffn_names())
+        if index in tensors
+    }
+    size = gram_block_elements(len(checkpoints))
+    blocks = [
+        _Block(index, name, start, stop, devices[index % len(devices)])
+        for index, name in names.items()
+        for start, stop in row_blocks(architecture.specs[name], size)
+    ]
 
-    def block_gram(block: _Block) -> torch.Tensor:
-        rows = [m.rows(block.name, block.start, block.stop).to(device) for m in models]
-        origin = rows[0].double()
-        deltas = torch.stack([r.double().sub_(origin).flatten() for r in rows[1:]])
-        gram = (deltas @ deltas.T).cpu()
-        if not gram.isfinite().all():
-            _refuse_non_finite(models, rows, block.name)
-        return gram
+    def run(block: _Block) -> torch.Tensor:
+        rows = [m.rows(block.name, block.start, block.stop).to(block.device) for m in models]
+        return block_gram(block.name, models, rows)
 
-    total = torch.zeros(len(names), len(checkpoints), len(checkpoints), dtype=torch.float64)
-    num_bytes = sum(m.specs[name].num_bytes for m in models for name in names)
+    total: dict[int, torch.Tensor] = {}
+    num_bytes = sum(m.specs[name].num_bytes for m in models for name in names.values())
     with progress_bar(num_bytes, "comparing checkpoints", quiet=quiet) as bar:
-        for block, gram in zip(blocks, map_in_order(block_gram, blocks, workers), strict=True):
-            total[block.tensor] += gram
-            rows_done = block.stop - block.start
-            bar.update(sum(rows_done * m.specs[block.name].row_bytes for m in models))
+        for block, gram in zip(blocks, map_in_order(run, blocks, workers), strict=True):
+            total[block.tensor] = total.get(block.tensor, 0) + gram
+            if block.stop == architecture.specs[block.name].shape[0]:
+                saver.finished(grams={block.tensor: total[block.tensor]})
+            bar.update(
+                sum((block.stop - block.start) * m.specs[block.name].row_bytes for m in models)
+            )
     return total
 
 

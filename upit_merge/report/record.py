@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,15 +64,3 @@ def merge_record(
             "largest_cosine": lineage.largest_cosine(),
         },
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write readable JSON; an older file is replaced in one step."""
-    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file; whoever reads it sees the old or the new one, never half of it."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,16 @@ from pydantic import ValidationError
 
 from upit_merge.device import resolve_device
 from upit_merge.errors import UpitError
+from upit_merge.interrupt import ends_at_once
 from upit_merge.recipe import RouterSettings
 from upit_merge.recipe_errors import explain
 from upit_merge.report.card import router_sentence, with_router_sentence
-from upit_merge.report.record import replace_text, write_json
 from upit_merge.report.tables import bucket_table, show
 from upit_merge.router.gate_files import opened_moe, replace_gates
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
-from upit_merge.staging import REPORT, STAGING, exclusive
+from upit_merge.staging import REPORT, exclusive, remove_scratch, scratch_folder
+from upit_merge.text_files import replace_text, write_json
 from upit_merge.tokenizer import load_tokenizer
 
 LOG = logging.getLogger(__name__)
@@ -81,17 +81,18 @@ def train_router(
             vocab_size=model.vocab_size,
             seed=seed,
         )
-        staging = out / STAGING
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        try:
-            result = pretrain_router(
-                model, seeds, settings, seed=seed, scratch=staging, quiet=quiet
-            )
-            replace_gates(out, staging, result.gates)
+
+        def last_words() -> str:
+            remove_scratch(out)
+            return "Interrupted; the gates are as they were."
+
+        with scratch_folder(out) as scratch:
+            with ends_at_once(last_words):
+                result = pretrain_router(
+                    model, seeds, settings, seed=seed, scratch=scratch, quiet=quiet
+                )
+            replace_gates(out, scratch, result.gates)
             _update_papers(out, result)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     if not quiet:
         print(seeds.summary())
         if buckets := result.report.get("buckets"):

@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from upit_merge.checkpoints import Checkpoint, OpenOptions
 from upit_merge.mixtral import gate_tensor
 from upit_merge.staging import require_space
-from upit_merge.tensor_files import patch_tensors
+from upit_merge.tensor_files import patch_tensors, raw_bytes
 
 
 @contextlib.contextmanager
-def opened_moe(folder: Path, label: str = "the output") -> Iterator[Checkpoint]:
-    """Open a Mixtral folder for reading; closes it again."""
-    with contextlib.closing(Checkpoint(label, folder, OpenOptions())) as moe:
+def opened_moe(
+    folder: Path, label: str = "the output", config: dict[str, Any] | None = None
+) -> Iterator[Checkpoint]:
+    """Open a Mixtral folder for reading; closes it again.
+
+    Args:
+        config: The content of its `config.json`, if that is not written yet.
+    """
+    with contextlib.closing(Checkpoint(label, folder, OpenOptions(), config=config)) as moe:
         yield moe
 
 
+def gates_digest(gates: Sequence[torch.Tensor], dtype: torch.dtype) -> str:
+    """SHA-256 of all gates as they are stored, layer after layer."""
+    digest = hashlib.sha256()
+    for gate in gates:
+        digest.update(raw_bytes(gate, dtype))
+    return digest.hexdigest()
+
+
 def _gates_by_file(
-    folder: Path, gates: Sequence[torch.Tensor]
+    moe: Checkpoint, gates: Sequence[torch.Tensor]
 ) -> dict[Path, dict[str, torch.Tensor]]:
     by_file: dict[Path, dict[str, torch.Tensor]] = defaultdict(dict)
-    with opened_moe(folder) as moe:
-        for layer, gate in enumerate(gates):
-            by_file[moe.file_of(gate_tensor(layer))][gate_tensor(layer)] = gate
+    for layer, gate in enumerate(gates):
+        by_file[moe.file_of(gate_tensor(layer))][gate_tensor(layer)] = gate
     return by_file
 
 
-def write_gates(folder: Path, gates: Sequence[torch.Tensor]) -> None:
+def write_gates(moe: Checkpoint, gates: Sequence[torch.Tensor]) -> None:
     """Overwrite the gates in place; for a folder that nobody uses yet.
 
     Args:
         gates: (num_experts, hidden_size) per layer.
     """
-    for path, tensors in _gates_by_file(folder, gates).items():
+    for path, tensors in _gates_by_file(moe, gates).items():
         patch_tensors(path, tensors)
 
 
@@ -56,7 +71,8 @@ def replace_gates(folder: Path, staging: Path, gates: Sequence[torch.Tensor]) ->
     Raises:
         UpitError: the copies do not fit the disk.
     """
-    by_file = _gates_by_file(folder, gates)
+    with opened_moe(folder) as moe:
+        by_file = _gates_by_file(moe, gates)
     require_space(
         staging, sum(p.stat().st_size for p in by_file), "a copy of the files with the gates"
     )

@@ -17,6 +17,7 @@ from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
 from upit_merge.recipe import RouterSettings
 from upit_merge.router.buckets import ASSIGNMENTS
+from upit_merge.router.gate_files import gates_digest
 from upit_merge.router.layerwise import MEAN, LayerwiseMoe, PackedStates, Stream
 from upit_merge.router.objectives import normalise, one_vs_rest, random_gate, ridge
 from upit_merge.router.seed_data import read_seed_data, sample_examples
@@ -143,6 +144,7 @@ def pretrain_router(
     timings: dict[str, float] = {}
     if settings.objective == "random" or model.num_experts == 1:
         gates = training_free_gates(model.moe, model.num_layers, model.num_experts, seed)
+        report["gates_sha256"] = gates_digest(gates, model.stored_dtype)
         return RouterResult(gates, report | {"seconds": timings})
     started = time.perf_counter()
     buckets = sort_into_buckets(model, seeds, settings, scratch, quiet=quiet)
@@ -150,6 +152,7 @@ def pretrain_router(
     started = time.perf_counter()
     gates = fit_gates(model, seeds, buckets, settings, scratch, quiet=quiet)
     timings["gates"] = time.perf_counter() - started
+    report["gates_sha256"] = gates_digest(gates, model.stored_dtype)
     return RouterResult(gates, report | {"buckets": buckets.to_report(), "seconds": timings})
 
 

@@ -7,6 +7,7 @@ Every mistake in the data is an `UpitError` that names the file and the line, re
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,8 +64,8 @@ def read_seed_data(
         UpitError: nothing there, an unknown extension, an empty or malformed file, or a record
             without usable columns.
     """
-    path = Path(source).expanduser()
-    if source and path.exists():
+    path = Path(os.path.expanduser(source))
+    if source and os.path.exists(path):
         return _read_path(path)
     if source[:1] in ("", "/", ".", "~") or path.suffix.lower() in EXTENSIONS:
         raise UpitError(

@@ -1,0 +1,5 @@
+"""`python -m upit_merge`, hence also `torchrun -m upit_merge run …`."""
+
+from upit_merge.cli import main
+
+main(prog_name="upit-merge")

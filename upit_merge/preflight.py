@@ -1,0 +1,186 @@
+"""What a job needs of the machine, asked before the work: disk, memory, device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from upit_merge.device import merge_workers
+from upit_merge.errors import UpitError
+from upit_merge.expansion.experts import block_bytes
+from upit_merge.inputs import Inputs
+from upit_merge.recipe import RouterSettings
+from upit_merge.router.layerwise import LOGIT_ROWS
+from upit_merge.router.seed_tokens import SeedSet
+from upit_merge.shards import Shard
+from upit_merge.staging import free_bytes, missing_space
+
+LOG = logging.getLogger(__name__)
+
+# What Python, torch and transformers take before any weight is read.
+_IMPORTS_BYTES = 600 << 20
+# A CUDA context and the libraries' work space.
+_CUDA_BYTES = 700 << 20
+
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run takes at its peak, in bytes.
+
+    Attributes:
+        disk: Of the output folder: the finished files, and hidden states that memory cannot hold.
+        merge: RAM of the merge stage.
+        router: RAM of router pre-training; None without it.
+        device: Memory of every device's share; None on the CPU.
+        devices: Where the arithmetic is done.
+    """
+
+    disk: int
+    merge: int
+    router: int | None
+    device: int | None
+    devices: tuple[torch.device, ...]
+
+    @property
+    def memory(self) -> int:
+        """RAM at the worst moment."""
+        return max(self.merge, self.router or 0)
+
+    def shortages(self, out: Path | None, present: int = 0) -> Iterator[str]:
+        """What this machine cannot give, one sentence each.
+
+        Args:
+            out: The output folder, or where it will be.
+            present: Bytes of the output that are on the disk already.
+        """
+        if out is not None and (missing := missing_space(out, self.disk - present, "the output")):
+            yield missing
+        limit, where = memory_limit()
+        if self.memory > limit:
+            stage, remedy = "merge", "use fewer threads (--num-threads)"
+            if (self.router or 0) > self.merge:
+                stage, remedy = "router", "lower router.batch_tokens, max_length or memory_gb"
+            yield (
+                f"The {stage} needs about {gib(self.memory)} of memory, but {where} has "
+                f"{gib(limit)}; {remedy}, or use a machine with more."
+            )
+        for device in self.devices if self.device else ():
+            total = torch.cuda.get_device_properties(device).total_memory
+            if (self.device or 0) > total:
+                yield (
+                    f"The work needs about {gib(self.device or 0)} on {device}, which has "
+                    f"{gib(total)}; lower router.batch_tokens, or use --device cpu."
+                )
+
+    def require(self, out: Path, present: int = 0) -> None:
+        """Refuse a run that this machine cannot finish, and warn of one that will be tight.
+
+        Raises:
+            UpitError: naming what is needed and what there is.
+        """
+        for sentence in self.shortages(out, present):
+            raise UpitError(sentence)
+        available = psutil.virtual_memory().available
+        if self.memory > available:
+            LOG.warning(
+                "About %s of memory are needed and %s are free now; close other programs, or "
+                "expect the machine to swap.",
+                gib(self.memory),
+                gib(available),
+            )
+
+    def lines(self, out: Path | None) -> Iterator[str]:
+        """The same for people: what is needed beside what there is."""
+        if out is not None:
+            yield f"Disk: {gb(self.disk)} needed, {gb(free_bytes(out))} free in {out}."
+        limit, where = memory_limit()
+        parts = f"about {gib(self.merge)} for the merge"
+        if self.router is not None:
+            parts += f", about {gib(self.router)} for the router"
+        yield f"Memory: {parts}; {where} has {gib(limit)}."
+        for device in self.devices if self.device else ():
+            total = torch.cuda.get_device_properties(device).total_memory
+            yield f"{device}: about {gib(self.device or 0)} needed; it has {gib(total)}."
+
+
+def needs(
+    inputs: Inputs,
+    seeds: SeedSet | None,
+    devices: tuple[torch.device, ...],
+    shards: Sequence[Shard],
+) -> Needs:
+    """What a run of these inputs takes; nothing is read but what is open already."""
+    router = None
+    on_device = spilled = 0
+    cuda = devices[0].type != "cpu"
+    if seeds and inputs.recipe.router:
+        weights, states = _router_bytes(inputs, seeds, inputs.recipe.router)
+        kept = min(states, int(float(inputs.recipe.router.memory_gb) * 2**30))
+        spilled = states - kept
+        # On a device the layer and the batch are there; hidden states wait in RAM.
+        router = _IMPORTS_BYTES + kept + (0 if cuda else weights)
+        on_device = weights if cuda else 0
+    return Needs(
+        disk=sum(shard.num_bytes for shard in shards) + spilled,
+        merge=_IMPORTS_BYTES + _merge_bytes(inputs, devices),
+        router=router,
+        device=_CUDA_BYTES + max(on_device, _merge_bytes(inputs, devices)) if cuda else None,
+        devices=devices,
+    )
+
+
+def _merge_bytes(inputs: Inputs, devices: tuple[torch.device, ...]) -> int:
+    """Blocks, whatever the size of the model."""
+    block = block_bytes(
+        devices[0],
+        inputs.recipe.parameters.mutation,
+        inputs.num_experts,
+        len(inputs.checkpoints) + 1,
+    )
+    # One block more than there are threads waits with its result.
+    return (merge_workers(devices, block) + 1) * block
+
+
+def _router_bytes(inputs: Inputs, seeds: SeedSet, router: RouterSettings) -> tuple[int, int]:
+    """Router pre-training: (a layer and a batch, the hidden states)."""
+    settings, specs = inputs.architecture.settings, inputs.architecture.specs
+    layer = sum(spec.numel for name, spec in specs.items() if name.startswith("model.layers.0."))
+    hidden = settings["hidden_size"]
+    lengths = [len(sample.input_ids) for sample in seeds.samples]
+    states = 2 * 4 * hidden * sum(lengths)
+    # In float32: the three FFN activations that are alive at once, or the attention's share.
+    batch = min(sum(lengths), max(router.batch_tokens, *lengths))
+    activations = 4 * batch * (3 * settings["intermediate_size"] + 6 * hidden)
+    logits = 3 * 4 * min(LOGIT_ROWS, max(lengths)) * settings["vocab_size"]
+    table = settings["vocab_size"] * hidden
+    # A layer in float32 beside the stored copy being read, or the output head likewise.
+    weights = max(layer, table) * (4 + inputs.dtype.itemsize)
+    return weights + max(activations, logits), states
+
+
+def memory_limit() -> tuple[int, str]:
+    """RAM this process may ever use, in bytes, and what sets the limit."""
+    total = psutil.virtual_memory().total
+    for path in _CGROUPS:  # containers and notebooks: the machine's own memory is not theirs
+        try:
+            limit = int(Path(path).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # not Linux, or no limit ("max")
+            continue
+        if limit < total:
+            return limit, "this container"
+    return total, "this machine"
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
+def gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

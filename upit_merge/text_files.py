@@ -1,0 +1,36 @@
+"""Small files, replaced whole: whoever reads one sees the old or the new, never half of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write readable JSON; an older file is replaced in one step."""
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file by renaming a finished one into its place."""
+    draft = path.with_name(f".{path.name}.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        # Renamed first and written later, a power cut would leave an empty file.
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the files of a folder, and their names, to the disk."""
+    if os.name == "nt":  # which flushes neither folders nor files opened for reading
+        return
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

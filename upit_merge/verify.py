@@ -1,0 +1,303 @@
+"""`upit-merge verify`: is an output folder what its recipe makes of its models?"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from upit_merge.checkpoints import Checkpoint, read_json
+from upit_merge.device import resolve_devices
+from upit_merge.errors import UpitError
+from upit_merge.expansion.lineage import Lineage
+from upit_merge.inputs import Inputs, opened
+from upit_merge.interrupt import ends_at_once
+from upit_merge.merging import Merger, measure_similarity
+from upit_merge.mixtral import PROJECTIONS, expert_tensor, gate_tensor, moe_specs
+from upit_merge.pipeline import RunOptions, output_config, write_settings
+from upit_merge.recipe import Recipe, RouterSettings, load_recipe
+from upit_merge.report.tables import show
+from upit_merge.resume import Saver
+from upit_merge.router.gate_files import gates_digest, opened_moe
+from upit_merge.router.layerwise import LayerwiseMoe
+from upit_merge.router.pretrain import load_seed_set, pretrain_router
+from upit_merge.staging import REPORT
+from upit_merge.tensor_files import TensorSpec
+from upit_merge.text_files import write_json
+from upit_merge.tokenizer import load_tokenizer
+
+RECIPE_COPY = "mergekit_config.yml"
+
+# Of the largest entry: gates fitted on another processor differ by rounding, of no consequence.
+_GATE_TOLERANCE = 0.01
+
+
+class Comparison:
+    """A sink that writes nothing: it compares what it is given with an open model.
+
+    Attributes:
+        differing: Names of the tensors of which some element has other bits.
+    """
+
+    def __init__(self, moe: Checkpoint, names: Collection[str]) -> None:
+        self.differing: set[str] = set()
+        self._moe = moe
+        self._names = names
+        self._lock = threading.Lock()
+
+    def wants(self, name: str) -> bool:
+        return name in self._names
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._moe.specs[name].dtype
+
+    def write(self, name: str, start: int, rows: torch.Tensor) -> None:
+        """Compare rows beginning at row `start`, bit by bit."""
+        found = self._moe.rows(name, start, start + rows.shape[0])
+        expected = rows.to(device="cpu", dtype=found.dtype).contiguous()
+        # As integers: NaN would differ from itself, and zeros of both signs would be equal.
+        if not torch.equal(expected.view(torch.uint8), found.view(torch.uint8)):
+            with self._lock:
+                self.differing.add(name)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part of the output: how much of it was looked at, and what is wrong with it."""
+
+    part: str
+    looked_at: str
+    faults: tuple[str, ...] = ()
+    note: str = ""
+
+
+def verify_output(
+    out: Path, recipe_path: Path | None, options: RunOptions, *, gates: bool = False
+) -> None:
+    """Recompute an output from its recipe, report and models; print a table of what agrees.
+
+    Args:
+        out: The folder of an earlier run.
+        recipe_path: The recipe; the copy in `out` if None.
+        gates: Fit the gates again from the seed data; else their recorded digest is compared.
+
+    Raises:
+        UpitError: the output differs, with the first place; or it cannot be told, because the
+            recipe, the report or a model is missing.
+    """
+    with ends_at_once(lambda: "Interrupted."):
+        findings = list(_findings(out, recipe_path, options, gates=gates))
+    if not options.quiet:
+        show(_table(findings))
+    faults = [fault for finding in findings for fault in finding.faults]
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise UpitError(
+            f"{out} is not what its recipe makes of these models: {faults[0]}{more}; run the "
+            "recipe again, or put the models and files back that it was made from."
+        )
+    if not options.quiet:
+        print(f"{out} is what its recipe makes of these models.")
+
+
+def _findings(
+    out: Path, recipe_path: Path | None, options: RunOptions, *, gates: bool
+) -> Iterator[Finding]:
+    if not out.is_dir():
+        raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
+    report = _report(out)
+    recipe = _recipe(out, recipe_path, report)
+    devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
+    with (
+        opened_moe(out, str(out)) as moe,
+        opened(recipe, options.open) as inputs,
+    ):
+        if inputs.labels != report["checkpoints"]:
+            raise UpitError(
+                f"{out} was made from {len(report['checkpoints'])} checkpoints "
+                f"({', '.join(report['checkpoints'])}), but its recipe now finds "
+                f"{', '.join(inputs.labels)}; restore the models it was made from."
+            )
+        merger = Merger(inputs, devices, quiet=options.quiet)
+        body, gate_specs = moe_specs(inputs.architecture, inputs.num_experts, inputs.dtype)
+        expected = {spec.name: spec for spec in [*body, *gate_specs]}
+        misfits = dict(_misfits(moe, expected))
+        yield Finding("tensors", f"{len(expected)} names and shapes", tuple(misfits.values()))
+        lineage = merger.lineage(None if merger.one_pass else measure_similarity(merger))
+        yield Finding("lineage", f"{len(lineage)} experts", tuple(_lineage_faults(lineage, report)))
+        names = {name for name in expected if name not in misfits}
+        if report["router"]:
+            names -= {spec.name for spec in gate_specs}
+        comparison = Comparison(moe, names)
+        with Saver(None) as saver:
+            merger.write(comparison, lineage, saver, description="verifying")
+        yield from _weight_findings(inputs, names, comparison.differing)
+        if report["router"]:
+            yield _gate_finding(moe, report["router"], merger, options, refit=gates)
+        yield _file_finding(out, inputs, options)
+
+
+def _report(out: Path) -> dict[str, Any]:
+    if not (out / REPORT).is_file():
+        raise UpitError(
+            f"{out} has no {REPORT}; it is not the output of a upit recipe, so nothing can be "
+            "verified."
+        )
+    report = read_json(out / REPORT, f"the output {out}")
+    for key in ("seed", "checkpoints", "lineage", "router"):
+        if key not in report:
+            raise UpitError(
+                f"{out / REPORT} has no {key}; it is not the report of a upit run, so nothing can "
+                "be verified."
+            )
+    return report
+
+
+def _recipe(out: Path, recipe_path: Path | None, report: Mapping[str, Any]) -> Recipe:
+    path = recipe_path or out / RECIPE_COPY
+    if not path.is_file() and recipe_path is None:
+        raise UpitError(f"There is no {RECIPE_COPY} in {out}; give the recipe with --recipe.")
+    recipe, _text = load_recipe(path)
+    # --random-seed may have replaced the recipe's own.
+    return recipe.with_seed(report["seed"])
+
+
+def _misfits(moe: Checkpoint, expected: Mapping[str, TensorSpec]) -> Iterator[tuple[str, str]]:
+    """(tensor name, what is wrong with it) where the output's tensors are not the planned ones."""
+    for name, spec in expected.items():
+        found = moe.specs.get(name)
+        if found is None:
+            yield name, f"{name} is missing"
+        elif (found.shape, found.dtype) != (spec.shape, spec.dtype):
+            yield (
+                name,
+                (f"{name} is {_form(found)} instead of {_form(spec)}"),
+            )
+    for name in moe.specs:
+        if name not in expected:
+            yield name, f"{name} should not be there"
+
+
+def _form(spec: TensorSpec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
+
+
+def _lineage_faults(lineage: Lineage, report: Mapping[str, Any]) -> Iterator[str]:
+    told = report["lineage"]["experts"]
+    now = [expert.to_report() for expert in lineage.experts]
+    if len(told) != len(now):
+        yield f"the report has {len(told)} experts, the recipe {len(now)}"
+        return
+    for index, (old, new) in enumerate(zip(told, now, strict=True)):
+        if old != new:
+            yield f"expert {index} is grown from other parents than the report says"
+
+
+def _weight_findings(
+    inputs: Inputs, names: Collection[str], differing: Collection[str]
+) -> Iterator[Finding]:
+    layers = range(inputs.architecture.num_layers)
+    parts = {"backbone": set(inputs.architecture.backbone_names())}
+    for expert in range(inputs.num_experts):
+        parts[f"expert {expert}"] = {
+            expert_tensor(layer, expert, projection)
+            for layer in layers
+            for projection in PROJECTIONS
+        }
+    parts["gates"] = {gate_tensor(layer) for layer in layers}
+    for part, members in parts.items():
+        compared = members & set(names)
+        faults = [f"{name} differs" for name in sorted(members & set(differing))]
+        if compared:
+            yield Finding(part, f"{len(compared)} tensors", tuple(faults))
+
+
+def _gate_finding(
+    moe: Checkpoint,
+    told: Mapping[str, Any],
+    merger: Merger,
+    options: RunOptions,
+    *,
+    refit: bool,
+) -> Finding:
+    stored = [
+        moe.tensor(gate_tensor(layer)) for layer in range(merger.inputs.architecture.num_layers)
+    ]
+    looked_at = f"{len(stored)} tensors"
+    recorded = told.get("gates_sha256")
+    if recorded is None:
+        return Finding("gates", looked_at, note="the report has no digest of them")
+    if gates_digest(stored, stored[0].dtype) != recorded:
+        return Finding("gates", looked_at, ("the gates are not those the report speaks of",))
+    if not refit:
+        return Finding("gates", looked_at, note="as recorded; --gates fits them again")
+    fitted = _fitted_gates(moe, told, merger, options)
+    largest = max(
+        float((new.to(old.dtype).double() - old.double()).abs().max())
+        for new, old in zip(fitted, stored, strict=True)
+    )
+    if largest == 0:
+        return Finding("gates", looked_at, note="fitted again: the same bits")
+    scale = max(float(old.double().abs().max()) for old in stored)
+    note = f"fitted again: within {largest / scale:.1e} of the largest entry"
+    if largest > _GATE_TOLERANCE * scale:
+        return Finding(
+            "gates", looked_at, (f"the gates differ by up to {largest:.3g} once fitted again",)
+        )
+    return Finding("gates", looked_at, note=note)
+
+
+def _fitted_gates(
+    moe: Checkpoint, told: Mapping[str, Any], merger: Merger, options: RunOptions
+) -> Sequence[torch.Tensor]:
+    settings = RouterSettings.model_validate(told["settings"])
+    model = LayerwiseMoe(moe, merger.devices[0])
+    seeds = load_seed_set(
+        settings,
+        load_tokenizer(moe.folder, trust_remote_code=options.open.trust_remote_code),
+        context=model.context,
+        vocab_size=model.vocab_size,
+        seed=told["seed"],
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        return pretrain_router(
+            model,
+            seeds,
+            settings,
+            seed=told["seed"],
+            scratch=Path(scratch),
+            quiet=options.quiet,
+        ).gates
+
+
+def _file_finding(out: Path, inputs: Inputs, options: RunOptions) -> Finding:
+    """Configuration and tokenizer, made once more in a scratch folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        has_tokenizer = any((out / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+        write_settings(folder, inputs, (), copy_tokenizer=options.copy_tokenizer and has_tokenizer)
+        write_json(folder / "config.json", output_config(inputs))
+        names = sorted(path.name for path in folder.iterdir())
+        faults = []
+        for name in names:
+            if not (out / name).is_file():
+                faults.append(f"{name} is missing")
+            elif (out / name).read_bytes() != (folder / name).read_bytes():
+                faults.append(f"{name} differs")
+    return Finding("settings, tokenizer", f"{len(names)} files", tuple(faults))
+
+
+def _table(findings: Sequence[Finding]) -> Table:
+    table = Table(title="Recomputed and compared", title_justify="left")
+    for column in ("part", "compared", "result"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        verdict = "identical" if not finding.faults else f"{len(finding.faults)} differ"
+        table.add_row(finding.part, finding.looked_at, finding.note or verdict)
+    return table
