@@ -22,12 +22,14 @@ def load_model(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def key(*parts: object) -> int:
+def key(*parts: object) -> tuple[np.uint32, np.uint32]:
+    """(odd multiplier, offset) from the first eight bytes of a SHA-256."""
     data = b""
     for part in parts:
         text = str(part).encode()
         data += len(text).to_bytes(4, "little") + text
-    return int.from_bytes(hashlib.sha256(data).digest()[:4], "little")
+    first, second = np.frombuffer(hashlib.sha256(data).digest()[:8], dtype="<u4")
+    return first | np.uint32(1), second
 
 
 def lowbias32(x: np.ndarray) -> np.ndarray:
@@ -42,16 +44,11 @@ def lowbias32(x: np.ndarray) -> np.ndarray:
 
 def mask(seed: int, expert: int, slot: int, name: str, count: int, density: float) -> np.ndarray:
     index = np.arange(count, dtype=np.uint32)
-    mixed = lowbias32(index ^ np.uint32(key(seed, "element", name)))
-    x = mixed ^ np.uint32(key(seed, expert, slot, name))
-    x = x ^ (x >> np.uint32(16))
-    x = x * np.uint32(0x7FEB352D)
-    x = x ^ (x >> np.uint32(15))
-    x = x * np.uint32(0x846CA68B)
-    # Kept where the value, read as a signed integer, is below the density's share of the range.
-    signed = x.astype(np.int64)
-    signed = np.where(signed >= 2**31, signed - 2**32, signed)
-    return signed < min(round(density * 2**32), 2**32 - 1) - 2**31
+    mixed = lowbias32(index ^ key(seed, "element", name)[1])
+    multiplier, offset = key(seed, expert, slot, name)
+    # Kept where the lower 31 bits are below the density's share of their range.
+    number = (mixed * multiplier + offset) & np.uint32(0x7FFFFFFF)
+    return number.astype(np.int64) < min(round(density * 2**31), 2**31 - 1)
 
 
 def dropped(delta: np.ndarray, keep: np.ndarray, density: float, weight: float) -> np.ndarray:

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Family
+from upit_merge import __version__
 from upit_merge.cli import main as upit_merge
 
 CHILD = "model.layers.1.block_sparse_moe.experts.4.w2.weight"
@@ -145,6 +146,16 @@ def test_what_was_changed_is_found(family: Family, change, sentence: str) -> Non
     assert error.startswith("Error: ")
     assert sentence in error
     assert "Traceback" not in result.output
+
+
+def test_another_version_is_told(family: Family) -> None:
+    out = made(family)
+    flip(CHILD)(family)
+    rewrite("out/upit_report.json", f'"upit-merge": "{__version__}"', '"upit-merge": "0.0.1"')(
+        family
+    )
+    result = invoke("verify", out)
+    assert "these models (it was made by version 0.0.1 of upit-merge): model." in result.stderr
 
 
 def test_a_recipe_can_be_given(family: Family) -> None:

@@ -17,8 +17,10 @@ from upit_merge import __version__
 from upit_merge.checkpoints import Checkpoint
 from upit_merge.recipe import Recipe
 
-# At most this much work is lost by a kill; flushing more often would hold up the writing.
+# At most this much work is lost by a kill. Flushing before there is much to flush also keeps the
+# disk busy from the start, instead of all at the end.
 SAVE_SECONDS = 10.0
+SAVE_BYTES = 256 << 20
 
 _JOURNALS = "journal-*.jsonl"
 
@@ -142,21 +144,27 @@ class Saver:
         self._flush = flush
         self._grams: dict[int, torch.Tensor] = {}
         self._written: list[str] = []
+        self._bytes = 0
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._running: Future[None] | None = None
         self._saved_at = time.monotonic()
 
     def finished(
-        self, written: Iterable[str] = (), grams: Mapping[int, torch.Tensor] | None = None
+        self,
+        written: Iterable[str] = (),
+        grams: Mapping[int, torch.Tensor] | None = None,
+        num_bytes: int = 0,
     ) -> None:
-        """Tell what is done; journals it if it is time to.
+        """Tell what is done, and how many bytes were written; journals it if it is time to.
 
         Raises:
             OSError: an earlier flush failed.
         """
         self._written += written
         self._grams |= grams or {}
-        if time.monotonic() - self._saved_at < SAVE_SECONDS:
+        self._bytes += num_bytes
+        waited = time.monotonic() - self._saved_at
+        if waited < SAVE_SECONDS and self._bytes < SAVE_BYTES:
             return
         if self._running is not None and not self._running.done():
             return
@@ -166,7 +174,7 @@ class Saver:
         if self._running is not None:
             self._running.result()
         grams, written = self._grams, self._written
-        self._grams, self._written = {}, []
+        self._grams, self._written, self._bytes = {}, [], 0
         self._saved_at = time.monotonic()
         self._running = self._pool.submit(self._save, grams, written)
 

@@ -147,7 +147,7 @@ class PositionedFile:
     def __init__(self, path: Path, mode: str) -> None:
         self.path = path
         self._file = open(path, mode, buffering=0)  # noqa: SIM115 (closed by `close`)
-        self._lock = threading.Lock()  # for systems where seeking and reading are two steps
+        self._lock = threading.Lock()
 
     def read(self, buffer: memoryview, offset: int) -> None:
         done = 0
@@ -162,22 +162,23 @@ class PositionedFile:
 
     def write(self, data: memoryview, offset: int) -> None:
         done = 0
-        while done < len(data):
-            done += self._write_some(data[done:], offset + done)
+        # One at a time: the kernel would let the second writer of a file wait busily.
+        with self._lock:
+            while done < len(data):
+                done += self._write_some(data[done:], offset + done)
 
     def _read_some(self, buffer: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(self._file.fileno(), [buffer], offset)
-        with self._lock:
+        with self._lock:  # seeking and reading are two steps here
             self._file.seek(offset)
             return self._file.readinto(buffer) or 0  # type: ignore[attr-defined]
 
     def _write_some(self, data: memoryview, offset: int) -> int:
         if hasattr(os, "pwrite"):
             return os.pwrite(self._file.fileno(), data, offset)
-        with self._lock:
-            self._file.seek(offset)
-            return self._file.write(data)
+        self._file.seek(offset)
+        return self._file.write(data)
 
     def resize(self, num_bytes: int) -> None:
         self._file.truncate(num_bytes)
@@ -202,12 +203,10 @@ class SafetensorsFile:
         """Rows [start, stop) of a tensor, in its stored dtype, shape (stop - start, ...)."""
         location = self._locations[name]
         spec = location.spec
-        shape = (stop - start, *spec.shape[1:])
-        buffer = bytearray((stop - start) * spec.row_bytes)
-        if not buffer:
-            return torch.empty(shape, dtype=spec.dtype)
-        self._file.read(memoryview(buffer), location.start + start * spec.row_bytes)
-        return torch.frombuffer(buffer, dtype=spec.dtype).view(shape)
+        rows = torch.empty((stop - start, *spec.shape[1:]), dtype=spec.dtype)
+        if rows.numel():
+            self._file.read(_memory(rows), location.start + start * spec.row_bytes)
+        return rows
 
     def close(self) -> None:
         self._file.close()
@@ -226,7 +225,16 @@ def patch_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         file.close()
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; 10 to 20 times as fast as `isfinite` on a CPU."""
+    return not tensor.numel() or all(torch.stack(tensor.aminmax()).isfinite().tolist())
+
+
 def raw_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
     """The bytes of a tensor, cast to a dtype, as a file holds them."""
-    flat = tensor.to(device="cpu", dtype=dtype).contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return _memory(tensor.to(device="cpu", dtype=dtype).contiguous())
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's own memory, as bytes."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

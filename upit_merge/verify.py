@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from upit_merge import __version__
 from upit_merge.checkpoints import Checkpoint, read_json
 from upit_merge.device import resolve_devices
 from upit_merge.errors import UpitError
@@ -92,26 +93,31 @@ def verify_output(
             recipe, the report or a model is missing.
     """
     with ends_at_once(lambda: "Interrupted."):
-        findings = list(_findings(out, recipe_path, options, gates=gates))
+        report = _report(out)
+        findings = list(_findings(out, recipe_path, report, options, gates=gates))
     if not options.quiet:
         show(_table(findings))
     faults = [fault for finding in findings for fault in finding.faults]
     if faults:
         more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        maker = report.get("versions", {}).get("upit-merge", __version__)
+        other = "" if maker == __version__ else f" (it was made by version {maker} of upit-merge)"
         raise UpitError(
-            f"{out} is not what its recipe makes of these models: {faults[0]}{more}; run the "
-            "recipe again, or put the models and files back that it was made from."
+            f"{out} is not what its recipe makes of these models{other}: {faults[0]}{more}; run "
+            "the recipe again, or put the models and files back that it was made from."
         )
     if not options.quiet:
         print(f"{out} is what its recipe makes of these models.")
 
 
 def _findings(
-    out: Path, recipe_path: Path | None, options: RunOptions, *, gates: bool
+    out: Path,
+    recipe_path: Path | None,
+    report: Mapping[str, Any],
+    options: RunOptions,
+    *,
+    gates: bool,
 ) -> Iterator[Finding]:
-    if not out.is_dir():
-        raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
-    report = _report(out)
     recipe = _recipe(out, recipe_path, report)
     devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
     with (
@@ -144,6 +150,8 @@ def _findings(
 
 
 def _report(out: Path) -> dict[str, Any]:
+    if not out.is_dir():
+        raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
     if not (out / REPORT).is_file():
         raise UpitError(
             f"{out} has no {REPORT}; it is not the output of a upit recipe, so nothing can be "

@@ -8,9 +8,12 @@ does not depend on threads, on the order of the work, on block sizes or on the d
 from __future__ import annotations
 
 import hashlib
+import struct
+from dataclasses import dataclass
 
 import torch
 
+_INT31 = 1 << 31
 _INT32 = 1 << 32
 
 
@@ -26,8 +29,16 @@ _MULTIPLIER_1 = _signed(0x7FEB352D)
 _MULTIPLIER_2 = _signed(0x846CA68B)
 
 
-def mask_key(*parts: object) -> int:
-    """A 32-bit key from anything that names a mask, e.g. (seed, expert, checkpoint, tensor).
+@dataclass(frozen=True)
+class MaskKey:
+    """Names a mask: an odd multiplier and an offset, 32 bits each, as signed integers."""
+
+    multiplier: int
+    offset: int
+
+
+def mask_key(*parts: object) -> MaskKey:
+    """A key from anything that names a mask, e.g. (seed, expert, checkpoint, tensor).
 
     Parts are hashed with their lengths, so that ("a", "bc") and ("ab", "c") differ.
     """
@@ -35,49 +46,63 @@ def mask_key(*parts: object) -> int:
     for part in parts:
         encoded = str(part).encode()
         digest.update(len(encoded).to_bytes(4, "little") + encoded)
-    return int.from_bytes(digest.digest()[:4], "little")
+    multiplier, offset = struct.unpack("<II", digest.digest()[:8])
+    return MaskKey(_signed(multiplier | 1), _signed(offset))
 
 
-def _xor_shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+def _xor_shift_right(x: torch.Tensor, bits: int, work: torch.Tensor) -> torch.Tensor:
     """x ^= x >> bits with a logical shift, which torch does not have for int32; in place."""
-    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
+    torch.bitwise_right_shift(x, bits, out=work)
+    return x.bitwise_xor_(work.bitwise_and_((1 << (32 - bits)) - 1))
 
 
-def index_hash(key: int, start: int, count: int, device: torch.device | str) -> torch.Tensor:
+def index_hash(key: MaskKey, start: int, count: int, device: torch.device | str) -> torch.Tensor:
     """Well-mixed 32-bit values of the element indices [start, start + count), int32, (count,).
 
-    Computed once per block and shared by all masks of it; `keep_mask` turns it into one.
+    Computed once per block and shared by all masks of it; `keep_bits` turns it into one.
     """
-    first = _signed(start)
-    x = torch.arange(first, first + count, dtype=torch.int64, device=device).to(torch.int32)
-    x.bitwise_xor_(_signed(key))
-    _xor_shift_right(x, 16).mul_(_MULTIPLIER_1)
-    _xor_shift_right(x, 15).mul_(_MULTIPLIER_2)
-    return _xor_shift_right(x, 16)
+    x = torch.arange(count, dtype=torch.int32, device=device).add_(_signed(start))
+    x.bitwise_xor_(key.offset)
+    work = torch.empty_like(x)
+    _xor_shift_right(x, 16, work).mul_(_MULTIPLIER_1)
+    _xor_shift_right(x, 15, work).mul_(_MULTIPLIER_2)
+    return _xor_shift_right(x, 16, work)
 
 
-def keep_mask(hashed: torch.Tensor, key: int, density: float) -> torch.Tensor:
-    """Which entries DARE keeps, each with probability `density`.
+def keep_bits(
+    hashed: torch.Tensor, key: MaskKey, density: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which entries DARE keeps, each with probability `density`, as words of ones or zeros.
+
+    An entry's 31-bit number is multiplier · hash + offset, the top bit dropped. Numbers of
+    different keys are pairwise independent (multiply-add-shift hashing, Dietzfelbinger 1996) but
+    for keys whose multipliers are small multiples of each other, one in some ten million pairs.
+    Words instead of booleans, because comparisons are what torch does slowest on a CPU.
 
     Args:
         hashed: From `index_hash`, (count,), int32.
-        key: Names the mask; other keys give independent masks.
+        key: Names the mask.
         density: Share to keep, in (0, 1).
+        out: To be filled, (count,), int32.
 
     Returns:
-        Boolean tensor, (count,).
+        int32, (count,); -1, all bits set, where kept and 0 elsewhere.
     """
-    # A second hash, of the first one xor the key. Its last xor-shift would only touch low bits,
-    # and the comparison is decided by the high ones.
-    x = hashed ^ _signed(key)
-    _xor_shift_right(x, 16).mul_(_MULTIPLIER_1)
-    _xor_shift_right(x, 15).mul_(_MULTIPLIER_2)
-    threshold = min(round(density * _INT32), _INT32 - 1) - _INT32 // 2
-    return x < threshold
+    offset = torch.tensor(key.offset, dtype=torch.int32)
+    x = torch.add(offset, hashed, alpha=key.multiplier, out=out)
+    # Both are below 2^31, so that the difference cannot overflow; its sign fills the word.
+    x.bitwise_and_(_INT31 - 1).sub_(min(round(density * _INT31), _INT31 - 1))
+    return x.bitwise_right_shift_(31)
 
 
 def dare(
-    delta: torch.Tensor, hashed: torch.Tensor, key: int, density: float, weight: float
+    delta: torch.Tensor,
+    hashed: torch.Tensor,
+    key: MaskKey,
+    density: float,
+    weight: float,
+    out: torch.Tensor | None = None,
+    work: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """weight · DARE(delta) = weight / density · delta where kept, 0 elsewhere.
 
@@ -87,12 +112,14 @@ def dare(
         key: Names the mask, see `mask_key`.
         density: Share of entries kept, in (0, 1]; 1 keeps everything.
         weight: The mixing weight of this parent.
+        out: To be filled, (count,), float32.
+        work: Scratch space, (count,), int32; taken anew if None.
 
     Returns:
         float32, (count,); every operation is a single rounded one, so that CPU and CUDA agree.
     """
-    scaled = delta * (weight / density)
-    if density >= 1:
-        return scaled
-    # Multiplying by 0 would keep the sign of zero and turn infinities into NaN.
-    return scaled.masked_fill_(keep_mask(hashed, key, density).logical_not_(), 0.0)
+    scaled = torch.mul(delta, weight / density, out=out)
+    if density < 1:
+        # By bits: multiplying by 0 would keep the sign of zero and turn infinities into NaN.
+        scaled.view(torch.int32).bitwise_and_(keep_bits(hashed, key, density, work))
+    return scaled

@@ -16,7 +16,7 @@ from upit_merge.expansion.lineage import Lineage
 from upit_merge.expansion.similarity import block_gram
 from upit_merge.mixtral import DenseArchitecture, expert_tensor
 from upit_merge.resume import Saver
-from upit_merge.tensor_files import TensorSpec
+from upit_merge.tensor_files import TensorSpec, all_finite
 
 # Small enough that the dozen passes over a block run in the processor's cache, large enough that
 # Python's part does not show; a GPU wants more work at a time. Results do not depend on it.
@@ -97,7 +97,8 @@ class ExpertBuilder:
             wanted: Indices of the experts to compute.
 
         Yields:
-            Checkpoint experts in their stored dtype, children in float32; shape of `base`.
+            Checkpoint experts in their stored dtype, children in float32; shape of `base`. A
+            child's values are overwritten by the next one's.
         """
         origin = base.float()
         deltas = {i: (values.float() - origin).flatten() for i, values in checkpoints.items()}
@@ -109,6 +110,8 @@ class ExpertBuilder:
                 if index in wanted:
                     yield index, values
             return
+        child, part = torch.empty_like(origin).flatten(), torch.empty_like(origin).flatten()
+        work = torch.empty_like(hashed)
         for index, expert in enumerate(self.lineage.experts):
             if index not in wanted:
                 continue
@@ -116,12 +119,13 @@ class ExpertBuilder:
                 yield index, checkpoints[expert.checkpoint]
                 continue
             parts = [(i, w) for i, w in enumerate(expert.weights) if w != 0]
-            child: torch.Tensor | None = None
-            for i, weight in parts:
-                key = mask_key(self.seed, index, i, name)
-                part = dare(deltas[i], hashed, key, float(self.densities[tensor, i]), weight)
-                child = part if child is None else child.add_(part)
-            assert child is not None
+            # The memory of the child before is taken again: it is in the processor's cache.
+            for count, (i, weight) in enumerate(parts):
+                key, density = mask_key(self.seed, index, i, name), float(self.densities[tensor, i])
+                out = part if count else child
+                dare(deltas[i], hashed, key, density, weight, out=out, work=work)
+                if count:
+                    child.add_(part)
             yield index, child.view_as(origin).add_(origin)
 
     def _compound(
@@ -240,7 +244,8 @@ def write_experts(
                 total[job.ffn[0]] = total.get(job.ffn[0], 0) + gram
             if job.is_last:
                 done = {job.ffn[0]: total[job.ffn[0]]} if job.ffn and job.with_gram else {}
-                saver.finished(job.targets.values(), done)
+                rows = job.stop - job.start
+                saver.finished(job.targets.values(), done, bytes_of(job) // rows * job.stop)
             bar.update(bytes_of(job))
     return total
 
@@ -275,7 +280,7 @@ def _jobs(
 def _cast(rows: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
     """To the output's dtype; inputs are finite by now, so infinities are overflows of the cast."""
     cast = rows.to(dtype)
-    if dtype == torch.float16 and not cast.isfinite().all():
+    if dtype == torch.float16 and not all_finite(cast):
         raise UpitError(f"{what} overflows float16; set dtype: bfloat16.")
     return cast
 
@@ -285,7 +290,7 @@ def _mean_rows(models: Sequence[Checkpoint], name: str, start: int, stop: int) -
     total: torch.Tensor | None = None
     for model in models:
         rows = model.rows(name, start, stop)
-        if not rows.isfinite().all():
+        if not all_finite(rows):
             raise UpitError(
                 f"Checkpoint {model.label} has NaN or infinite weights in {name}; use a checkpoint "
                 "from before the training diverged."

@@ -12,6 +12,7 @@ from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
 from upit_merge.mixtral import DenseArchitecture
 from upit_merge.resume import Saver
+from upit_merge.tensor_files import all_finite
 
 # Sums are taken block by block, so the size must not depend on the machine.
 _BLOCK_ELEMENTS = 1 << 18
@@ -117,7 +118,7 @@ def _refuse_non_finite(
     models: Sequence[Checkpoint], rows: Sequence[torch.Tensor], name: str
 ) -> None:
     for model, values in zip(models, rows, strict=True):
-        if not values.isfinite().all():
+        if not all_finite(values):
             raise UpitError(
                 f"Checkpoint {model.label} has NaN or infinite weights in {name}; use a checkpoint "
                 "from before the training diverged."

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from upit_merge import __version__
 from upit_merge.expansion.lineage import Lineage
 from upit_merge.expansion.similarity import cosine
 from upit_merge.recipe import Recipe
 
-_PACKAGES = ("upit-merge", "mergekit", "torch", "transformers", "safetensors")
+_PACKAGES = ("mergekit", "torch", "transformers", "safetensors")
 
 # Digits that agree between machines; the rest is rounding of differently ordered sums.
 _DIGITS = 10
@@ -21,7 +22,7 @@ _DIGITS = 10
 
 def versions() -> dict[str, str]:
     """Of the packages that had a part in the result."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "upit-merge": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
