@@ -17,7 +17,7 @@ from upit_merge.interrupt import ends_at_once
 from upit_merge.merging import Clock, Merged, Merger, merge
 from upit_merge.mixtral import context_length, moe_config
 from upit_merge.preflight import needs
-from upit_merge.processes import joined
+from upit_merge.processes import Processes, joined
 from upit_merge.recipe import Recipe
 from upit_merge.report.card import model_card, router_sentence
 from upit_merge.report.record import merge_record
@@ -98,78 +98,138 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
         explained_failures(out),
         contextlib.ExitStack() as stack,
     ):
-        first = processes.is_first
         with processes.together():
-            devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
-            if first:
-                refuse_occupied(out, overwrite=options.overwrite)
-            # Opened first: a glob must not find the output folder that is about to be made.
-            inputs = stack.enter_context(opened(recipe, options.open))
-            shards = inputs.shards(options.max_shard_bytes)
-            seeds = seed_set(inputs, options) if first else None
-            staging = Staging(out / STAGING)
-            if first:
-                identity = run_identity(recipe, inputs.models, options.max_shard_bytes)
-                staging = stack.enter_context(
-                    staged_output(out, identity, overwrite=options.overwrite)
-                )
-                if not staging.complete:
-                    needs(inputs, seeds, devices, shards).require(out, staging.size())
-        complete = processes.gather(staging.complete)[0]
+            run = _prepared(recipe, source, out, options, processes, stack)
+        complete = processes.gather(run.staging.complete)[0]
         if not complete:
-            clock = Clock()
-            merger = Merger(inputs, devices, quiet=options.quiet or not first)
-            merged = merge(merger, staging, shards, processes, clock)
-        if not first:
-            return
-        if not complete:
-            router = _finish(staging, out, source, merger, merged, shards, seeds, clock, options)
+            merged = merge(run.merger, run.staging, run.shards, processes, run.clock)
+            if processes.is_first:
+                router = run.finish(merged)
+    if not processes.is_first:
+        return
     if complete:
-        _say(f"The model in {out} was complete; its last files are in place now.", options)
+        LOG.info("The earlier run was complete but for the last files, which are in place now.")
     else:
-        _tell(out, merged.lineage, router, seeds, quiet=options.quiet)
+        run.tell(merged.lineage, router)
+    if not options.quiet:
+        print(f"The model is in {out}.")
 
 
-def _finish(
-    staging: Staging,
-    out: Path,
+def _prepared(
+    recipe: Recipe,
     source: str,
-    merger: Merger,
-    merged: Merged,
-    shards: Sequence[Shard],
-    seeds: SeedSet | None,
-    clock: Clock,
+    out: Path,
     options: RunOptions,
-) -> RouterResult | None:
-    """Everything after the weights: gates, settings, tokenizer, report and card."""
-    inputs, folder = merger.inputs, staging.model
-    recipe = inputs.recipe
-    config = output_config(inputs)
-    router = None
-    write_settings(folder, inputs, shards, copy_tokenizer=options.copy_tokenizer)
-    if recipe.router and seeds:
+    processes: Processes,
+    stack: contextlib.ExitStack,
+) -> _Run:
+    """Open everything and ask everything that can be asked before the work."""
+    first = processes.is_first
+    devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
+    if first:
+        refuse_occupied(out, overwrite=options.overwrite)
+    # Opened first: a glob must not find the output folder that is about to be made.
+    inputs = stack.enter_context(opened(recipe, options.open))
+    shards = inputs.shards(options.max_shard_bytes)
+    seeds = seed_set(inputs, options) if first else None
+    staging = Staging(out / STAGING)
+    if first:
+        identity = run_identity(recipe, inputs.models, options.max_shard_bytes)
+        staging = stack.enter_context(staged_output(out, identity, overwrite=options.overwrite))
+        if not staging.complete:
+            needs(inputs, seeds, devices, shards).require(out, staging.size())
+    merger = Merger(inputs, devices, quiet=options.quiet or not first)
+    return _Run(merger, shards, seeds, staging, out, source, options, Clock())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A recipe that is being run; what is done after the merge stage."""
+
+    merger: Merger
+    shards: Sequence[Shard]
+    seeds: SeedSet | None
+    staging: Staging
+    out: Path
+    source: str
+    options: RunOptions
+    clock: Clock
+
+    def finish(self, merged: Merged) -> RouterResult | None:
+        """Everything after the weights: gates, settings, tokenizer, report and card."""
+        inputs, folder = self.merger.inputs, self.staging.model
+        write_settings(folder, inputs, self.shards, copy_tokenizer=self.options.copy_tokenizer)
+        config = output_config(inputs)
+        router = self._train_router(config)
+        record = merge_record(
+            inputs.recipe,
+            inputs.labels,
+            merged.gram,
+            merged.lineage,
+            inputs.experts_per_token,
+            inputs.dtype,
+        )
+        record |= {"router": router.report if router else None, "seconds": self.clock.seconds}
+        self._write_papers(merged.lineage, record)
+        # Last of all: without it no folder loads as a model.
+        write_json(folder / "config.json", config)
+        return router
+
+    def tell(self, lineage: Lineage, router: RouterResult | None) -> None:
+        """What users should know of a finished model."""
+        if router is None:
+            LOG.warning(
+                "The recipe has no router: block, so the gates are random: the model works, but "
+                "its experts are not told apart. Train them with `upit-merge router %s --data "
+                "seed.jsonl`.",
+                self.out,
+            )
+        if self.options.quiet:
+            return
+        if self.seeds:
+            print(self.seeds.summary())
+        if router and (buckets := router.report.get("buckets")):
+            show(bucket_table(buckets["experts"]))
+        print(f"{lineage.summary[0].upper()}{lineage.summary[1:]}.")
+
+    def _train_router(self, config: dict[str, Any]) -> RouterResult | None:
+        settings = self.merger.inputs.recipe.router
+        if settings is None or self.seeds is None:
+            return None
         with (
-            clock.measure("router"),
-            scratch_folder(out) as scratch,
-            opened_moe(folder, config=config) as moe,
+            self.clock.measure("router"),
+            scratch_folder(self.out) as scratch,
+            opened_moe(self.staging.model, config=config) as moe,
         ):
             router = pretrain_router(
-                LayerwiseMoe(moe, merger.devices[0]),
-                seeds,
-                recipe.router,
-                seed=recipe.seed,
+                LayerwiseMoe(moe, self.merger.devices[0]),
+                self.seeds,
+                settings,
+                seed=self.merger.inputs.recipe.seed,
                 scratch=scratch,
-                quiet=options.quiet,
+                quiet=self.options.quiet,
             )
             write_gates(moe, router.gates)
-    record = merge_record(
-        recipe, inputs.labels, merged.gram, merged.lineage, inputs.experts_per_token, inputs.dtype
-    )
-    record |= {"router": router.report if router else None, "seconds": clock.seconds}
-    _write_papers(folder, out, inputs, merged.lineage, source, record, options)
-    # Last of all: without it no folder loads as a model.
-    write_json(folder / "config.json", config)
-    return router
+        return router
+
+    def _write_papers(self, lineage: Lineage, record: dict[str, Any]) -> None:
+        """The report, the recipe and the card."""
+        folder, inputs = self.staging.model, self.merger.inputs
+        if self.options.write_card:
+            (folder / "mergekit_config.yml").write_text(self.source, encoding="utf-8")
+            card = model_card(
+                self.out.absolute().name,
+                inputs.base,
+                inputs.checkpoints,
+                lineage,
+                self.source,
+                router_sentence(record["router"]),
+                inputs.experts_per_token,
+            )
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        names = (path.name for path in folder.iterdir())
+        record["files"] = sorted([*names, REPORT, "config.json"])
+        write_json(folder / REPORT, record)
 
 
 def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
@@ -215,57 +275,3 @@ def write_settings(
         copy_tokenizer_files(inputs.tokenizer, folder)
         if inputs.chat_template:
             write_chat_template(inputs.chat_template, folder)
-
-
-def _write_papers(
-    staging: Path,
-    out: Path,
-    inputs: Inputs,
-    lineage: Lineage,
-    source: str,
-    record: dict[str, Any],
-    options: RunOptions,
-) -> None:
-    """The report, the recipe and the card."""
-    if options.write_card:
-        (staging / "mergekit_config.yml").write_text(source, encoding="utf-8")
-        card = model_card(
-            out.absolute().name,
-            inputs.base,
-            inputs.checkpoints,
-            lineage,
-            source,
-            router_sentence(record["router"]),
-            inputs.experts_per_token,
-        )
-        (staging / "README.md").write_text(card, encoding="utf-8")
-    record["files"] = sorted([*(path.name for path in staging.iterdir()), REPORT, "config.json"])
-    write_json(staging / REPORT, record)
-
-
-def _say(sentence: str, options: RunOptions) -> None:
-    if not options.quiet:
-        print(sentence)
-
-
-def _tell(
-    out: Path,
-    lineage: Lineage,
-    router: RouterResult | None,
-    seeds: SeedSet | None,
-    *,
-    quiet: bool,
-) -> None:
-    if router is None:
-        LOG.warning(
-            "The recipe has no router: block, so the gates are random: the model works, but its "
-            "experts are not told apart. Train them with `upit-merge router %s --data seed.jsonl`.",
-            out,
-        )
-    if quiet:
-        return
-    if seeds:
-        print(seeds.summary())
-    if router and (buckets := router.report.get("buckets")):
-        show(bucket_table(buckets["experts"]))
-    print(f"{lineage.summary[0].upper()}{lineage.summary[1:]}. The model is in {out}.")

@@ -1,0 +1,388 @@
+"""The merge stage beside a copy of the same bytes, beside mergekit, and as models grow.
+
+    python benchmarks/merge.py --folder FOLDER --json merge.json
+    python benchmarks/merge.py --folder FOLDER --rounds 0 --curves --json FILE.json --plot FILE.png
+
+Made first, in FOLDER (kept, and taken again if the settings are the same): a bfloat16 Llama with
+random weights and 4 checkpoints, each the one before it plus noise. Then, in turn, `--rounds`
+times:
+
+a. upit-merge: `run_recipe`, 4 checkpoints to 8 experts without a router. It flushes its output.
+b. copy: every input file read once, as many bytes as (a) put into its output written once, to new
+   files of the same sizes; 512 KiB at a time, flushed. (With 8 MiB at a time the
+   kernel used took several times as long.) What is written is what was read; when all is read,
+   the last piece again.
+c. mergekit: `dare_linear` once per child, of two checkpoints each, then `mergekit-moe` with random
+   gates over the 4 checkpoints and the 4 children. The MoE is flushed, the children need not be.
+
+Each is a process of its own that imports everything, does the job on toy models (some modules are
+imported only when they are needed), flushes what others wrote (`sync`), and then starts the clock.
+Nothing is dropped from the page cache; where inputs and output do not fit the free memory together,
+reading waits for the disk, and the table says so. CPU is user + system; peak memory is the kernel's
+high-water mark of resident memory (VmHWM), imports included, as a user sees it. (Not `ru_maxrss`,
+which a process inherits from the one that starts it.) "Of it anonymous" leaves out files that are
+mapped into memory, sampled every 20 ms: mergekit maps its inputs, and their pages count as resident
+while the kernel could drop them. Bytes are those that went through read and write calls; mapped
+reads do not, so for mergekit they are what its jobs have to read.
+
+`--curves`: (a) and (b) once per point: experts at 4 checkpoints, checkpoints at 16 experts, size at
+4 checkpoints and 8 experts; a line through wall seconds against bytes written; peak memory against
+1 GiB + 6 × the largest tensor. Layers are added first; beyond 40 the width doubles. And what
+`upit-merge plan` computes, for 8 and 64 experts, 5 times each in turn.
+
+`python benchmarks/merge_plot.py FILE.json [FILE.png]` shows the tables and draws the plot again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+from merge_jobs import (
+    CHECKPOINTS,
+    CROSSINGS,
+    EXPERTS,
+    ITEM,
+    PLAN_REPEATS,
+    PLANNED,
+    Shape,
+    proc,
+    shape_for,
+)
+from merge_plot import draw, report
+
+JOBS = Path(__file__).with_name("merge_jobs.py")
+SAMPLING_SECONDS = 0.02
+SPARE_BYTES = 1 << 30  # of the disk, never used
+TOY = Shape(64, 1)
+TRIED_FIRST = ("upit-merge", "mergekit", "planning")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place on a curve; `scale` multiplies the size of the models."""
+
+    experts: int
+    checkpoints: int
+    scale: int
+
+
+CURVES = {
+    "experts": [Point(n, 4, 1) for n in (4, 8, 16, 32, 64)],
+    "checkpoints": [Point(16, m, 1) for m in (2, 4, 8, 16)],
+    "size": [Point(8, 4, scale) for scale in (1, 2, 4, 8)],
+}
+
+
+class Progress:
+    """What is still to be done, in bytes to move, and how long that should take."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, tuple[str, int]] = {}
+        self.done: dict[str, tuple[int, float]] = {}
+
+    def expect(self, label: str, kind: str, weight: int) -> None:
+        self.left[label] = (kind, weight)
+
+    def skip(self, label: str) -> None:
+        self.left.pop(label, None)
+
+    def finish(self, label: str, seconds: float, measured: float) -> None:
+        """`seconds` are those of the whole process, with what is not measured."""
+        kind, weight = self.left.pop(label)
+        moved, spent = self.done.get(kind, (0, 0.0))
+        self.done[kind] = (moved + weight, spent + seconds)
+        usual = sum(s for _, s in self.done.values()) / sum(w for w, _ in self.done.values())
+        left = 0.0
+        for other, bytes_left in self.left.values():
+            moved, spent = self.done.get(other, (0, 0.0))
+            left += bytes_left * (spent / moved if moved else usual)
+        click.echo(f"{label}: {measured:.1f} s, about {left / 60:.1f} min left")
+
+
+def bytes_to_move(kind: str, shape: Shape, checkpoints: int, experts: int) -> int:
+    """Roughly what a job reads and writes; weighs the jobs against each other."""
+    model = ITEM * shape.parameters
+    inputs, out = (checkpoints + 1) * model, shape.moe_bytes(experts)
+    return {
+        "make": inputs,
+        "upit-merge": 2 * inputs + out,
+        "copy": inputs + out,
+        "mergekit": mergekit_reads(shape) + len(CROSSINGS) * model + out,
+        "planning": len(PLANNED) * PLAN_REPEATS * inputs,
+    }[kind]
+
+
+def mergekit_reads(shape: Shape) -> int:
+    """Three models per child; then what the MoE consists of."""
+    model, gates = ITEM * shape.parameters, ITEM * shape.layers * EXPERTS * shape.hidden
+    return len(CROSSINGS) * 3 * model + shape.moe_bytes(EXPERTS) - gates
+
+
+class Bench:
+    """Runs jobs in a work folder, one process each."""
+
+    def __init__(self, folder: Path, threads: int | None) -> None:
+        self.folder = folder.absolute()
+        self.out = self.folder / "out"
+        self.progress = Progress()
+        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        if threads:
+            self.environment["OMP_NUM_THREADS"] = str(threads)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.remove_outputs()
+
+    def remove_outputs(self) -> None:
+        for folder in self.folder.glob(f"{self.out.name}*"):
+            shutil.rmtree(folder)
+
+    def run(self, label: str, name: str, **job: Any) -> dict[str, Any]:
+        """Run an expected job; its output is removed afterwards."""
+        job = {"name": name, "out": str(self.out), **job}
+        if name in TRIED_FIRST:
+            job["toy"] = str(self.folder / "toy")
+        started, anonymous = time.perf_counter(), 0
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            command = [sys.executable, str(JOBS), json.dumps(job, default=str)]
+            child = subprocess.Popen(command, stdout=output, stderr=errors, env=self.environment)
+            try:
+                while child.poll() is None:
+                    anonymous = max(anonymous, anonymous_memory(child.pid))
+                    time.sleep(SAMPLING_SECONDS)
+            finally:
+                child.kill()
+                child.wait()
+                self.remove_outputs()
+            output.seek(0)
+            errors.seek(0)
+            if child.returncode:
+                told = errors.read().decode(errors="replace").strip()
+                raise click.ClickException(f"{label} failed ({child.returncode}): {told[-2000:]}")
+            result: dict[str, Any] = json.loads(output.read().decode().splitlines()[-1])
+        self.progress.finish(label, time.perf_counter() - started, result["wall"])
+        return result | {"peak_anonymous": anonymous}
+
+    def has_models(self, family: Path, shape: Shape, checkpoints: int) -> bool:
+        try:
+            made = json.loads((family / "settings.json").read_text())
+        except FileNotFoundError:
+            return False
+        return made["shape"] == asdict(shape) and made["checkpoints"] >= checkpoints
+
+    def lacking(self, family: Path, shape: Shape, checkpoints: int, output: int) -> int:
+        """Bytes that the disk has too few for the models and an output."""
+        needed = output + SPARE_BYTES
+        if not self.has_models(family, shape, checkpoints):
+            shutil.rmtree(family, ignore_errors=True)
+            needed += (checkpoints + 1) * ITEM * shape.parameters
+        return max(0, needed - shutil.disk_usage(self.folder).free)
+
+    def make_models(self, label: str, family: Path, shape: Shape, checkpoints: int) -> None:
+        """Unless they are there; more checkpoints than asked for do no harm."""
+        if self.has_models(family, shape, checkpoints):
+            self.progress.skip(label)
+            return
+        shutil.rmtree(family, ignore_errors=True)
+        weight = bytes_to_move("make", shape, checkpoints, 0)
+        self.progress.expect(label, "make", weight)
+        made = {"shape": asdict(shape), "checkpoints": checkpoints}
+        self.run(label, "make", family=family, **made)
+        (family / "settings.json").write_text(json.dumps(made))
+
+
+def anonymous_memory(process: int) -> int:
+    try:
+        return proc(f"{process}/status").get("RssAnon", 0) << 10
+    except OSError:  # it has just ended
+        return 0
+
+
+def measure_rounds(
+    bench: Bench, shape: Shape, rounds: int, with_mergekit: bool, save: Callable[[str, Any], None]
+) -> None:
+    """The three jobs in turn."""
+    family = bench.folder / "models"
+    output = shape.moe_bytes(EXPERTS) + len(CROSSINGS) * ITEM * shape.parameters
+    if lack := bench.lacking(family, shape, CHECKPOINTS, output):
+        raise click.ClickException(f"The disk of {bench.folder} lacks {lack / 1e9:.1f} GB.")
+    job = {"family": family, "checkpoints": CHECKPOINTS, "experts": EXPERTS}
+    kinds = ["upit-merge", "copy", *(["mergekit"] if with_mergekit else [])]
+    bench.make_models("models", family, shape, CHECKPOINTS)
+    measured = []
+    for index in range(rounds):
+        found: dict[str, Any] = {}
+        for kind in kinds:
+            files = found["upit-merge"]["files"] if kind == "copy" else None
+            found[kind] = bench.run(f"round {index + 1}, {kind}", kind, files=files, **job)
+        if with_mergekit:
+            found["mergekit"]["read"] = mergekit_reads(shape)
+            check_same_size(found["upit-merge"], found["mergekit"])
+        measured.append(found)
+        save("rounds", measured)
+
+
+def check_same_size(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Both must have made an MoE of the same size; mergekit joins experts into larger tensors."""
+    if ours["tensor_bytes"] != theirs["tensor_bytes"]:
+        raise click.ClickException(
+            f"The MoEs differ: upit-merge wrote {ours['tensor_bytes']:,} bytes of tensors, mergekit "
+            f"{theirs['tensor_bytes']:,}."
+        )
+
+
+def measure_curves(bench: Bench, parameters: int, save: Callable[[str, Any], None]) -> None:
+    """Every point once, then what planning takes; models are made per size and removed again."""
+    measured: list[dict[str, Any]] = []
+    for scale in sorted({point.scale for point in curve_points()}):
+        shape = shape_for(parameters * scale)
+        family = bench.folder / "curve-models"
+        # The most checkpoints first: the other points then use some of them.
+        points = [point for point in curve_points() if point.scale == scale]
+        for point in sorted(points, key=lambda p: (-p.checkpoints, p.experts)):
+            measured.append(measure_point(bench, family, shape, point))
+            save("points", measured)
+        if scale == 1:
+            label = "planning"
+            if bench.has_models(family, shape, CHECKPOINTS):
+                planned = bench.run(label, label, family=family, checkpoints=CHECKPOINTS)
+                save("planning", planned["times"])
+            bench.progress.skip(label)
+        shutil.rmtree(family, ignore_errors=True)
+
+
+def measure_point(bench: Bench, family: Path, shape: Shape, point: Point) -> dict[str, Any]:
+    largest = shape.largest_tensor
+    row = asdict(point) | {
+        "parameters": shape.parameters,
+        "largest_tensor": largest,
+        "bound": (1 << 30) + 6 * largest,
+        "inputs": (point.checkpoints + 1) * ITEM * shape.parameters,
+        "memory_available": proc("meminfo")["MemAvailable"] << 10,
+    }
+    labels = {kind: point_label(point, kind) for kind in ("upit-merge", "copy")}
+    models = f"models of {point.scale} times the size"
+    output = shape.moe_bytes(point.experts)
+    if lack := bench.lacking(family, shape, point.checkpoints, output):
+        row["skipped"] = f"the disk lacks {lack / 1e9:.1f} GB"
+        click.echo(f"{point_label(point, 'skipped')}: {row['skipped']}")
+        for label in (*labels.values(), models):
+            bench.progress.skip(label)
+        return row
+    bench.make_models(models, family, shape, point.checkpoints)
+    job = {"family": family, "checkpoints": point.checkpoints, "experts": point.experts}
+    ours = bench.run(labels["upit-merge"], "upit-merge", **job)
+    copy = bench.run(labels["copy"], "copy", files=ours["files"], **job)
+    return row | {"upit-merge": ours, "copy": copy}
+
+
+def curve_points() -> list[Point]:
+    """Of all curves; some are on two."""
+    return list(dict.fromkeys(point for points in CURVES.values() for point in points))
+
+
+def point_label(point: Point, kind: str) -> str:
+    size = f"{point.scale} times the size"
+    return f"{size}, {point.checkpoints} checkpoints to {point.experts} experts, {kind}"
+
+
+def expect_everything(
+    progress: Progress, shape: Shape, kinds: list[str], rounds: int, curve_parameters: int | None
+) -> None:
+    """Tell what is to come, for the time left."""
+
+    def expect(label: str, kind: str, of: Shape, checkpoints: int, experts: int) -> None:
+        progress.expect(label, kind, bytes_to_move(kind, of, checkpoints, experts))
+
+    if rounds:
+        expect("models", "make", shape, CHECKPOINTS, EXPERTS)
+    for index in range(rounds):
+        for kind in kinds:
+            expect(f"round {index + 1}, {kind}", kind, shape, CHECKPOINTS, EXPERTS)
+    if curve_parameters is None:
+        return
+    expect("planning", "planning", shape_for(curve_parameters), CHECKPOINTS, EXPERTS)
+    for point in sorted(curve_points(), key=lambda p: p.checkpoints):
+        of = shape_for(curve_parameters * point.scale)
+        expect(f"models of {point.scale} times the size", "make", of, point.checkpoints, 0)
+        for kind in ("upit-merge", "copy"):
+            expect(point_label(point, kind), kind, of, point.checkpoints, point.experts)
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    packages = ("torch", "mergekit", "transformers", "safetensors")
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory": proc("meminfo")["MemTotal"] << 10,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), required=True)
+@click.option("--parameters", default=240_000_000, show_default=True, help="Of each model.")
+@click.option("--rounds", default=3, show_default=True, help="0: only the curves.")
+@click.option("--skip-mergekit", is_flag=True)
+@click.option("--threads", type=int, help="Of torch; its default if not given.")
+@click.option("--curves", is_flag=True)
+@click.option(
+    "--curve-parameters", type=int, help="Of their smallest model; as --parameters if not given."
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Everything measured.")
+@click.option("--plot", type=click.Path(path_type=Path), help="A PNG of the curves.")
+def main(
+    folder: Path,
+    parameters: int,
+    rounds: int,
+    skip_mergekit: bool,
+    threads: int | None,
+    curves: bool,
+    curve_parameters: int | None,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    if plot and not curves:
+        raise click.UsageError("--plot draws the curves; give --curves too.")
+    shape, bench = shape_for(parameters), Bench(folder, threads)
+    of_curves = (curve_parameters or parameters) if curves else None
+    kinds = ["upit-merge", "copy", *([] if skip_mergekit else ["mergekit"])]
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "shape": asdict(shape),
+        "parameters": shape.parameters,
+        "curves": {name: [asdict(point) for point in points] for name, points in CURVES.items()},
+    }
+
+    def save(key: str, value: Any) -> None:
+        result[key] = value
+        if json_file:
+            json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+    bench.make_models("toy models", bench.folder / "toy", TOY, CHECKPOINTS)
+    expect_everything(bench.progress, shape, kinds, rounds, of_curves)
+    if rounds:
+        measure_rounds(bench, shape, rounds, not skip_mergekit, save)
+    if of_curves:
+        measure_curves(bench, of_curves, save)
+    report(result)
+    if plot:
+        draw(result, plot)
+
+
+if __name__ == "__main__":
+    main()
