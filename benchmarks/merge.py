@@ -25,10 +25,11 @@ mapped into memory, sampled every 20 ms: mergekit maps its inputs, and their pag
 while the kernel could drop them. Bytes are those that went through read and write calls; mapped
 reads do not, so for mergekit they are what its jobs have to read.
 
-`--curves`: (a) and (b) once per point: experts at 4 checkpoints, checkpoints at 16 experts, size at
-4 checkpoints and 8 experts; a line through wall seconds against bytes written; peak memory against
-1 GiB + 6 × the largest tensor. Layers are added first; beyond 40 the width doubles. And what
-`upit-merge plan` computes, for 8 and 64 experts, 5 times each in turn.
+`--curves`: (a) and (b), `--repeats` times in turn and the median of each, per point: experts at 4
+checkpoints, checkpoints at 16 experts, size at 4 checkpoints and 8 experts; a line through wall
+seconds against bytes written; peak memory against 1 GiB + 6 × the largest tensor. Layers are added
+first; beyond 40 the width doubles. And what `upit-merge plan` computes, for 8 and 64 experts, 5
+times each in turn.
 
 `python benchmarks/merge_plot.py FILE.json [FILE.png]` shows the tables and draws the plot again.
 """
@@ -242,8 +243,10 @@ def check_same_size(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         )
 
 
-def measure_curves(bench: Bench, parameters: int, save: Callable[[str, Any], None]) -> None:
-    """Every point once, then what planning takes; models are made per size and removed again."""
+def measure_curves(
+    bench: Bench, parameters: int, repeats: int, save: Callable[[str, Any], None]
+) -> None:
+    """Every point, then what planning takes; models are made per size and removed again."""
     measured: list[dict[str, Any]] = []
     for scale in sorted({point.scale for point in curve_points()}):
         shape = shape_for(parameters * scale)
@@ -251,7 +254,7 @@ def measure_curves(bench: Bench, parameters: int, save: Callable[[str, Any], Non
         # The most checkpoints first: the other points then use some of them.
         points = [point for point in curve_points() if point.scale == scale]
         for point in sorted(points, key=lambda p: (-p.checkpoints, p.experts)):
-            measured.append(measure_point(bench, family, shape, point))
+            measured.append(measure_point(bench, family, shape, point, repeats))
             save("points", measured)
         if scale == 1:
             label = "planning"
@@ -262,7 +265,10 @@ def measure_curves(bench: Bench, parameters: int, save: Callable[[str, Any], Non
         shutil.rmtree(family, ignore_errors=True)
 
 
-def measure_point(bench: Bench, family: Path, shape: Shape, point: Point) -> dict[str, Any]:
+def measure_point(
+    bench: Bench, family: Path, shape: Shape, point: Point, repeats: int
+) -> dict[str, Any]:
+    """Both jobs in turn; of each the run with the median time, and the highest peak."""
     largest = shape.largest_tensor
     row = asdict(point) | {
         "parameters": shape.parameters,
@@ -282,9 +288,17 @@ def measure_point(bench: Bench, family: Path, shape: Shape, point: Point) -> dic
         return row
     bench.make_models(models, family, shape, point.checkpoints)
     job = {"family": family, "checkpoints": point.checkpoints, "experts": point.experts}
-    ours = bench.run(labels["upit-merge"], "upit-merge", **job)
-    copy = bench.run(labels["copy"], "copy", files=ours["files"], **job)
-    return row | {"upit-merge": ours, "copy": copy}
+    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in labels}
+    for repeat in range(repeats):
+        for kind, label in labels.items():
+            weight = bytes_to_move(kind, shape, point.checkpoints, point.experts)
+            bench.progress.expect(label, kind, weight)
+            files = runs["upit-merge"][repeat]["files"] if kind == "copy" else None
+            runs[kind].append(bench.run(label, kind, files=files, **job))
+    for kind, found in runs.items():
+        found.sort(key=lambda run: run["wall"])
+        row[kind] = found[len(found) // 2] | {"peak": max(run["peak"] for run in found)}
+    return row
 
 
 def curve_points() -> list[Point]:
@@ -340,6 +354,7 @@ def machine() -> dict[str, Any]:
 @click.option("--skip-mergekit", is_flag=True)
 @click.option("--threads", type=int, help="Of torch; its default if not given.")
 @click.option("--curves", is_flag=True)
+@click.option("--repeats", default=1, show_default=True, help="Of every point of the curves.")
 @click.option(
     "--curve-parameters", type=int, help="Of their smallest model; as --parameters if not given."
 )
@@ -352,6 +367,7 @@ def main(
     skip_mergekit: bool,
     threads: int | None,
     curves: bool,
+    repeats: int,
     curve_parameters: int | None,
     json_file: Path | None,
     plot: Path | None,
@@ -378,7 +394,7 @@ def main(
     if rounds:
         measure_rounds(bench, shape, rounds, not skip_mergekit, save)
     if of_curves:
-        measure_curves(bench, of_curves, save)
+        measure_curves(bench, of_curves, repeats, save)
     report(result)
     if plot:
         draw(result, plot)

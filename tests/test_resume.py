@@ -135,6 +135,21 @@ def test_finished_tensors_are_not_made_again(unfinished, monkeypatch) -> None:
     assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("harm", ["removed", "cut"])
+def test_a_shard_that_was_harmed_is_made_again(unfinished, harm: str) -> None:
+    """Its tensors are in the journal, but a journal says nothing of what others did since."""
+    family, recipe, out = unfinished
+    shard = out / STAGING / "model" / "model.safetensors"
+    if harm == "removed":
+        shard.unlink()
+    else:
+        os.truncate(shard, shard.stat().st_size // 2)
+    assert invoke("run", recipe, out).exit_code == 0
+    assert invoke("run", recipe, family.root / "again").exit_code == 0
+    again = family.root / "again" / "model.safetensors"
+    assert (out / "model.safetensors").read_bytes() == again.read_bytes()
+
+
 def edit(text: str, new: str) -> Callable[[Family, Path], list[str]]:
     def change(family: Family, recipe: Path) -> list[str]:
         recipe.write_text(recipe.read_text().replace(text, new))

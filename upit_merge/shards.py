@@ -102,7 +102,8 @@ class ShardWriter:
     Args:
         folder: Where the files are; those that are there already are continued.
         shards: The files to write.
-        written: Names of tensors that are in the files already, from an earlier run.
+        written: Names of tensors that are in the files already, from an earlier run; a file that
+            is not there any more, or has another size, is written anew all the same.
     """
 
     def __init__(
@@ -117,15 +118,18 @@ class ShardWriter:
 
     def _open(self, path: Path, shard: Shard, written: Collection[str]) -> None:
         header = _encode_header(shard.tensors)
-        file = PositionedFile(path, "r+b" if path.exists() else "w+b")
+        size = len(header) + shard.num_bytes
+        intact = path.is_file() and path.stat().st_size == size
+        file = PositionedFile(path, "r+b" if intact else "w+b")
         self._files[file] = header
         file.write(memoryview(bytes(_LENGTH_BYTES) + header[_LENGTH_BYTES:]), 0)
+        file.resize(size)
         offset = len(header)
         for spec in shard.tensors:
             self._locations[spec.name] = (file, Location(spec, offset))
-            self._rows_left[spec.name] = 0 if spec.name in written else spec.shape[0]
+            done = intact and spec.name in written
+            self._rows_left[spec.name] = 0 if done else spec.shape[0]
             offset += spec.num_bytes
-        file.resize(offset)
 
     def wants(self, name: str) -> bool:
         """Whether this tensor is in one of the files and not written yet."""

@@ -80,13 +80,12 @@ def staged_output(
         raise UpitError(
             f"The output folder {out} cannot be created ({error.strerror}); choose another."
         ) from None
-    leave = True
+    leave = False
     try:
         with exclusive(out):
             refuse_occupied(out, overwrite=overwrite)  # another run may have just finished
             staging = _open_staging(out, identity)
             root = staging.root
-            leave = False
 
             def last_words() -> str:
                 if _is_moving(root) or has_progress(root):
