@@ -354,6 +354,9 @@ def machine() -> dict[str, Any]:
 @click.option("--skip-mergekit", is_flag=True)
 @click.option("--threads", type=int, help="Of torch; its default if not given.")
 @click.option("--curves", is_flag=True)
+@click.option(
+    "--curve", "names", multiple=True, type=click.Choice(list(CURVES)), help="Only these."
+)
 @click.option("--repeats", default=1, show_default=True, help="Of every point of the curves.")
 @click.option(
     "--curve-parameters", type=int, help="Of their smallest model; as --parameters if not given."
@@ -367,6 +370,7 @@ def main(
     skip_mergekit: bool,
     threads: int | None,
     curves: bool,
+    names: tuple[str, ...],
     repeats: int,
     curve_parameters: int | None,
     json_file: Path | None,
@@ -374,6 +378,8 @@ def main(
 ) -> None:
     if plot and not curves:
         raise click.UsageError("--plot draws the curves; give --curves too.")
+    for name in set(CURVES).difference(names or CURVES):
+        CURVES[name] = []
     shape, bench = shape_for(parameters), Bench(folder, threads)
     of_curves = (curve_parameters or parameters) if curves else None
     kinds = ["upit-merge", "copy", *([] if skip_mergekit else ["mergekit"])]

@@ -100,6 +100,12 @@ class ExpertBuilder:
             Checkpoint experts in their stored dtype, children in float32; shape of `base`. A
             child's values are overwritten by the next one's.
         """
+        experts = self.lineage.experts
+        if all(experts[index].checkpoint is not None for index in wanted):
+            yield from (
+                (i, checkpoints[c]) for i in wanted if (c := experts[i].checkpoint) is not None
+            )
+            return
         origin = base.float()
         deltas = {i: (values.float() - origin).flatten() for i, values in checkpoints.items()}
         hashed = index_hash(
@@ -112,7 +118,7 @@ class ExpertBuilder:
             return
         child, part = torch.empty_like(origin).flatten(), torch.empty_like(origin).flatten()
         work = torch.empty_like(hashed)
-        for index, expert in enumerate(self.lineage.experts):
+        for index, expert in enumerate(experts):
             if index not in wanted:
                 continue
             if expert.checkpoint is not None:
