@@ -100,11 +100,14 @@ class ExpertBuilder:
             Checkpoint experts in their stored dtype, children in float32; shape of `base`. A
             child's values are overwritten by the next one's.
         """
-        experts = self.lineage.experts
-        if all(experts[index].checkpoint is not None for index in wanted):
-            yield from (
-                (i, checkpoints[c]) for i in wanted if (c := experts[i].checkpoint) is not None
-            )
+        experts, children = self.lineage.experts, []
+        for index in wanted:
+            own = experts[index].checkpoint
+            if own is None:
+                children.append(index)
+            else:
+                yield index, checkpoints[own]
+        if not children:
             return
         origin = base.float()
         deltas = {i: (values.float() - origin).flatten() for i, values in checkpoints.items()}
@@ -112,19 +115,14 @@ class ExpertBuilder:
             mask_key(self.seed, "element", name), first_element, base.numel(), base.device
         )
         if self.lineage.mutation == "compound":
-            for index, values in self._compound(tensor, name, origin, deltas, hashed, checkpoints):
-                if index in wanted:
+            for index, values in self._compound(tensor, name, origin, deltas, hashed):
+                if index in children:
                     yield index, values
             return
         child, part = torch.empty_like(origin).flatten(), torch.empty_like(origin).flatten()
         work = torch.empty_like(hashed)
-        for index, expert in enumerate(experts):
-            if index not in wanted:
-                continue
-            if expert.checkpoint is not None:
-                yield index, checkpoints[expert.checkpoint]
-                continue
-            parts = [(i, w) for i, w in enumerate(expert.weights) if w != 0]
+        for index in children:
+            parts = [(i, w) for i, w in enumerate(experts[index].weights) if w != 0]
             # The memory of the child before is taken again: it is in the processor's cache.
             for count, (i, weight) in enumerate(parts):
                 key, density = mask_key(self.seed, index, i, name), float(self.densities[tensor, i])
@@ -141,14 +139,13 @@ class ExpertBuilder:
         origin: torch.Tensor,
         deltas: dict[int, torch.Tensor],
         hashed: torch.Tensor,
-        checkpoints: dict[int, torch.Tensor],
     ) -> Iterator[tuple[int, torch.Tensor]]:
+        """All children, as each may be a parent of the next."""
         density = float(self.densities[tensor, 0])
         grown: list[torch.Tensor] = []
         for index, expert in enumerate(self.lineage.experts):
             if expert.checkpoint is not None:
                 grown.append(deltas[expert.checkpoint])
-                yield index, checkpoints[expert.checkpoint]
                 continue
             assert expert.parents is not None
             assert expert.alpha is not None
