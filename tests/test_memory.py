@@ -15,6 +15,7 @@ from tests.conftest import build_family
 from upit_merge import preflight
 from upit_merge.checkpoints import OpenOptions
 from upit_merge.inputs import opened
+from upit_merge.merging import Merger
 from upit_merge.preflight import memory_limit, needs
 from upit_merge.recipe import parse_recipe
 
@@ -70,7 +71,8 @@ def test_needs_are_those_of_the_recipe(shared_family) -> None:
         listed = [str(path) for path in shared_family.checkpoints] * models
         document = shared_family.recipe(models=listed, parameters=parameters)
         with opened(parse_recipe(document), OpenOptions()) as inputs:
-            return needs(inputs, None, (torch.device("cpu"),), inputs.shards(1 << 30)).merge
+            merger = Merger(inputs, (torch.device("cpu"),))
+            return needs(merger, None, inputs.shards(1 << 30)).merge
 
     assert merge_bytes(models=4) > merge_bytes()
     assert merge_bytes(num_experts=64) == merge_bytes(num_experts=4)

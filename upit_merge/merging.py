@@ -42,17 +42,20 @@ class Merger:
     quiet: bool = False
 
     @property
+    def _block_bytes(self) -> int:
+        parameters = self.inputs.recipe.parameters
+        experts, models = self.inputs.num_experts, len(self.inputs.models)
+        return block_bytes(self.devices[0], parameters.mutation, experts, models)
+
+    @property
     def _workers(self) -> int:
-        inputs = self.inputs
-        return merge_workers(
-            self.devices,
-            block_bytes(
-                self.devices[0],
-                inputs.recipe.parameters.mutation,
-                inputs.num_experts,
-                len(inputs.checkpoints) + 1,
-            ),
-        )
+        return merge_workers(self.devices, self._block_bytes)
+
+    @property
+    def memory(self) -> int:
+        """Bytes the passes hold at their peak: blocks, whatever the size of the model."""
+        # One block more than there are threads waits with its result.
+        return (self._workers + 1) * self._block_bytes
 
     @property
     def tensors(self) -> range:

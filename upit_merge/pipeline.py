@@ -130,6 +130,7 @@ def _prepared(
         refuse_occupied(out, overwrite=options.overwrite)
     # Opened first: a glob must not find the output folder that is about to be made.
     inputs = stack.enter_context(opened(recipe, options.open))
+    merger = Merger(inputs, devices, quiet=options.quiet or not first)
     shards = inputs.shards(options.max_shard_bytes)
     seeds = seed_set(inputs, options) if first else None
     staging = Staging(out / STAGING)
@@ -137,8 +138,7 @@ def _prepared(
         identity = run_identity(recipe, inputs.models, options.max_shard_bytes)
         staging = stack.enter_context(staged_output(out, identity, overwrite=options.overwrite))
         if not staging.complete:
-            needs(inputs, seeds, devices, shards).require(out, staging.size())
-    merger = Merger(inputs, devices, quiet=options.quiet or not first)
+            needs(merger, seeds, shards).require(out, staging.size())
     return _Run(merger, shards, seeds, staging, out, source, options, Clock())
 
 

@@ -35,8 +35,8 @@ def plan_recipe(recipe: Recipe, options: RunOptions, out: Path | None = None) ->
     with ends_at_once(lambda: "Interrupted."), opened(recipe, options.open) as inputs:
         seeds = seed_set(inputs, options)
         shards = inputs.shards(options.max_shard_bytes)
-        required = needs(inputs, seeds, devices, shards)
         merger = Merger(inputs, devices, quiet=options.quiet)
+        required = needs(merger, seeds, shards)
         gram = measure_similarity(merger)
         lineage = merger.lineage(gram)
         show(_cosine_table(inputs.labels, cosine(gram.sum(0)).tolist()))

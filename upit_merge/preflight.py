@@ -10,10 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from upit_merge.device import merge_workers
 from upit_merge.errors import UpitError
-from upit_merge.expansion.experts import block_bytes
 from upit_merge.inputs import Inputs
+from upit_merge.merging import Merger
 from upit_merge.recipe import RouterSettings
 from upit_merge.router.layerwise import LOGIT_ROWS
 from upit_merge.router.seed_tokens import SeedSet
@@ -110,13 +109,9 @@ class Needs:
             yield f"{device}: about {gib(self.device or 0)} needed; it has {gib(total)}."
 
 
-def needs(
-    inputs: Inputs,
-    seeds: SeedSet | None,
-    devices: tuple[torch.device, ...],
-    shards: Sequence[Shard],
-) -> Needs:
-    """What a run of these inputs takes; nothing is read but what is open already."""
+def needs(merger: Merger, seeds: SeedSet | None, shards: Sequence[Shard]) -> Needs:
+    """What a run takes; nothing is read but what is open already."""
+    inputs, devices = merger.inputs, merger.devices
     router = None
     on_device = spilled = 0
     cuda = devices[0].type != "cpu"
@@ -129,23 +124,11 @@ def needs(
         on_device = weights if cuda else 0
     return Needs(
         disk=sum(shard.num_bytes for shard in shards) + spilled,
-        merge=_IMPORTS_BYTES + _merge_bytes(inputs, devices),
+        merge=_IMPORTS_BYTES + merger.memory,
         router=router,
-        device=_CUDA_BYTES + max(on_device, _merge_bytes(inputs, devices)) if cuda else None,
+        device=_CUDA_BYTES + max(on_device, merger.memory) if cuda else None,
         devices=devices,
     )
-
-
-def _merge_bytes(inputs: Inputs, devices: tuple[torch.device, ...]) -> int:
-    """Blocks, whatever the size of the model."""
-    block = block_bytes(
-        devices[0],
-        inputs.recipe.parameters.mutation,
-        inputs.num_experts,
-        len(inputs.checkpoints) + 1,
-    )
-    # One block more than there are threads waits with its result.
-    return (merge_workers(devices, block) + 1) * block
 
 
 def _router_bytes(inputs: Inputs, seeds: SeedSet, router: RouterSettings) -> tuple[int, int]:

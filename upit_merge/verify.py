@@ -183,10 +183,7 @@ def _misfits(moe: Checkpoint, expected: Mapping[str, TensorSpec]) -> Iterator[tu
         if found is None:
             yield name, f"{name} is missing"
         elif (found.shape, found.dtype) != (spec.shape, spec.dtype):
-            yield (
-                name,
-                (f"{name} is {_form(found)} instead of {_form(spec)}"),
-            )
+            yield name, f"{name} is {_form(found)} instead of {_form(spec)}"
     for name in moe.specs:
         if name not in expected:
             yield name, f"{name} should not be there"

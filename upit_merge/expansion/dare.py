@@ -74,9 +74,9 @@ def keep_bits(
 ) -> torch.Tensor:
     """Which entries DARE keeps, each with probability `density`, as words of ones or zeros.
 
-    An entry's 31-bit number is multiplier · hash + offset, the top bit dropped. Numbers of
-    different keys are pairwise independent (multiply-add-shift hashing, Dietzfelbinger 1996) but
-    for keys whose multipliers are small multiples of each other, one in some ten million pairs.
+    An entry's 31-bit number is multiplier · hash + offset, the top bit dropped (multiply-add
+    hashing, in the manner of Dietzfelbinger 1996). That masks of different keys are independent is
+    measured, not proven; keys whose multipliers are small multiples of each other would not be.
     Words instead of booleans, because comparisons are what torch does slowest on a CPU.
 
     Args:
