@@ -27,7 +27,8 @@ from upit_merge import resume
 from upit_merge.errors import UpitError
 from upit_merge.pipeline import RunOptions, run_recipe
 from upit_merge.recipe import load_recipe
-from upit_merge.staging import STAGING
+from upit_merge.router import progress
+from upit_merge.staging import ROUTER_STAGING, STAGING
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
@@ -62,7 +63,7 @@ def contents(folder: Path) -> dict[str, Any]:
     """Files as bytes; the report without its timings, the card without the folder's name."""
     found: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
-        if path.name in (STAGING, ".upit-lock"):
+        if path.name in (STAGING, ROUTER_STAGING, ".upit-lock"):
             continue
         if path.name == "upit_report.json":
             report = json.loads(path.read_text())
@@ -194,7 +195,8 @@ def disk_really_full(recipe: Path, out: Path, reference: dict[str, Any]) -> Iter
 
 def main() -> None:
     kind, recipe, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    resume.SAVE_SECONDS = 0.0  # as if every tensor took long
+    resume.SAVE_SECONDS = progress.KEEP_SECONDS = 0.0  # as if every tensor and layer took long
+    progress._KEEP_SHARE = float("inf")
     reference_folder = out.with_name("reference")
     run(recipe, reference_folder)  # in this process: what it imports, the children have
     reference = contents(reference_folder)

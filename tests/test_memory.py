@@ -96,14 +96,17 @@ def test_too_little_memory_is_told_before_the_work(shared_family, tmp_path, merg
     from upit_merge.errors import UpitError
 
     monkeypatch.setattr(preflight, "memory_limit", lambda: (500 << 20, "this container"))
-    document = shared_family.recipe(
-        router={"data": str(shared_family.seed_file()), "memory_gb": 0.001}
-    )
-    with pytest.raises(UpitError) as caught:
-        merge(document)
-    assert caught.value.message.startswith("The merge needs about 0.6 GiB of memory, but this ")
-    assert "this container has 0.5 GiB; use fewer threads (--num-threads)" in caught.value.message
-    assert not (tmp_path / "out").exists()
+    router = {"data": str(shared_family.seed_file()), "memory_gb": 0.001}
+    for stage, remedy, settings in (
+        ("merge", "use fewer threads (--num-threads)", {}),
+        ("router", "lower router.batch_tokens, max_length or memory_gb", {"router": router}),
+    ):
+        with pytest.raises(UpitError) as caught:
+            merge(shared_family.recipe(**settings))
+        message = caught.value.message
+        assert message.startswith(f"The {stage} needs about 0.6 GiB of memory, but this container")
+        assert f"has 0.5 GiB; {remedy}" in message
+        assert not (tmp_path / "out").exists()
 
 
 def test_little_free_memory_is_a_warning(shared_family, merge, monkeypatch, caplog) -> None:

@@ -274,3 +274,35 @@ def test_yarn_is_carried_over_without_a_warning(tmp_path, merge, caplog) -> None
     config = load(merge(family.recipe())).config
     assert {k: config.rope_parameters[k] for k in rope} == rope
     assert "factor" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("router", "words"),
+    [
+        ({}, "(`one_vs_rest`), each assigned to an expert by its perplexity."),
+        ({"assign": "shuffled", "objective": "ridge"}, "(`ridge`), each assigned to an expert at"),
+        ({"objective": "random"}, "The gates are random."),
+        (
+            {"objective": "upit", "upit": {"train_experts": True, "epochs": 1}},
+            "Every expert was trained together with its routing vectors on its own part of 24 seed",
+        ),
+        (
+            {"refine": {"steps": 2, "tokens": 100}},
+            "Then the gates were trained for 2 steps on the loss of the whole mixture.",
+        ),
+        ({"assign": {"column": "expert"}}, "each assigned to an expert by its `expert`."),
+    ],
+    ids=str,
+)
+def test_the_card_says_what_the_gates_are(shared_family, tmp_path, merge, router, words) -> None:
+    data = tmp_path / "seed.jsonl"
+    rows = [{"text": f"sample {i} of many", "expert": i % 3} for i in range(24)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = merge(shared_family.recipe(router={"data": str(data), **router}))
+    assert words in (out / "README.md").read_text()
+    report = json.loads((out / "upit_report.json").read_text())["router"]
+    if "assign" in router and isinstance(router["assign"], dict):
+        assert [row["samples"] for row in report["buckets"]["experts"]] == [8, 8, 8]
+        assert report["buckets"]["experts"][0]["loss_all"] is None
+    if "buckets" in report and router.get("assign") is None:
+        assert "verdict" in report["buckets"]["worth"]

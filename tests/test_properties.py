@@ -199,6 +199,26 @@ densities = density_values | filtered | st.lists(filtered, min_size=1, max_size=
 dtypes = st.sampled_from([None, "float32", "float16", "bfloat16"])
 sources = st.none() | texts.filter(lambda text: text != "union")
 
+router_settings: dict[str, st.SearchStrategy[Any]] = {
+    "subset": st.none() | texts,
+    "split": texts,
+    "sample": st.none() | st.integers(1) | st.floats(0, 1, exclude_min=True),
+    "max_length": st.integers(2, 10**6),
+    "assign": st.sampled_from(["balanced", "lowest", "shuffled"])
+    | mappings({"column": texts}, experts=st.none() | st.dictionaries(texts, st.integers(0, 7))),
+    "stream": st.none() | st.sampled_from(["mean", "expert"]),
+    "temperature": positive,
+    "batch_tokens": st.integers(1, 10**6),
+    "memory_gb": positive,
+    "refine": st.none()
+    | mappings(
+        {"steps": st.integers(1, 999)},
+        lr=positive,
+        tokens=st.integers(2, 10**6),
+        balance=st.floats(0, 10),
+    ),
+}
+
 recipes = mappings(
     {
         "merge_method": st.just("upit"),
@@ -227,17 +247,22 @@ recipes = mappings(
     ),
     router=st.none()
     | mappings(
-        {"data": texts},
-        subset=st.none() | texts,
-        split=texts,
-        sample=st.none() | st.integers(1) | st.floats(0, 1, exclude_min=True),
-        max_length=st.integers(2, 10**6),
-        assign=st.sampled_from(["balanced", "lowest"]),
-        objective=st.sampled_from(["one_vs_rest", "ridge", "random"]),
-        stream=st.sampled_from(["mean", "expert"]),
-        temperature=positive,
-        batch_tokens=st.integers(1, 10**6),
-        memory_gb=positive,
+        {"data": texts, "objective": st.sampled_from(["one_vs_rest", "softmax", "random"])},
+        **router_settings,
+    )
+    | mappings(
+        {"data": texts, "objective": st.just("upit")},
+        upit=st.none()
+        | mappings(
+            {},
+            train_experts=st.booleans(),
+            alpha=st.floats(0, 1),
+            epochs=st.integers(1, 9),
+            lr=st.none() | positive,
+            batch_size=st.integers(1, 64),
+            lora_rank=st.none() | st.integers(1, 64),
+        ),
+        **router_settings,
     ),
 )
 

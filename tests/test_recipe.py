@@ -12,8 +12,13 @@ from upit_merge.errors import UpitError
 from upit_merge.expansion.density import resolve_densities
 from upit_merge.mixtral import DenseArchitecture
 from upit_merge.recipe import (
+    ByColumn,
     FilteredDensity,
+    Parameters,
     Recipe,
+    Refinement,
+    RouterSettings,
+    UpitObjective,
     expand_models,
     load_recipe,
     parse_recipe,
@@ -21,6 +26,14 @@ from upit_merge.recipe import (
 )
 
 Document = dict[str, Any]
+
+BLOCKS = {
+    "parameters": Parameters,
+    "router": RouterSettings,
+    "router.assign": ByColumn,
+    "router.upit": UpitObjective,
+    "router.refine": Refinement,
+}
 
 
 def document(**keys: Any) -> Document:
@@ -34,6 +47,14 @@ def parameters(**settings: Any) -> Document:
 
 def router(**settings: Any) -> Document:
     return document(router={"data": "seed.jsonl", **settings})
+
+
+def upit(**settings: Any) -> Document:
+    return router(objective="upit", upit=settings)
+
+
+def refine(**settings: Any) -> Document:
+    return router(refine={"steps": 10, **settings})
 
 
 def entry(**keys: Any) -> Document:
@@ -51,6 +72,7 @@ def refusal(parse: Any, *arguments: Any) -> str:
 
 DENSITY = "a number in (0, 1], a list of them over the layers, or a list of filter: and value:"
 MODELS = "a list of `- model: FOLDER` entries, at least one"
+ASSIGN = "balanced, lowest, shuffled, or column: NAME"
 SAMPLE = "a whole number of samples, or a fraction in (0, 1] such as 0.01"
 DTYPES = "'float32', 'float16' or 'bfloat16'"
 ENTRY = "an entry of the form `- model: FOLDER`"
@@ -139,13 +161,40 @@ WRONG_VALUES: list[tuple[Document, str, str, str]] = [
     (router(sample="1e3"), "router.sample", "'1e3'", SAMPLE),
     (router(max_length=1), "router.max_length", "1", "2 or more"),
     (router(max_length=512.0), "router.max_length", "512.0", WHOLE),
-    (router(assign="best"), "router.assign", "'best'", "'balanced' or 'lowest'"),
+    (router(assign="best"), "router.assign", "'best'", ASSIGN),
+    (router(assign="column:"), "router.assign", "'column:'", ASSIGN),
+    (router(assign=None), "router.assign", "None", ASSIGN),
+    (router(assign={"column": 3}), "router.assign.column", "3", "the name of a column"),
     (
-        router(objective="softmax"),
-        "router.objective",
-        "'softmax'",
-        "'one_vs_rest', 'ridge' or 'random'",
+        router(assign={"column": "c", "experts": {"code": -1}}),
+        "router.assign.experts.code",
+        "-1",
+        "0 or more",
     ),
+    (
+        router(assign={"column": "c", "experts": 3}),
+        "router.assign.experts",
+        "3",
+        "a mapping of the column's values to experts' numbers, from 0",
+    ),
+    (
+        router(objective="best"),
+        "router.objective",
+        "'best'",
+        "'one_vs_rest', 'softmax', 'ridge', 'hidden', 'upit' or 'random'",
+    ),
+    (router(upit=True), "router.upit", "True", "a mapping such as {train_experts: true}"),
+    (upit(train_experts="yes"), "router.upit.train_experts", "'yes'", "true or false"),
+    (upit(alpha=1.5), "router.upit.alpha", "1.5", "a number from 0 to 1"),
+    (upit(epochs=0), "router.upit.epochs", "0", "1 or more"),
+    (upit(lr=0), "router.upit.lr", "0", POSITIVE),
+    (upit(batch_size=2.5), "router.upit.batch_size", "2.5", WHOLE),
+    (upit(lora_rank=0), "router.upit.lora_rank", "0", "1 or more"),
+    (router(refine=100), "router.refine", "100", "a mapping such as {steps: 100}"),
+    (refine(steps=0), "router.refine.steps", "0", "1 or more"),
+    (refine(lr=-1), "router.refine.lr", "-1", POSITIVE),
+    (refine(tokens=1), "router.refine.tokens", "1", "2 or more"),
+    (refine(balance=-1), "router.refine.balance", "-1", "a number, 0 or more"),
     (router(stream="all"), "router.stream", "'all'", "'mean' or 'expert'"),
     (router(temperature=0), "router.temperature", "0", POSITIVE),
     (router(temperature="hot"), "router.temperature", "'hot'", POSITIVE),
@@ -165,10 +214,8 @@ def test_wrong_value(wrong: Document, key: str, shown: str, expected: str) -> No
 def test_every_key_has_a_wrong_value() -> None:
     """A key that is added to the recipe must be added to the table."""
     fields = {"merge_method", *Recipe.model_fields}
-    for block in ("parameters", "router"):
-        annotation = Recipe.model_fields[block].annotation
-        model = annotation if block == "parameters" else annotation.__args__[0]  # type: ignore[union-attr]
-        fields |= {f"{block}.{name}" for name in model.model_fields}  # type: ignore[union-attr]
+    for block, model in BLOCKS.items():
+        fields |= {f"{block}.{name}" for name in model.model_fields}
     covered = {key for _, key, _, _ in WRONG_VALUES} | {"merge_method"}
     assert fields <= covered
 
@@ -180,7 +227,39 @@ def test_a_long_value_is_cut() -> None:
     assert len(message) < 160
 
 
+def test_a_column_may_assign_the_samples() -> None:
+    for assign in ("column: kind", "column:kind", {"column": "kind"}):
+        assert parse_recipe(router(assign=assign)).router.column == "kind"
+    experts = {"code": 0, 7: 1}
+    rule = parse_recipe(router(assign={"column": "kind", "experts": experts})).router.assign
+    assert rule.experts == experts
+    assert parse_recipe(router()).router.column is None
+
+
+def test_settings_of_an_objective_need_it() -> None:
+    message = refusal(parse_recipe, router(upit={"train_experts": True}))
+    assert message.endswith(
+        "upit is given, but objective is one_vs_rest; set objective: upit or remove the upit: "
+        "block."
+    )
+
+
+def test_the_paper_s_rates_and_stream_come_with_its_objective() -> None:
+    rates = [
+        parse_recipe(upit(**settings)).router.upit_settings.learning_rate
+        for settings in ({}, {"train_experts": True}, {"train_experts": True, "lora_rank": 8})
+    ]
+    assert rates == [2e-4, 2e-5, 2e-4]
+    assert parse_recipe(upit(lr="1e-3")).router.upit_settings.learning_rate == 1e-3
+    assert parse_recipe(router(objective="upit")).router.router_stream == "expert"
+    assert parse_recipe(router()).router.router_stream == "mean"
+    assert parse_recipe(router(objective="upit", stream="mean")).router.router_stream == "mean"
+
+
 MISSPELLED = [
+    (upit(epoch=1), "router.upit.epoch", "did you mean epochs?"),
+    (refine(rate=1), "router.refine.rate", "known here: balance, lr, steps, tokens"),
+    (router(assign={"columns": "x"}), "router.assign.columns", "did you mean column?"),
     (document(paramters={}), "paramters", "did you mean parameters?"),
     (document(base_modle="x"), "base_modle", "did you mean base_model?"),
     (document(Router={}), "Router", "did you mean router?"),
@@ -209,8 +288,8 @@ MISSPELLED = [
     (
         router(**{"learning rate": 1}),
         "router.learning rate",
-        "known here: assign, batch_tokens, data, max_length, memory_gb, objective, sample, split, "
-        "stream, subset, temperature",
+        "known here: assign, batch_tokens, data, max_length, memory_gb, objective, refine, sample, "
+        "split, stream, subset, temperature, upit",
     ),
 ]
 

@@ -17,8 +17,10 @@ from tests.naive import load_model
 from upit_merge.cli import main
 from upit_merge.errors import UpitError
 from upit_merge.router.gate_files import opened_moe
-from upit_merge.router.layerwise import MEAN, LayerwiseMoe, PackedStates, Stream, token_batches
+from upit_merge.router.layerwise import LayerwiseMoe
+from upit_merge.router.packed import MEAN, PackedStates, Stream, token_batches
 from upit_merge.router.seed_tokens import TokenizedSample
+from upit_merge.router.worth import SampleLosses
 
 CPU = torch.device("cpu")
 
@@ -48,17 +50,12 @@ def test_losses_are_those_of_the_dense_models(tmp_path, merge, variant: str) -> 
     samples = some_samples()
     with opened_moe(out) as moe:
         model = LayerwiseMoe(moe, CPU)
-        states = PackedStates(
-            [len(s.input_ids) for s in samples],
-            32,
-            torch.float32,
-            scratch=tmp_path,
-            budget_bytes=1e9,
-        )
+        lengths = [len(s.input_ids) for s in samples]
+        states = PackedStates(lengths, 32, torch.float32, scratch=tmp_path, budget_bytes=1e9)
         for expert, folder in enumerate(family.checkpoints):
-            stream = Stream(expert, tuple(range(len(samples))))
-            model.sweep(samples, [stream], states, batch_tokens=64, on_progress=lambda _count: None)
-            losses = model.losses(samples, states)
+            batches = tuple(token_batches(range(len(samples)), lengths, 64))
+            model.sweep(samples, [Stream(expert, batches)], states, on_progress=lambda _: None)
+            losses = SampleLosses.of(samples, [model.losses(samples, states)]).means
             dense = AutoModelForCausalLM.from_pretrained(
                 family.checkpoints[-1], dtype=torch.float32
             ).eval()
@@ -79,7 +76,7 @@ def test_router_inputs_are_what_the_gates_see(shared_family, merge, tmp_path, bu
     out = merge(shared_family.recipe())
     samples = some_samples(6)
     lengths = [len(s.input_ids) for s in samples]
-    streams = [Stream(0, (0, 3)), Stream(1, (1, 4, 5)), Stream(2, (2,))]
+    streams = [Stream(0, ((0, 3),)), Stream(1, ((4,), (1, 5))), Stream(2, ((2,),))]
     collected: list[torch.Tensor] = []
     with opened_moe(out) as moe:
         model = LayerwiseMoe(moe, CPU)
@@ -92,7 +89,6 @@ def test_router_inputs_are_what_the_gates_see(shared_family, merge, tmp_path, bu
             samples,
             streams,
             states,
-            batch_tokens=50,
             router_inputs=inputs,
             after_layer=lambda _layer: collected.append(inputs.rows.clone()),
             on_progress=lambda _count: None,
@@ -258,7 +254,9 @@ def gates(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for n, t in load_model(folder).items() if n.endswith("moe.gate.weight")}
 
 
-@pytest.mark.parametrize("objective", ["one_vs_rest", "ridge", "random"])
+@pytest.mark.parametrize(
+    "objective", ["one_vs_rest", "softmax", "ridge", "hidden", "upit", "random"]
+)
 @pytest.mark.parametrize("assign", ["balanced", "lowest"])
 def test_every_objective_gives_a_model_that_loads(shared_family, merge, objective, assign) -> None:
     router = {"data": str(shared_family.seed_file()), "objective": objective, "assign": assign}

@@ -67,6 +67,25 @@ def test_gates_are_compared_with_their_digest_or_fitted_again(family: Family) ->
     assert "fitted again: the same bits" in invoke("verify", out, "--gates").stdout
 
 
+def test_trained_experts_are_compared_with_their_digests(family: Family) -> None:
+    router = {"data": str(family.seed_file()), "objective": "upit"}
+    out = made(family, router={**router, "upit": {"train_experts": True, "epochs": 1}})
+    for _ in range(2):
+        told = invoke("verify", out, "--gates").stdout
+        assert "as recorded after their training" in told
+        assert "is what its recipe makes of these models" in told
+        # Other gates in front of the same experts.
+        options = ("--data", family.seed_file(), "--objective", "hidden", "--quiet")
+        assert invoke("router", out, *options).exit_code == 0
+    flip(CHILD)(family)
+    assert "expert 4 is not the one the report speaks of" in invoke("verify", out).stderr
+
+
+def test_refined_gates_are_fitted_again(family: Family) -> None:
+    router = {"data": str(family.seed_file()), "refine": {"steps": 2, "tokens": 100}}
+    assert "the same bits" in invoke("verify", made(family, router=router), "--gates").stdout
+
+
 def flip(name: str, folder: str = "out") -> Callable[[Family], None]:
     """Change one bit of one tensor."""
 

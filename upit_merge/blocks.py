@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -29,7 +28,7 @@ def row_blocks(spec: TensorSpec, max_elements: int) -> Iterator[tuple[int, int]]
 
 def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """`map` over a few threads: results in order, at most `workers + 1` items under way.
 
     Every item is computed by one thread with single-threaded kernels, so that a result does not
@@ -49,17 +48,6 @@ def map_in_order(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         # Threads started later take the last value set anywhere as their default.
-        torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def single_threaded() -> Iterator[None]:
-    """Compute with one thread: sums over many rows then have one order, on every machine's CPU."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
         torch.set_num_threads(threads)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import click
+from pydantic import BaseModel
 
 from upit_merge import __version__
 
@@ -50,26 +51,56 @@ class _RouterCommand(_Verbatim):
         return [*_router_params(), *super().get_params(ctx)]
 
 
+class _EvaluateCommand(_Verbatim):
+    """Takes those of them that say which data, and how it is computed."""
+
+    settings = ("data", "subset", "split", "sample", "max_length", "batch_tokens", "memory_gb")
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        params = [param for param in _router_params() if param.name in self.settings]
+        return [*params, *super().get_params(ctx)]
+
+
 def _router_params() -> list[click.Parameter]:
     """One option per router setting; values are checked by the settings themselves."""
-    from upit_merge.recipe import RouterSettings
+    from upit_merge.recipe import Refinement, RouterSettings, UpitObjective
 
+    blocks: dict[str, type[BaseModel]] = {"upit": UpitObjective, "refine": Refinement}
     params: list[click.Parameter] = []
     for name, field in RouterSettings.model_fields.items():
-        default = field.default if not field.is_required() else None
-        choices = get_args(field.annotation) if isinstance(default, str) else ()
-        params.append(
-            click.Option(
-                [f"--{name.replace('_', '-')}"],
-                required=field.is_required(),
-                type=click.Choice(choices) if choices else str,
-                metavar=None if choices or field.annotation is str else "VALUE",
-                default=default,
-                show_default=default is not None,
-                help=field.description,
-            )
-        )
+        if name not in blocks:
+            params.append(_router_option(name, field))
+            continue
+        for inner, inner_field in blocks[name].model_fields.items():
+            params.append(_router_option(f"{name}_{inner}", inner_field, optional=True))
     return params
+
+
+def _router_option(name: str, field: Any, *, optional: bool = False) -> click.Option:
+    """An option of that name.
+
+    Args:
+        optional: Not given, it is not a setting at all: its block may not be wanted.
+    """
+    default = None if field.is_required() or optional else field.default
+    kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if kind]
+    choices = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
+        choices = []  # not only words
+    text = f"{field.description}"
+    if optional and not field.is_required() and field.default not in (None, False):
+        text += f"  [default: {field.default}]"
+    flag = field.annotation is bool
+    return click.Option(
+        [f"--{name.replace('_', '-')}"],
+        required=field.is_required() and not optional,
+        type=bool if flag else click.Choice(choices) if choices else str,
+        is_flag=flag,
+        metavar=None if flag or choices or field.annotation is str else "VALUE",
+        default=default,
+        show_default=default is not None,
+        help=text,
+    )
 
 
 def _mergekit_params() -> list[click.Parameter]:
@@ -137,6 +168,7 @@ def main() -> None:
 
 _RECIPE = click.Path(path_type=Path)
 _FOLDER = click.Path(path_type=Path)
+_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @main.command(
@@ -157,20 +189,22 @@ def run(recipe: Path, out: Path, overwrite: bool, **values: Any) -> None:
     run_recipe(parsed, source, out, options)
 
 
-@main.command(cls=_PlanCommand, epilog="upit-merge plan recipes/upit-8x.yml out/")
+@main.command(cls=_PlanCommand, epilog="upit-merge plan recipes/upit-8x.yml out/ --data seed.jsonl")
 @click.argument("recipe", type=_RECIPE)
 @click.argument("out", type=_FOLDER, required=False)
-def plan(recipe: Path, out: Path | None, **values: Any) -> None:
+@click.option("--data", help="Find out on this seed data whether a router is worth it.")
+def plan(recipe: Path, out: Path | None, data: str | None, **values: Any) -> None:
     """Check RECIPE and its models and show what `run` would make and need; writes nothing.
 
-    With the folder OUT, check also that the output would fit its disk.
+    With the folder OUT, check also that the output would fit its disk. With --data, compute the
+    loss of every sample under every checkpoint, and tell what choosing among them could gain.
     """
     from upit_merge.mergekit_plugin import run_options
     from upit_merge.planning import plan_recipe
     from upit_merge.recipe import load_recipe
 
     parsed, _source = load_recipe(recipe)
-    plan_recipe(parsed, run_options(_merge_options(values)), out)
+    plan_recipe(parsed, run_options(_merge_options(values)), out, data)
 
 
 @main.command(cls=_VerifyCommand, epilog="upit-merge verify out/")
@@ -211,6 +245,54 @@ def router(
         trust_remote_code=trust_remote_code,
         quiet=quiet,
     )
+
+
+@main.command(
+    cls=_EvaluateCommand,
+    epilog="upit-merge evaluate out/ --data held-out.jsonl --group-by domain --plot routing.png",
+)
+@click.argument("out", type=_FOLDER)
+@click.option("--group-by", metavar="COLUMN", help="Column of the data with the kind of text.")
+@click.option("--json", "json_file", type=_FILE, help="Write all numbers to this file.")
+@click.option("--plot", type=_FILE, help="Write the routing heat map to this PNG file.")
+@click.option("--no-experts", is_flag=True, help="Leave out the comparison with every expert.")
+@click.option("--control", is_flag=True, help="Compare with gates fitted to shuffled buckets.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer.")
+@click.option("--quiet", is_flag=True, help="No progress bars, no tables.")
+def evaluate(
+    out: Path,
+    group_by: str | None,
+    json_file: Path | None,
+    plot: Path | None,
+    no_experts: bool,
+    control: bool,
+    seed: int,
+    device: str,
+    trust_remote_code: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Measure the MoE in the folder OUT on held-out data: perplexity, and what its router does.
+
+    Layer by layer, so that it runs where the model does not fit; nothing is changed.
+    """
+    from upit_merge.evaluating import EvaluateOptions, evaluate_output
+    from upit_merge.router.command import parse_settings
+
+    options = EvaluateOptions(
+        group_by=group_by,
+        json=json_file,
+        plot=plot,
+        experts=not no_experts,
+        control=control,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+    )
+    evaluate_output(out, parse_settings(settings), options)
 
 
 @main.command(cls=_Verbatim, epilog="upit-merge demo demo/")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from upit_merge.checkpoints import Checkpoint, check_same_tensors
+from upit_merge.checkpoints import Checkpoint, TensorSource, check_same_tensors
 from upit_merge.errors import UpitError
 from upit_merge.tensor_files import TensorSpec
 
@@ -44,9 +44,22 @@ def expert_tensor(layer: int, expert: int, projection: str) -> str:
     )
 
 
+def expert_names(num_layers: int, experts: Iterable[int]) -> Iterator[str]:
+    """Canonical names of all tensors of some experts."""
+    for expert in experts:
+        for layer in range(num_layers):
+            for projection in PROJECTIONS:
+                yield expert_tensor(layer, expert, projection)
+
+
 def gate_tensor(layer: int) -> str:
     """Canonical Mixtral name of a layer's gate, shape (num_experts, hidden_size)."""
     return f"model.layers.{layer}.block_sparse_moe.gate.weight"
+
+
+def norm_tensor(layer: int) -> str:
+    """Name of the norm before a layer's gate, shape (hidden_size,)."""
+    return f"model.layers.{layer}.post_attention_layernorm.weight"
 
 
 def ffn_tensor(layer: int, projection: str) -> str:
@@ -293,7 +306,7 @@ def moe_specs(
     return body, gates
 
 
-def check_moe(moe: Checkpoint, config: Any) -> None:
+def check_moe(moe: TensorSource, config: Any) -> None:
     """Check that a Mixtral folder has every tensor, under its published name and in its shape.
 
     Args:

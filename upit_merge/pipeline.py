@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from upit_merge.processes import Processes, joined
 from upit_merge.recipe import Recipe
 from upit_merge.report.card import model_card, router_sentence
 from upit_merge.report.record import merge_record
-from upit_merge.report.tables import bucket_table, show
+from upit_merge.report.tables import show_buckets
 from upit_merge.resume import run_identity
-from upit_merge.router.gate_files import opened_moe, write_gates
+from upit_merge.router.gate_files import named_gates, opened_moe, overwrite_tensors
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
+from upit_merge.router.pretrain import RouterResult, RouterStage, load_seed_set, pretrain_router
+from upit_merge.router.progress import Progress
 from upit_merge.router.seed_tokens import SeedSet
 from upit_merge.shards import Shard, shard_index
 from upit_merge.staging import (
@@ -78,8 +80,8 @@ class RunOptions:
 def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> None:
     """Turn a recipe into an MoE folder.
 
-    Under torchrun or `accelerate launch` all processes must call this; they share the merge, and
-    the first does the rest.
+    Under torchrun or `accelerate launch` all processes must call this; they share the merge and
+    the router's samples, and the first does the rest.
 
     Args:
         recipe: The validated recipe.
@@ -103,8 +105,11 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
         complete = processes.gather(run.staging.complete)[0]
         if not complete:
             merged = merge(run.merger, run.staging, run.shards, processes, run.clock)
+            with processes.together():
+                run.settle(processes)
+            router = run.train_router(processes)
             if processes.is_first:
-                router = run.finish(merged)
+                run.finish(merged, router)
     if not processes.is_first:
         return
     if complete:
@@ -155,12 +160,43 @@ class _Run:
     options: RunOptions
     clock: Clock
 
-    def finish(self, merged: Merged) -> RouterResult | None:
-        """Everything after the weights: gates, settings, tokenizer, report and card."""
+    def settle(self, processes: Processes) -> None:
+        """What must be there before the router can be trained: a folder that can be opened."""
+        if processes.is_first:
+            copy = self.options.copy_tokenizer
+            write_settings(self.staging.model, self.merger.inputs, self.shards, copy_tokenizer=copy)
+
+    def train_router(self, processes: Processes) -> RouterResult | None:
+        """Fit the gates and write them; every process has the result."""
+        inputs, settings = self.merger.inputs, self.merger.inputs.recipe.router
+        seeds = processes.gather(self.seeds)[0]
+        if settings is None or seeds is None:
+            return None
+        device = self.merger.devices[0]
+        with (
+            self.clock.measure("router"),
+            scratch_folder(self.out, processes.rank) as scratch,
+            opened_moe(self.staging.model, config=output_config(inputs)) as moe,
+        ):
+            progress = Progress(self.staging.root / "router", {"device": device.type}, processes)
+            stage = RouterStage(
+                LayerwiseMoe(moe, device),
+                seeds,
+                settings,
+                inputs.recipe.seed,
+                scratch,
+                processes,
+                progress,
+                self.options.quiet,
+            )
+            router = pretrain_router(stage, partial(overwrite_tensors, moe))
+            if processes.is_first:
+                overwrite_tensors(moe, named_gates(router.gates))
+        return router
+
+    def finish(self, merged: Merged, router: RouterResult | None) -> None:
+        """Everything after weights and gates: report, card and configuration."""
         inputs, folder = self.merger.inputs, self.staging.model
-        write_settings(folder, inputs, self.shards, copy_tokenizer=self.options.copy_tokenizer)
-        config = output_config(inputs)
-        router = self._train_router(config)
         record = merge_record(
             inputs.recipe,
             inputs.labels,
@@ -172,8 +208,7 @@ class _Run:
         record |= {"router": router.report if router else None, "seconds": self.clock.seconds}
         self._write_papers(merged.lineage, record)
         # Last of all: without it no folder loads as a model.
-        write_json(folder / "config.json", config)
-        return router
+        write_json(folder / "config.json", output_config(inputs))
 
     def tell(self, lineage: Lineage, router: RouterResult | None) -> None:
         """What users should know of a finished model."""
@@ -188,29 +223,9 @@ class _Run:
             return
         if self.seeds:
             print(self.seeds.summary())
-        if router and (buckets := router.report.get("buckets")):
-            show(bucket_table(buckets["experts"]))
+        if router:
+            show_buckets(router.report)
         print(f"{lineage.summary[0].upper()}{lineage.summary[1:]}.")
-
-    def _train_router(self, config: dict[str, Any]) -> RouterResult | None:
-        settings = self.merger.inputs.recipe.router
-        if settings is None or self.seeds is None:
-            return None
-        with (
-            self.clock.measure("router"),
-            scratch_folder(self.out) as scratch,
-            opened_moe(self.staging.model, config=config) as moe,
-        ):
-            router = pretrain_router(
-                LayerwiseMoe(moe, self.merger.devices[0]),
-                self.seeds,
-                settings,
-                seed=self.merger.inputs.recipe.seed,
-                scratch=scratch,
-                quiet=self.options.quiet,
-            )
-            write_gates(moe, router.gates)
-        return router
 
     def _write_papers(self, lineage: Lineage, record: dict[str, Any]) -> None:
         """The report, the recipe and the card."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 from upit_merge.device import resolve_devices
@@ -14,21 +15,28 @@ from upit_merge.interrupt import ends_at_once
 from upit_merge.merging import Merger, measure_similarity
 from upit_merge.pipeline import RunOptions, seed_set
 from upit_merge.preflight import needs
-from upit_merge.recipe import Recipe
+from upit_merge.preview import checkpoint_losses
+from upit_merge.recipe import Recipe, RouterSettings
 from upit_merge.report.tables import lineage_table, show
+from upit_merge.router.worth import SampleLosses, measure_worth
 from upit_merge.staging import refuse_occupied
 
 
-def plan_recipe(recipe: Recipe, options: RunOptions, out: Path | None = None) -> None:
+def plan_recipe(
+    recipe: Recipe, options: RunOptions, out: Path | None = None, data: str | None = None
+) -> None:
     """Validate, compute the lineage, and print it with what a run would need of this machine.
 
     Args:
         out: Where the output would go, to see whether it fits the disk.
+        data: Seed data on which to find out whether the checkpoints differ enough for a router.
 
     Raises:
         UpitError: as `run_recipe` would.
     """
     recipe = recipe.with_seed(options.seed)
+    if data is not None:
+        recipe = _with_data(recipe, data)
     devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
     if out is not None:
         refuse_occupied(out)
@@ -57,8 +65,36 @@ def plan_recipe(recipe: Recipe, options: RunOptions, out: Path | None = None) ->
             print(seeds.summary())
         for line in required.lines(out):
             print(line)
+        if data is not None and seeds is not None and recipe.router is not None:
+            losses = checkpoint_losses(
+                inputs, seeds, recipe.router, devices[0], quiet=options.quiet
+            )
+            show(_loss_table(inputs.labels, losses))
+            print(measure_worth(losses).verdict())
     for sentence in required.shortages(out):
         raise UpitError(sentence)
+
+
+def _with_data(recipe: Recipe, data: str) -> Recipe:
+    """The same recipe with this seed data; which experts get it is not the question here."""
+    router = recipe.router or RouterSettings(data=data)
+    router = router.model_copy(update={"data": data, "assign": "balanced"})
+    return recipe.model_copy(update={"router": router})
+
+
+def _loss_table(labels: list[str], losses: SampleLosses) -> Table:
+    means = losses.means
+    best = torch.bincount(means.argmin(1), minlength=len(labels)).tolist()
+    table = Table(
+        title="Checkpoints' FFNs on the shared backbone (loss in nats per token)",
+        title_justify="left",
+    )
+    table.add_column("checkpoint", overflow="fold")
+    for column in ("best for samples", "loss on all"):
+        table.add_column(column, justify="right")
+    for index, (label, loss) in enumerate(zip(labels, means.mean(0).tolist(), strict=True)):
+        table.add_row(f"{index} {label}", str(best[index]), f"{loss:.4f}")
+    return table
 
 
 def _cosine_table(labels: list[str], rows: list[list[float]]) -> Table:

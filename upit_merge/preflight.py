@@ -13,8 +13,7 @@ import torch
 from upit_merge.errors import UpitError
 from upit_merge.inputs import Inputs
 from upit_merge.merging import Merger
-from upit_merge.recipe import RouterSettings
-from upit_merge.router.layerwise import LOGIT_ROWS
+from upit_merge.router.memory import ModelShape, router_memory
 from upit_merge.router.seed_tokens import SeedSet
 from upit_merge.shards import Shard
 from upit_merge.staging import free_bytes, missing_space
@@ -116,12 +115,12 @@ def needs(merger: Merger, seeds: SeedSet | None, shards: Sequence[Shard]) -> Nee
     on_device = spilled = 0
     cuda = devices[0].type != "cpu"
     if seeds and inputs.recipe.router:
-        weights, states = _router_bytes(inputs, seeds, inputs.recipe.router)
-        kept = min(states, int(float(inputs.recipe.router.memory_gb) * 2**30))
-        spilled = states - kept
+        lengths = [len(sample.input_ids) for sample in seeds.samples]
+        found = router_memory(_shape(inputs), lengths, inputs.recipe.router, cpu=not cuda)
+        spilled = found.spilled
         # On a device the layer and the batch are there; hidden states wait in RAM.
-        router = _IMPORTS_BYTES + kept + (0 if cuda else weights)
-        on_device = weights if cuda else 0
+        router = _IMPORTS_BYTES + found.states + (0 if cuda else found.compute)
+        on_device = found.compute if cuda else 0
     return Needs(
         disk=sum(shard.num_bytes for shard in shards) + spilled,
         merge=_IMPORTS_BYTES + merger.memory,
@@ -131,21 +130,19 @@ def needs(merger: Merger, seeds: SeedSet | None, shards: Sequence[Shard]) -> Nee
     )
 
 
-def _router_bytes(inputs: Inputs, seeds: SeedSet, router: RouterSettings) -> tuple[int, int]:
-    """Router pre-training: (a layer and a batch, the hidden states)."""
+def _shape(inputs: Inputs) -> ModelShape:
     settings, specs = inputs.architecture.settings, inputs.architecture.specs
-    layer = sum(spec.numel for name, spec in specs.items() if name.startswith("model.layers.0."))
-    hidden = settings["hidden_size"]
-    lengths = [len(sample.input_ids) for sample in seeds.samples]
-    states = 2 * 4 * hidden * sum(lengths)
-    # In float32: the three FFN activations that are alive at once, or the attention's share.
-    batch = min(sum(lengths), max(router.batch_tokens, *lengths))
-    activations = 4 * batch * (3 * settings["intermediate_size"] + 6 * hidden)
-    logits = 3 * 4 * min(LOGIT_ROWS, max(lengths)) * settings["vocab_size"]
-    table = settings["vocab_size"] * hidden
-    # A layer in float32 beside the stored copy being read, or the output head likewise.
-    weights = max(layer, table) * (4 + inputs.dtype.itemsize)
-    return weights + max(activations, logits), states
+    layer = [spec.numel for name, spec in specs.items() if name.startswith("model.layers.0.")]
+    ffn = 3 * settings["hidden_size"] * settings["intermediate_size"]
+    return ModelShape(
+        hidden_size=settings["hidden_size"],
+        intermediate_size=settings["intermediate_size"],
+        vocab_size=settings["vocab_size"],
+        num_layers=inputs.architecture.num_layers,
+        num_experts=inputs.num_experts,
+        attention=sum(layer) - ffn,
+        itemsize=inputs.dtype.itemsize,
+    )
 
 
 def memory_limit() -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Several processes that share one merge, as torchrun or `accelerate launch` start them."""
+"""Several processes that share one job, as torchrun or `accelerate launch` start them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
+
+import torch
 
 from upit_merge.errors import ResumableError, UpitError
 
@@ -42,14 +44,27 @@ class Processes:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        try:
+        with _told_apart():
             dist.all_gather_object(values, value, group=self._group)
-        except RuntimeError as error:  # a connection closed by a process that is gone
-            raise ResumableError(
-                "Another process of this run has ended early; see what it said, then run the same "
-                "command again, which goes on from there."
-            ) from error
         return values
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes, the same to the last bit in each of them.
+
+        Args:
+            tensor: Of the same shape and dtype everywhere.
+
+        Returns:
+            Where `tensor` is; with one process it is the tensor itself.
+        """
+        if self.size == 1:
+            return tensor
+        import torch.distributed as dist
+
+        summed = tensor.to("cpu", copy=True).contiguous()
+        with _told_apart():
+            dist.all_reduce(summed, group=self._group)
+        return summed.to(tensor.device)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -82,6 +97,21 @@ class Processes:
         if not self.is_first:  # told once is enough
             failure.show = lambda file=None: None  # type: ignore[method-assign]
         raise failure from error
+
+
+ALONE = Processes()
+
+
+@contextlib.contextmanager
+def _told_apart() -> Iterator[None]:
+    """A connection closed by a process that is gone is not this process's failure."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ResumableError(
+            "Another process of this run has ended early; see what it said, then run the same "
+            "command again, which goes on from there."
+        ) from error
 
 
 @contextlib.contextmanager

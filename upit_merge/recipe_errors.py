@@ -51,7 +51,9 @@ def explain(error: ValidationError, document: Mapping[str, Any], blocks: Blocks)
     """One sentence, without its full stop, for the most telling of pydantic's findings."""
     details = error.errors()
     # A union reports every branch it tried; an unknown key says more than a failed branch.
-    detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+    detail = next((d for d in details if d["type"] == "extra_forbidden"), None)
+    if detail is None:  # that a mapping is not one of some words is no news either
+        detail = next((d for d in details if not _is_mapping_for_word(d)), details[0])
     location = _location(detail, document)
     where = one_line(".".join(str(part) for part in location))
     if detail["type"] == "extra_forbidden":
@@ -67,6 +69,10 @@ def explain(error: ValidationError, document: Mapping[str, Any], blocks: Blocks)
     else:
         expected = _EXPECTED.get(_field(location)) or _expected(detail)
     return f"{where} is {shown(_value_at(document, location))}, expected {expected}"
+
+
+def _is_mapping_for_word(detail: Any) -> bool:
+    return detail["type"] == "literal_error" and isinstance(detail["input"], Mapping)
 
 
 def _hint(key: str, location: list[int | str], blocks: Blocks) -> str:
@@ -92,6 +98,14 @@ _EXPECTED = {
     "models": "a list of `- model: FOLDER` entries, at least one",
     "parameters": "a mapping of parameter names to values",
     "router": "a mapping with at least data: FILE",
+    "assign": "balanced, lowest, shuffled, or column: NAME",
+    "upit": "a mapping such as {train_experts: true}",
+    "refine": "a mapping such as {steps: 100}",
+    "lr": "a number above 0",
+    "alpha": "a number from 0 to 1",
+    "balance": "a number, 0 or more",
+    "column": "the name of a column",
+    "experts": "a mapping of the column's values to experts' numbers, from 0",
 }
 
 

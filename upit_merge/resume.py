@@ -33,19 +33,25 @@ def run_identity(
     Input files are told apart by size and time of change, as build tools do: reading them would
     take as long as starting anew.
     """
-    files = {path.resolve() for model in models for path in model.files()}
-    seeds = os.path.expanduser(recipe.router.data) if recipe.router else ""
-    if os.path.isdir(seeds):
-        files |= {path for path in Path(seeds).resolve().rglob("*") if path.is_file()}
-    elif os.path.isfile(seeds):
-        files.add(Path(seeds).resolve())
-    stats = {str(path): path.stat() for path in sorted(files)}
+    files = [path for model in models for path in model.files()]
     return {
         "upit-merge": __version__,
         "recipe": recipe.model_dump(mode="json"),
         "--out-shard-size": max_shard_bytes,
-        "file": {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in stats.items()},
+        "file": file_states(files, recipe.router.data if recipe.router else ""),
     }
+
+
+def file_states(files: Iterable[Path], seed_data: str) -> dict[str, str]:
+    """Size and time of change of files, and of the seed data's unless it is a dataset id."""
+    paths = {path.resolve() for path in files}
+    seeds = Path(os.path.expanduser(seed_data))
+    if seed_data and seeds.is_dir():
+        paths |= {path for path in seeds.resolve().rglob("*") if path.is_file()}
+    elif seed_data and seeds.is_file():
+        paths.add(seeds.resolve())
+    stats = {str(path): path.stat() for path in sorted(paths)}
+    return {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in stats.items()}
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -24,6 +24,7 @@ from upit_merge.text_files import sync_folder, write_json
 LOG = logging.getLogger(__name__)
 
 STAGING = ".upit-staging"
+ROUTER_STAGING = ".upit-router"  # of `upit-merge router`, which changes a model that is there
 REPORT = "upit_report.json"
 _LOCK = ".upit-lock"
 _STATE = "run.json"
@@ -115,24 +116,48 @@ def staged_output(
 
 
 @contextlib.contextmanager
-def scratch_folder(out: Path) -> Iterator[Path]:
+def scratch_folder(out: Path, rank: int = 0) -> Iterator[Path]:
     """A hidden folder on the disk of `out` for files that are needed for a while.
 
     It does not touch an unfinished run there.
+
+    Args:
+        rank: Of the process whose folder it is.
     """
-    folder = out / STAGING / "scratch"
+    folder = out / STAGING / f"scratch-{rank}"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
     try:
         yield folder
     finally:
-        remove_scratch(out)
+        remove_scratch(out, rank)
 
 
-def remove_scratch(out: Path) -> None:
+def remove_scratch(out: Path, rank: int = 0) -> None:
     """Remove what `scratch_folder` gave, if it is there."""
-    shutil.rmtree(out / STAGING / "scratch", ignore_errors=True)
+    shutil.rmtree(out / STAGING / f"scratch-{rank}", ignore_errors=True)
     _remove_if_empty(out / STAGING)
+
+
+def replace_files(out: Path, root: Path, identity: Mapping[str, Any]) -> None:
+    """Let the files in `root`/model take the place of a model's own.
+
+    With `config.json` among them, the model does not load until all are there.
+
+    Args:
+        identity: What made them, for `finish_replacing` to tell.
+    """
+    write_json(root / _STATE, {"identity": identity, "moving": {"obsolete": []}})
+    finish_replacing(out, root)
+
+
+def finish_replacing(out: Path, root: Path) -> dict[str, Any] | None:
+    """Do what is left of `replace_files`; returns its `identity`, None if there is nothing to do."""
+    if not _is_moving(root):
+        return None
+    identity = (_state(root) or {}).get("identity")
+    _move_into_place(Staging(root, complete=True), out)
+    return identity
 
 
 def _open_staging(out: Path, identity: Mapping[str, Any]) -> Staging:
@@ -214,7 +239,13 @@ def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
         return
     if _is_moving(out / STAGING):  # a complete output, in part here and in part still there
         return
-    present = sorted(path.name for path in out.iterdir() if path.name not in (STAGING, _LOCK))
+    if _is_moving(out / ROUTER_STAGING):
+        raise UpitError(
+            f"New gates are half-way into the model in {out}; give the `upit-merge router` command "
+            "that was interrupted again first."
+        )
+    ours = (STAGING, ROUTER_STAGING, _LOCK)
+    present = sorted(path.name for path in out.iterdir() if path.name not in ours)
     if not present:
         return
     if not overwrite:
@@ -291,6 +322,8 @@ def _move_into_place(staging: Staging, out: Path) -> None:
     if last in names:
         # An earlier output stops being a model before its files are mixed with the new ones.
         (out / last).unlink(missing_ok=True)
+        if staging.root.name == STAGING:  # what was done for other gates of the earlier output
+            shutil.rmtree(out / ROUTER_STAGING, ignore_errors=True)
     for name in state["moving"]["obsolete"]:
         (out / name).unlink(missing_ok=True)
     for name in sorted(names, key=lambda name: name == last):

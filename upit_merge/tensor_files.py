@@ -205,7 +205,7 @@ class SafetensorsFile:
         spec = location.spec
         rows = torch.empty((stop - start, *spec.shape[1:]), dtype=spec.dtype)
         if rows.numel():
-            self._file.read(_memory(rows), location.start + start * spec.row_bytes)
+            self._file.read(tensor_memory(rows), location.start + start * spec.row_bytes)
         return rows
 
     def close(self) -> None:
@@ -232,9 +232,9 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 def raw_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
     """The bytes of a tensor, cast to a dtype, as a file holds them."""
-    return _memory(tensor.to(device="cpu", dtype=dtype).contiguous())
+    return tensor_memory(tensor.to(device="cpu", dtype=dtype).contiguous())
 
 
-def _memory(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's own memory, as bytes."""
+def tensor_memory(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's own memory, as bytes; what is written there is in the tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

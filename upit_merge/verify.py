@@ -20,14 +20,14 @@ from upit_merge.expansion.lineage import Lineage
 from upit_merge.inputs import Inputs, opened
 from upit_merge.interrupt import ends_at_once
 from upit_merge.merging import Merger, measure_similarity
-from upit_merge.mixtral import PROJECTIONS, expert_tensor, gate_tensor, moe_specs
+from upit_merge.mixtral import expert_names, gate_tensor, moe_specs
 from upit_merge.pipeline import RunOptions, output_config, write_settings
 from upit_merge.recipe import Recipe, RouterSettings, load_recipe
 from upit_merge.report.tables import show
 from upit_merge.resume import Saver
-from upit_merge.router.gate_files import gates_digest, opened_moe
+from upit_merge.router.gate_files import gates_digest, opened_moe, tensors_digest
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import load_seed_set, pretrain_router
+from upit_merge.router.pretrain import RouterStage, load_seed_set, pretrain_router
 from upit_merge.staging import REPORT
 from upit_merge.tensor_files import TensorSpec
 from upit_merge.text_files import write_json
@@ -140,10 +140,15 @@ def _findings(
         names = {name for name in expected if name not in misfits}
         if report["router"]:
             names -= {spec.name for spec in gate_specs}
+        trained = (report["router"] or {}).get("experts_sha256")
+        if trained:
+            names -= set(expert_names(inputs.architecture.num_layers, range(inputs.num_experts)))
         comparison = Comparison(moe, names)
         with Saver(None) as saver:
             merger.write(comparison, lineage, saver, description="verifying")
         yield from _weight_findings(inputs, names, comparison.differing)
+        if trained:
+            yield _trained_finding(moe, trained, inputs)
         if report["router"]:
             yield _gate_finding(moe, report["router"], merger, options, refit=gates)
         yield _file_finding(out, inputs, options)
@@ -210,17 +215,25 @@ def _weight_findings(
     layers = range(inputs.architecture.num_layers)
     parts = {"backbone": set(inputs.architecture.backbone_names())}
     for expert in range(inputs.num_experts):
-        parts[f"expert {expert}"] = {
-            expert_tensor(layer, expert, projection)
-            for layer in layers
-            for projection in PROJECTIONS
-        }
+        parts[f"expert {expert}"] = set(expert_names(len(layers), [expert]))
     parts["gates"] = {gate_tensor(layer) for layer in layers}
     for part, members in parts.items():
         compared = members & set(names)
         faults = [f"{name} differs" for name in sorted(members & set(differing))]
         if compared:
             yield Finding(part, f"{len(compared)} tensors", tuple(faults))
+
+
+def _trained_finding(moe: Checkpoint, told: Sequence[str], inputs: Inputs) -> Finding:
+    """Experts that were trained after the merge, against their recorded digests."""
+    layers = inputs.architecture.num_layers
+    faults = []
+    for expert, digest in enumerate(told):
+        names = sorted(expert_names(layers, [expert]))
+        if tensors_digest(moe.tensor(name) for name in names) != digest:
+            faults.append(f"expert {expert} is not the one the report speaks of")
+    note = "" if faults else "as recorded after their training"
+    return Finding("trained experts", f"{len(told)} experts", tuple(faults), note)
 
 
 def _gate_finding(
@@ -240,6 +253,8 @@ def _gate_finding(
         return Finding("gates", looked_at, note="the report has no digest of them")
     if gates_digest(stored, stored[0].dtype) != recorded:
         return Finding("gates", looked_at, ("the gates are not those the report speaks of",))
+    if told.get("experts_sha256"):
+        return Finding("gates", looked_at, note="as recorded after the experts' training")
     if not refit:
         return Finding("gates", looked_at, note="as recorded; --gates fits them again")
     fitted = _fitted_gates(moe, told, merger, options)
@@ -271,14 +286,14 @@ def _fitted_gates(
         seed=told["seed"],
     )
     with tempfile.TemporaryDirectory() as scratch:
-        return pretrain_router(
-            model,
-            seeds,
-            settings,
-            seed=told["seed"],
-            scratch=Path(scratch),
-            quiet=options.quiet,
-        ).gates
+        stage = RouterStage(
+            model, seeds, settings, told["seed"], Path(scratch), quiet=options.quiet
+        )
+        return pretrain_router(stage, _no_experts).gates
+
+
+def _no_experts(_tensors: Mapping[str, torch.Tensor]) -> None:
+    raise RuntimeError("gates alone are fitted again")
 
 
 def _file_finding(out: Path, inputs: Inputs, options: RunOptions) -> Finding:

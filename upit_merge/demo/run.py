@@ -147,7 +147,7 @@ def _measure(
         rows = [row("base", AutoModelForCausalLM.from_pretrained(models.base))]
         for path in models.checkpoints:
             rows.append(row(path.name, AutoModelForCausalLM.from_pretrained(path)))
-        rows.append(row("average of checkpoints", _average(models.checkpoints)))
+        rows.append(row("average of checkpoints", average_model(models.checkpoints)))
         moe = AutoModelForCausalLM.from_pretrained(folder / "moe")
         built = row("MoE as built", moe)
         rows.append(_mean_row("MoE, random gate", _with_random_gates(moe, folder, row)))
@@ -155,7 +155,7 @@ def _measure(
     return rows
 
 
-def _average(checkpoints: Sequence[Path]) -> Any:
+def average_model(checkpoints: Sequence[Path]) -> Any:
     """The checkpoint whose weights are the mean of all."""
     from transformers import AutoModelForCausalLM
 

@@ -129,13 +129,33 @@ def router_sentence(report: dict[str, Any] | None) -> str:
     """What the gates are, from the router's part of the report."""
     if report is None:
         return "The gates are random: no seed data was given, the router is yet to be trained."
+    settings, samples = report["settings"], report["data"]["samples"]
     if "buckets" not in report:
-        return "The gates are random."
-    samples = report["data"]["samples"]
-    return (
-        f"The gates were pre-trained layer by layer on {samples} seed samples "
-        f"(`{report['settings']['objective']}`), each assigned to an expert by its perplexity."
-    )
+        sentence = "The gates are random."
+    elif (settings.get("upit") or {}).get("train_experts"):
+        sentence = (
+            f"Every expert was trained together with its routing vectors on its own part of "
+            f"{samples} seed samples, {_assigned(settings['assign'])}."
+        )
+    else:
+        sentence = (
+            f"The gates were pre-trained layer by layer on {samples} seed samples "
+            f"(`{settings['objective']}`), {_assigned(settings['assign'])}."
+        )
+    if "refined" in report:
+        sentence += (
+            f" Then the gates were trained for {settings['refine']['steps']} steps on the loss of "
+            "the whole mixture."
+        )
+    return sentence
+
+
+def _assigned(rule: Any) -> str:
+    if isinstance(rule, dict):
+        return f"each assigned to an expert by its `{rule['column']}`"
+    if rule == "shuffled":
+        return "each assigned to an expert at random (a control)"
+    return "each assigned to an expert by its perplexity"
 
 
 def _short(label: str) -> str:

@@ -41,6 +41,20 @@ def bucket_table(rows: Sequence[dict[str, Any]]) -> Table:
     for column in ("expert", "samples", "loss on its own", "loss on all"):
         table.add_column(column, justify="right")
     for row in rows:
-        own = "" if row["loss_own"] is None else f"{row['loss_own']:.4f}"
-        table.add_row(str(row["expert"]), str(row["samples"]), own, f"{row['loss_all']:.4f}")
+        losses = (row["loss_own"], row["loss_all"])
+        cells = ("" if loss is None else f"{loss:.4f}" for loss in losses)
+        table.add_row(str(row["expert"]), str(row["samples"]), *cells)
     return table
+
+
+def show_buckets(router: dict[str, Any]) -> None:
+    """Print what the router's part of the report says of the seed samples, if it does."""
+    if not (buckets := router.get("buckets")):
+        return
+    show(bucket_table(buckets["experts"]))
+    if "worth" in buckets:
+        print(
+            f"The samples lose {buckets['loss_given_up']:.4f} nats per token by not all going to "
+            "the expert that predicts them best."
+        )
+        print(buckets["worth"]["verdict"])

@@ -1,14 +1,22 @@
-"""Which expert gets which seed sample, from the samples' losses under every expert."""
+"""Which expert gets which seed sample: by the samples' losses, or as the data says."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from textwrap import shorten
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from upit_merge.errors import UpitError
+from upit_merge.recipe import ByColumn
+from upit_merge.router.seed_tokens import TokenizedSample
+from upit_merge.router.worth import SampleLosses, measure_worth
 
 NDArray = np.ndarray[Any, Any]
 
@@ -88,4 +96,104 @@ def _cheapest_chain(cost: NDArray, full: NDArray, free: NDArray) -> list[int]:
     return chain
 
 
-ASSIGNMENTS = {"balanced": balanced, "lowest": lowest}
+def shuffled(num_samples: int, num_experts: int, seed: int) -> Tensor:
+    """Equal buckets of samples drawn at random: a control for what the other rules' carry.
+
+    Returns:
+        int64, (num_samples,).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_samples, generator=generator) % num_experts
+
+
+def by_column(samples: Sequence[TokenizedSample], rule: ByColumn, num_experts: int) -> Tensor:
+    """The experts that the data itself names, int64, (num_samples,).
+
+    Raises:
+        UpitError: a value names no expert.
+    """
+    numbers = rule.experts
+    known = f"from 0 to {num_experts - 1}"
+    found = []
+    for sample in samples:
+        value = sample.label
+        if numbers is not None:
+            number = numbers.get(value) if value is not None else None
+            if number is None:
+                named = shorten(", ".join(map(str, numbers)), 200)
+                raise UpitError(
+                    f"{sample.source} has {value!r} in the column `{rule.column}`, which is not "
+                    f"among router.assign.experts ({named}); add it there."
+                )
+        elif isinstance(value, str) and not value.strip().isdecimal():
+            raise UpitError(
+                f"{sample.source} has {value!r} in the column `{rule.column}`, which is no "
+                "expert's number; say in router.assign which expert it means, such as "
+                f"{{column: {rule.column}, experts: {{{value}: 0}}}}."
+            )
+        else:
+            number = int(value or 0)
+        if not 0 <= number < num_experts:
+            raise UpitError(
+                f"{sample.source} belongs to expert {number} by the column `{rule.column}`, but "
+                f"the experts are numbered {known}; correct the data or router.assign.experts."
+            )
+        found.append(number)
+    return torch.tensor(found, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Which expert each seed sample belongs to.
+
+    Attributes:
+        assigned: The expert of every sample, int64, (num_samples,).
+        num_experts: How many there are.
+        losses: Of every sample under every expert; None if the data itself assigns the samples.
+    """
+
+    assigned: Tensor
+    num_experts: int
+    losses: SampleLosses | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of every expert."""
+        return torch.bincount(self.assigned, minlength=self.num_experts).tolist()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Per expert: its bucket's size, its loss there, and its loss on all samples."""
+        rows: list[dict[str, Any]] = [
+            {"expert": expert, "samples": size, "loss_own": None, "loss_all": None}
+            for expert, size in enumerate(self.sizes)
+        ]
+        if self.losses is not None:
+            means = self.losses.means
+            for expert, row in enumerate(rows):
+                mine = self.assigned == expert
+                row["loss_own"] = float(means[mine, expert].mean()) if mine.any() else None
+                row["loss_all"] = float(means[:, expert].mean())
+        return rows
+
+    def to_report(self) -> dict[str, Any]:
+        """Plain numbers: the table, and what is given up for equal buckets."""
+        report: dict[str, Any] = {"experts": self.rows()}
+        if self.losses is None:
+            return report
+        means = self.losses.means
+        best = float(means.min(dim=1).values.mean())
+        given = float(means.gather(1, self.assigned.unsqueeze(1)).mean())
+        return report | {
+            "loss_of_best_single_expert": float(means.mean(dim=0).min()),
+            "loss_of_best_expert_per_sample": best,
+            "loss_of_assigned_expert": given,
+            "loss_given_up": given - best,
+            "worth": measure_worth(self.losses).to_report(),
+        }
+
+
+def assign_by_loss(losses: SampleLosses, rule: Literal["balanced", "lowest"]) -> Buckets:
+    """Sort samples by their losses."""
+    means = losses.means
+    assigned = balanced(means) if rule == "balanced" else lowest(means)
+    return Buckets(assigned, means.shape[1], losses)

@@ -5,54 +5,81 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from upit_merge.device import resolve_device
-from upit_merge.errors import UpitError
+from upit_merge.checkpoints import Checkpoint
+from upit_merge.device import resolve_devices
+from upit_merge.errors import ResumableError, UpitError
 from upit_merge.interrupt import ends_at_once
+from upit_merge.mixtral import expert_names
+from upit_merge.processes import Processes, joined
 from upit_merge.recipe import RouterSettings
 from upit_merge.recipe_errors import explain
 from upit_merge.report.card import router_sentence, with_router_sentence
-from upit_merge.report.tables import bucket_table, show
-from upit_merge.router.gate_files import opened_moe, replace_gates
+from upit_merge.report.tables import show_buckets
+from upit_merge.resume import file_states
+from upit_merge.router.gate_files import PatchedCopies, named_gates, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
-from upit_merge.staging import REPORT, exclusive, remove_scratch, scratch_folder
+from upit_merge.router.pretrain import RouterResult, RouterStage, load_seed_set, pretrain_router
+from upit_merge.router.progress import Progress, has_begun
+from upit_merge.staging import (
+    REPORT,
+    ROUTER_STAGING,
+    exclusive,
+    explained_failures,
+    finish_replacing,
+    remove_scratch,
+    replace_files,
+    scratch_folder,
+)
 from upit_merge.text_files import replace_text, write_json
 from upit_merge.tokenizer import load_tokenizer
 
 LOG = logging.getLogger(__name__)
 
-_NUMBERS = ("sample", "max_length", "temperature", "batch_tokens", "memory_gb")
 
-
-def parse_settings(values: dict[str, Any]) -> RouterSettings:
-    """Router settings from command line values, numbers among them as text.
+def parse_settings(values: Mapping[str, Any]) -> RouterSettings:
+    """Router settings from command line values, by option name (`refine_steps` is in `refine`).
 
     Raises:
         UpitError: naming the option and what would work.
     """
-    values = {
-        key: _number(value) if key in _NUMBERS else value
-        for key, value in values.items()
-        if value is not None
-    }
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        if value is None or value is False:  # an option, or a flag, that was not given
+            continue
+        block, _, inner = key.partition("_")
+        if block in _BLOCKS:
+            nested.setdefault(block, {})[inner] = _number(value)
+        else:
+            nested[key] = value if key in _TEXTS else _number(value)
     try:
-        return RouterSettings.model_validate(values)
+        return RouterSettings.model_validate(nested)
     except ValidationError as error:
-        key, rest = explain(error, values, {"": RouterSettings}).split(" ", 1)
-        raise UpitError(f"--{key.replace('_', '-')} {rest}.") from None
+        told = explain(error, nested, {"": RouterSettings})
+        key, _, rest = told.partition(" ")
+        if key.partition(".")[0] not in RouterSettings.model_fields:
+            raise UpitError(f"{told[0].upper()}{told[1:]}.") from None
+        option = key.replace("_", "-").replace(".", "-")
+        raise UpitError(f"--{option} {rest}.") from None
 
 
-def _number(text: str) -> int | float | str:
+_BLOCKS = ("upit", "refine")
+_TEXTS = ("data", "subset", "split", "assign", "objective", "stream")
+
+
+def _number(value: Any) -> Any:
     """Text as the number it is: `sample` takes a count (500) or a fraction (0.01)."""
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
-            return number(text)
-    return text
+    if isinstance(value, str):
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                return number(value)
+    return value
 
 
 def train_router(
@@ -63,55 +90,113 @@ def train_router(
     device: str,
     trust_remote_code: bool,
     quiet: bool,
-) -> RouterResult:
+) -> None:
     """Replace the gates of the Mixtral folder `out` by ones fitted to seed data.
+
+    Under torchrun or `accelerate launch` all processes must call this; they share the samples.
+    A call that was cut off goes on where it stopped, if it is repeated.
 
     Raises:
         UpitError: `out` is no Mixtral folder with a tokenizer, or the data does not fit.
     """
     if not out.is_dir():
         raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
-    with exclusive(out), opened_moe(out, str(out)) as moe:
-        model = LayerwiseMoe(moe, resolve_device(device))
-        tokenizer = load_tokenizer(out, trust_remote_code=trust_remote_code)
-        seeds = load_seed_set(
-            settings,
-            tokenizer,
-            context=model.context,
-            vocab_size=model.vocab_size,
-            seed=seed,
-        )
+    root = out / ROUTER_STAGING
+    with joined() as processes, explained_failures(out), contextlib.ExitStack() as stack:
+        wanted = {"settings": settings.model_dump(mode="json"), "seed": seed}
+        finished = None
+        with processes.together():
+            if processes.is_first:
+                stack.enter_context(exclusive(out))
+                finished = finish_replacing(out, root)
+        if processes.gather(finished)[0] == wanted:
+            if processes.is_first:
+                print("The earlier call was complete but for the last files, now in place.")
+            return
+        with processes.together():
+            moe = stack.enter_context(opened_moe(out, str(out)))
+            model = LayerwiseMoe(moe, resolve_devices(device)[0])
+            seeds = load_seed_set(
+                settings,
+                load_tokenizer(out, trust_remote_code=trust_remote_code),
+                context=model.context,
+                vocab_size=model.vocab_size,
+                seed=seed,
+            )
 
         def last_words() -> str:
-            remove_scratch(out)
+            remove_scratch(out, processes.rank)
+            if has_begun(root / "progress"):
+                return "Interrupted; the gates are as they were. The same command goes on."
+            shutil.rmtree(root, ignore_errors=True)
             return "Interrupted; the gates are as they were."
 
-        with scratch_folder(out) as scratch:
+        scratch = stack.enter_context(scratch_folder(out, processes.rank))
+        progress = Progress(root / "progress", _identity(moe, wanted, device), processes)
+        stage = RouterStage(model, seeds, settings, seed, scratch, processes, progress, quiet)
+        copies = PatchedCopies(moe, root / "model")
+        try:
             with ends_at_once(last_words):
-                result = pretrain_router(
-                    model, seeds, settings, seed=seed, scratch=scratch, quiet=quiet
-                )
-            replace_gates(out, scratch, result.gates)
-            _update_papers(out, result)
-    if not quiet:
-        print(seeds.summary())
-        if buckets := result.report.get("buckets"):
-            show(bucket_table(buckets["experts"]))
-        print(f"The gates in {out} are replaced.")
-    return result
+                _prepare(copies, model, settings, progress, processes)
+                result = pretrain_router(stage, copies.write)
+            if processes.is_first:
+                _put_into_place(out, root, copies, result, wanted)
+        except UpitError as error:
+            if not isinstance(error, ResumableError):  # the same command would fail again
+                shutil.rmtree(root, ignore_errors=True)
+            raise
+        if processes.is_first and not quiet:
+            print(seeds.summary())
+            show_buckets(result.report)
+            print(f"The gates in {out} are replaced.")
 
 
-def _update_papers(out: Path, result: RouterResult) -> None:
-    """Make the card and the report say what the gates are now, where they are ours."""
+def _identity(moe: Checkpoint, wanted: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """What decides the gates: a call that differs in any of it starts over."""
+    files = file_states(moe.files(), wanted["settings"]["data"])
+    return {**wanted, "device": device, "files": files}
+
+
+def _prepare(
+    copies: PatchedCopies,
+    model: LayerwiseMoe,
+    settings: RouterSettings,
+    progress: Progress,
+    processes: Processes,
+) -> None:
+    """Copy the files that will change while the stage runs."""
+    with processes.together():
+        if not processes.is_first:
+            return
+        if progress.kept("tuned-0") is None:
+            shutil.rmtree(copies.folder, ignore_errors=True)
+        copies.folder.mkdir(parents=True, exist_ok=True)
+        if settings.trains_experts:
+            copies.prepare(expert_names(model.num_layers, range(model.num_experts)))
+
+
+def _put_into_place(
+    out: Path, root: Path, copies: PatchedCopies, result: RouterResult, wanted: Mapping[str, Any]
+) -> None:
+    """Let the new gates, and card and report that speak of them, become those of the model."""
+    gates = named_gates(result.gates)
+    copies.prepare(gates)
+    copies.write(gates)
+    folder = copies.folder
     card = out / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")
-        replace_text(card, with_router_sentence(text, router_sentence(result.report)))
-    path = out / REPORT
+        replace_text(folder / card.name, with_router_sentence(text, router_sentence(result.report)))
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         LOG.info("%s has no %s; it is not updated.", out, REPORT)
-        return
-    report["router"] = result.report
-    write_json(path, report)
+    else:
+        # Experts that were trained before are so still.
+        earlier = (report.get("router") or {}).get("experts_sha256")
+        kept = {"experts_sha256": earlier} if earlier else {}
+        write_json(folder / REPORT, {**report, "router": {**kept, **result.report}})
+    if len(list(folder.glob("*.safetensors"))) > 1:
+        # Between the first and the last of them the folder must not load as a model.
+        shutil.copyfile(out / "config.json", folder / "config.json")
+    replace_files(out, root, wanted)

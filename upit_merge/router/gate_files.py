@@ -1,4 +1,4 @@
-"""The gates of a Mixtral folder: opened, replaced."""
+"""Tensors of a Mixtral folder, opened and replaced: gates, and experts that were trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import hashlib
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from upit_merge.checkpoints import Checkpoint, OpenOptions
 from upit_merge.mixtral import gate_tensor
 from upit_merge.staging import require_space
 from upit_merge.tensor_files import patch_tensors, raw_bytes
+
+Tensors = Mapping[str, torch.Tensor]
 
 
 @contextlib.contextmanager
@@ -32,52 +35,68 @@ def opened_moe(
         yield moe
 
 
+def named_gates(gates: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gates by their canonical names, in layer order."""
+    return {gate_tensor(layer): gate for layer, gate in enumerate(gates)}
+
+
 def gates_digest(gates: Sequence[torch.Tensor], dtype: torch.dtype) -> str:
     """SHA-256 of all gates as they are stored, layer after layer."""
+    return tensors_digest(gate.to(dtype) for gate in gates)
+
+
+def tensors_digest(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of the bytes of some tensors, in their order."""
     digest = hashlib.sha256()
-    for gate in gates:
-        digest.update(raw_bytes(gate, dtype))
+    for tensor in tensors:
+        digest.update(raw_bytes(tensor, tensor.dtype))
     return digest.hexdigest()
 
 
-def _gates_by_file(
-    moe: Checkpoint, gates: Sequence[torch.Tensor]
-) -> dict[Path, dict[str, torch.Tensor]]:
+def _by_file(moe: Checkpoint, tensors: Tensors) -> dict[Path, dict[str, torch.Tensor]]:
     by_file: dict[Path, dict[str, torch.Tensor]] = defaultdict(dict)
-    for layer, gate in enumerate(gates):
-        by_file[moe.file_of(gate_tensor(layer))][gate_tensor(layer)] = gate
+    for name, tensor in tensors.items():
+        by_file[moe.file_of(name)][name] = tensor
     return by_file
 
 
-def write_gates(moe: Checkpoint, gates: Sequence[torch.Tensor]) -> None:
-    """Overwrite the gates in place; for a folder that nobody uses yet.
-
-    Args:
-        gates: (num_experts, hidden_size) per layer.
-    """
-    for path, tensors in _gates_by_file(moe, gates).items():
-        patch_tensors(path, tensors)
+def overwrite_tensors(moe: Checkpoint, tensors: Tensors) -> None:
+    """Replace tensors in place; for a folder that nobody uses yet."""
+    for path, part in _by_file(moe, tensors).items():
+        patch_tensors(path, part)
 
 
-def replace_gates(folder: Path, staging: Path, gates: Sequence[torch.Tensor]) -> None:
-    """Replace the gates of a model that is in use: each file is copied, changed, swapped in whole.
+@dataclass(frozen=True)
+class PatchedCopies:
+    """Copies of a model's files in which tensors are replaced; the model itself stays as it is.
 
     Outputs of this program keep their gates in a file of their own (or are a single file), so
-    that the copy is small and the swap is one rename.
+    that new gates take a small copy.
 
     Args:
-        staging: A folder on the same disk for the copies.
-
-    Raises:
-        UpitError: the copies do not fit the disk.
+        moe: The model.
+        folder: Receives the copies; those that are there already are gone on with.
     """
-    with opened_moe(folder) as moe:
-        by_file = _gates_by_file(moe, gates)
-    require_space(
-        staging, sum(p.stat().st_size for p in by_file), "a copy of the files with the gates"
-    )
-    for path, tensors in by_file.items():
-        shutil.copyfile(path, staging / path.name)
-        patch_tensors(staging / path.name, tensors)
-    for path in by_file:
-        os.replace(staging / path.name, path)
+
+    moe: Checkpoint
+    folder: Path
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Copy the files that hold these tensors.
+
+        Raises:
+            UpitError: the copies do not fit the disk.
+        """
+        files = {self.moe.file_of(name) for name in names}
+        missing = [path for path in sorted(files) if not (self.folder / path.name).exists()]
+        size = sum(path.stat().st_size for path in missing)
+        require_space(self.folder, size, "a copy of the files that change")
+        for path in missing:
+            draft = self.folder / f".{path.name}.draft"
+            shutil.copyfile(path, draft)
+            os.replace(draft, self.folder / path.name)
+
+    def write(self, tensors: Tensors) -> None:
+        """Replace tensors in the copies, which must have been prepared."""
+        for path, part in _by_file(self.moe, tensors).items():
+            patch_tensors(self.folder / path.name, part)

@@ -1,45 +1,97 @@
 """What a gate is fitted to: one pure function per objective.
 
 All take the router's inputs of one layer, with the expert each token belongs to, and return the
-gate's weight, one routing vector per expert.
+gate's weight, one routing vector per expert, float32, (num_experts, hidden_size). Where several
+processes have a share of the tokens each, all return the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows converted to float32 at a time.
-_CHUNK_ROWS = 1 << 14
+# Of the inputs, as much is converted to float32 at a time.
+CHUNK_BYTES = 32 << 20
+# Columns of a covariance computed at a time; the rest of the matrix is its mirror image.
+_PANEL_COLUMNS = 512
 
 # Strength of the penalty on the routing vectors, in units of the inputs' mean square.
 RIDGE_PENALTY = 1e-2
-ONE_VS_REST_PENALTY = 1e-2
-# Converges within this many; weaker penalties give the same perplexity in five times the steps.
-_ONE_VS_REST_STEPS = 100
+LOGISTIC_PENALTY = 1e-2
+# Converges in far fewer; the tolerance is relative to the gradient at the start.
+_LOGISTIC_STEPS = 100
+_LOGISTIC_TOLERANCE = 1e-3
 
 
-def _chunks(inputs: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, inputs.shape[0], _CHUNK_ROWS):
-        stop = start + _CHUNK_ROWS
-        yield inputs[start:stop], labels[start:stop]
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
 
 
-def token_weights(labels: Tensor, num_experts: int) -> Tensor:
-    """Per expert, the weight of one of its tokens: every expert's tokens count the same in all.
+@dataclass(frozen=True)
+class GateData:
+    """The router's inputs of one layer, or this process's share of them.
 
-    Args:
-        labels: int64, (num_tokens,).
-
-    Returns:
-        float32, (num_experts,); sums to 1 over all tokens. Experts without tokens have 0.
+    Attributes:
+        inputs: One row per token, any float dtype, (num_tokens, hidden_size).
+        spans: The rows of every sample; empty for those that are another process's.
+        lengths: Tokens of every sample, whoever has them.
+        assigned: The expert of every sample, int64, (num_samples,).
+        num_experts: How many routing vectors there are.
+        device: Where the arithmetic is done.
+        total: Sums a tensor over all processes.
     """
-    counts = torch.bincount(labels, minlength=num_experts).float()
-    present = counts > 0
-    return torch.where(present, 1 / (counts.clamp(min=1) * present.sum()), torch.zeros_like(counts))
+
+    inputs: Tensor
+    spans: Sequence[slice]
+    lengths: Sequence[int]
+    assigned: Tensor
+    num_experts: int
+    device: torch.device
+    total: Callable[[Tensor], Tensor] = _alone
+
+    @property
+    def width(self) -> int:
+        return self.inputs.shape[1]
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """The expert of every token, int64, (num_tokens,)."""
+        rows = torch.tensor([span.stop - span.start for span in self.spans])
+        return self.assigned.repeat_interleave(rows)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Tokens of every expert in all processes, float64, (num_experts,)."""
+        counts = torch.zeros(self.num_experts, dtype=torch.float64)
+        return counts.index_add_(0, self.assigned, torch.tensor(self.lengths, dtype=torch.float64))
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Per expert, the weight of one of its tokens: every expert's tokens count the same.
+
+        float32, (num_experts,); sums to 1 over all tokens. Experts without tokens have 0.
+        """
+        present = self.counts > 0
+        weights = 1 / (self.counts.clamp(min=1) * present.sum())
+        return torch.where(present, weights, 0.0).float()
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(inputs, labels) in float32 and int64 on the device, some thousand rows at a time."""
+        rows = max(1, CHUNK_BYTES // (4 * self.width))
+        for start in range(0, len(self.inputs), rows):
+            part = slice(start, start + rows)
+            yield (
+                self.inputs[part].to(self.device).float(),
+                self.labels[part].to(self.device),
+            )
+
+
+Objective = Callable[[GateData], Tensor]
 
 
 def random_gate(num_experts: int, norm_weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,102 +100,197 @@ def random_gate(num_experts: int, norm_weight: Tensor, generator: torch.Generato
     Args:
         norm_weight: The weight of the norm before the gate, (hidden_size,): its root mean square
             is that of the router's inputs.
-
-    Returns:
-        float32, (num_experts, hidden_size).
     """
     gate = torch.randn(num_experts, norm_weight.shape[0], generator=generator)
-    rms = norm_weight.float().square().mean().sqrt().clamp(min=1e-6)
-    return F.normalize(gate, dim=1) / rms.cpu()
+    return F.normalize(gate, dim=1) / root_mean_square(norm_weight)
 
 
-def ridge(inputs: Tensor, labels: Tensor, num_experts: int, *, device: torch.device) -> Tensor:
+def root_mean_square(norm_weight: Tensor) -> Tensor:
+    """Of the outputs of an RMS norm with this weight, (hidden_size,), to be expected."""
+    return norm_weight.float().square().mean().sqrt().clamp(min=1e-6).cpu()
+
+
+def covariance(data: GateData) -> Tensor:
+    """HᵀDH with H the inputs and D the token weights, float64, (hidden_size, hidden_size)."""
+    summed = torch.zeros(data.width, data.width, dtype=torch.float64, device=data.device)
+    roots = data.weights.sqrt().to(data.device)
+    for h, y in data.chunks():
+        weighted = h * roots[y].unsqueeze(1)
+        for start in range(0, data.width, _PANEL_COLUMNS):
+            stop = start + _PANEL_COLUMNS
+            summed[:stop, start:stop] += weighted[:, :stop].T @ weighted[:, start:stop]
+    summed = data.total(summed)
+    return summed.triu() + summed.triu(1).T
+
+
+def ridge(data: GateData) -> Tensor:
     """Regularised least squares on one-hot labels, in closed form.
 
     R = (HᵀDH + λI)⁻¹ HᵀDY with H the inputs, Y the one-hot labels, D the token weights and λ
     `RIDGE_PENALTY` times the mean of HᵀDH's diagonal. The same idea as DUME's router.
-
-    Args:
-        inputs: (num_tokens, hidden_size).
-        labels: int64, (num_tokens,), the expert of every token.
-
-    Returns:
-        float32, (num_experts, hidden_size).
     """
-    width = inputs.shape[1]
-    weights = token_weights(labels, num_experts)
-    covariance = torch.zeros(width, width, dtype=torch.float64, device=device)
-    correlation = torch.zeros(width, num_experts, dtype=torch.float64, device=device)
-    for h, y in _chunks(inputs, labels):
-        h = h.to(device).float()
-        weighted = h * weights[y].to(device).unsqueeze(1)
-        covariance += (weighted.T @ h).double()
-        correlation += (weighted.T @ F.one_hot(y, num_experts).to(device).float()).double()
-    penalty = RIDGE_PENALTY * covariance.diagonal().mean().clamp(min=1e-12)
-    covariance.diagonal().add_(penalty)
-    return torch.linalg.solve(covariance, correlation).T.float().cpu()
+    normal = covariance(data)
+    normal.diagonal().add_(RIDGE_PENALTY * normal.diagonal().mean().clamp(min=1e-12))
+    return torch.cholesky_solve(_class_sums(data).T, torch.linalg.cholesky(normal)).T.float().cpu()
 
 
-def one_vs_rest(
-    inputs: Tensor, labels: Tensor, num_experts: int, *, device: torch.device
-) -> Tensor:
+def hidden(data: GateData) -> Tensor:
+    """The mean of every expert's inputs, of unit length; what mergekit's `gate_mode: hidden` does.
+
+    mergekit averages the last token's states of a few prompts, as they enter the layer; here it is
+    the seed samples' tokens, as the router sees them. Experts without tokens get zeros.
+    """
+    return F.normalize(_class_sums(data), dim=1).float().cpu()
+
+
+def _class_sums(data: GateData) -> Tensor:
+    """Weighted sums of every expert's inputs (YᵀDH), float64, (num_experts, hidden_size)."""
+    summed = torch.zeros(data.num_experts, data.width, dtype=torch.float64, device=data.device)
+    weights = data.weights.to(data.device)
+    for h, y in data.chunks():
+        members = F.one_hot(y, data.num_experts).float() * weights[y].unsqueeze(1)
+        summed += members.T @ h
+    return data.total(summed)
+
+
+def one_vs_rest(data: GateData) -> Tensor:
     """The paper's sigmoid loss (section 3.3) with the other experts' tokens as negatives.
 
-    Minimises the token-weighted mean over (token, expert) of BCE(sigmoid(h · r_i), [token is
-    expert i's]) plus `ONE_VS_REST_PENALTY` / 2 · ‖r_i‖², on inputs of unit mean square. Convex;
-    solved by L-BFGS on all tokens, from zero.
+    Minimises the token-weighted mean over tokens of Σ_i BCE(sigmoid(h · r_i), [token is expert
+    i's]) plus `LOGISTIC_PENALTY` / 2 · Σ_i ‖r_i‖², on inputs of unit mean square.
+    """
+
+    def loss(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        return F.softplus(logits).sum(1, keepdim=True) - own, logits.sigmoid()
+
+    return _logistic(data, loss)
+
+
+def softmax(data: GateData) -> Tensor:
+    """Multinomial logistic regression: the experts' tokens told apart as the MoE's softmax would.
+
+    Minimises the token-weighted mean of the cross-entropy of softmax(h · r) plus
+    `LOGISTIC_PENALTY` / 2 · Σ_i ‖r_i‖², on inputs of unit mean square.
+    """
+
+    def loss(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        return logits.logsumexp(1, keepdim=True) - own, logits.softmax(1)
+
+    return _logistic(data, loss)
+
+
+def _logistic(data: GateData, loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """Minimise a convex loss of the logits, by L-BFGS on all tokens, from zero.
+
+    A logistic loss curves at most a quarter as much as the squared one. In coordinates in which
+    that bound is the identity, some ten steps are enough.
 
     Args:
-        inputs: (num_tokens, hidden_size).
-        labels: int64, (num_tokens,), the expert of every token.
-
-    Returns:
-        float32, (num_experts, hidden_size).
+        loss: (logits, every token's own logit) -> loss per token, and its slope in the logits but
+            for the -1 at a token's own.
     """
-    weights = token_weights(labels, num_experts)
-    square = sum(
-        float(h.float().square().sum(dtype=torch.float64)) for h, _ in _chunks(inputs, labels)
-    )
-    scale = (square / inputs.numel()) ** -0.5 if square > 0 else 1.0
-    gate = torch.zeros(num_experts, inputs.shape[1], device=device, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [gate], max_iter=_ONE_VS_REST_STEPS, history_size=10, line_search_fn="strong_wolfe"
-    )
+    moments = covariance(data)
+    square = moments.diagonal().mean().clamp(min=1e-12)
+    bound = moments / (4 * square)
+    bound.diagonal().add_(LOGISTIC_PENALTY)
+    # gate = z · back, so that a step in z is a step of the same size in the bound's metric.
+    factor = torch.linalg.cholesky(bound)
+    identity = torch.eye(data.width, dtype=torch.float64, device=data.device)
+    back = torch.linalg.solve_triangular(factor, identity, upper=False).float()
+    scale = float(square.rsqrt())
+    weights = data.weights.to(data.device)
+    z = torch.zeros(data.num_experts, data.width, device=data.device)
 
     def closure() -> float:
-        optimizer.zero_grad()
-        penalty = ONE_VS_REST_PENALTY / 2 * gate.square().sum()
-        penalty.backward()
-        total = float(penalty.detach())
-        for h, y in _chunks(inputs, labels):
-            logits = F.linear(h.to(device).float() * scale, gate)
-            targets = F.one_hot(y, num_experts).to(device).float()
-            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-            loss = (losses.sum(1) * weights[y].to(device)).sum()
-            loss.backward()
-            total += float(loss.detach())
-        return total
+        gate = z @ back
+        value = torch.zeros((), dtype=torch.float64, device=data.device)
+        slope = torch.zeros_like(gate)
+        for h, y in data.chunks():
+            logits = F.linear(h, gate * scale)
+            own = y.unsqueeze(1)
+            losses, slopes = loss(logits, logits.gather(1, own))
+            weight = weights[own]
+            value += (losses * weight).sum()
+            slopes = slopes.scatter_add(1, own, torch.full_like(weight, -1.0)) * weight
+            slope += slopes.T @ h * scale
+        value = data.total(value) + LOGISTIC_PENALTY / 2 * gate.square().sum()
+        z.grad = (data.total(slope) + LOGISTIC_PENALTY * gate) @ back.T
+        return float(value)
 
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return (gate.detach() * scale).cpu()
+    closure()
+    assert z.grad is not None
+    optimizer = torch.optim.LBFGS(
+        [z],
+        max_iter=_LOGISTIC_STEPS,
+        tolerance_grad=_LOGISTIC_TOLERANCE * float(z.grad.abs().max()),
+        tolerance_change=0.0,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+    optimizer.step(closure)
+    return (z @ back * scale).cpu()
 
 
-def normalise(gate: Tensor, inputs: Tensor, temperature: float) -> Tensor:
+def upit(
+    data: GateData, *, alpha: float, epochs: int, lr: float, batch_size: int, seed: int
+) -> Tensor:
+    """The paper's routing vectors over frozen experts (section 3.3): positives only.
+
+    Every expert's vector is trained on its own samples alone, by AdamW from zero, to minimise
+    (1 - alpha) · L_aux, with L_aux = CrossEntropy(sigmoid(h · r_i), 1). The other part, alpha ·
+    L_lm, has no gradient for the vectors: with a single frozen expert in the layer its output does
+    not depend on them.
+
+    Args:
+        alpha: Weight of L_lm.
+        epochs: Passes over an expert's samples.
+        lr: AdamW's learning rate.
+        batch_size: Samples per step.
+        seed: Of the samples' order.
+    """
+    gate = torch.zeros(data.num_experts, data.width)
+    for expert in range(data.num_experts):
+        members = (data.assigned == expert).nonzero().flatten().tolist()
+        if not members:
+            continue
+        generator = torch.Generator().manual_seed(seed + expert)
+        vector = torch.zeros(data.width, device=data.device, requires_grad=True)
+        optimizer = torch.optim.AdamW([vector], lr=lr, weight_decay=0.0)
+        for _ in range(epochs):
+            order = torch.randperm(len(members), generator=generator).tolist()
+            for start in range(0, len(members), batch_size):
+                batch = [members[index] for index in order[start : start + batch_size]]
+                rows = torch.cat([data.inputs[data.spans[index]] for index in batch])
+                tokens = sum(data.lengths[index] for index in batch)
+                vector.grad = data.total(upit_gradient(rows.to(data.device), vector, alpha, tokens))
+                optimizer.step()
+        gate[expert] = vector.detach().cpu()
+    return gate
+
+
+def upit_gradient(rows: Tensor, vector: Tensor, alpha: float, num_tokens: int) -> Tensor:
+    """Gradient of (1 - alpha) · L_aux for one routing vector, (hidden_size,).
+
+    Args:
+        rows: Router's inputs of this process's part of the batch, (rows, hidden_size).
+        vector: (hidden_size,).
+        num_tokens: Of the whole batch, over which L_aux is a mean.
+    """
+    h = rows.float()
+    missing = torch.sigmoid(-(h @ vector.detach()))  # 1 - sigmoid(h · r)
+    return -(1 - alpha) / num_tokens * (missing @ h)
+
+
+def normalise(gate: Tensor, data: GateData, temperature: float) -> Tensor:
     """Scale a gate so that a token's logits differ by 1 / temperature (standard deviation).
 
     Fits differ in the size of their vectors, which carries no information about the expert; the
     softmax over the chosen experts would still feel it.
-
-    Args:
-        gate: float32, (num_experts, hidden_size).
-        inputs: The router's inputs, (num_tokens, hidden_size).
     """
     if gate.shape[0] == 1:
         return gate / temperature
-    total = 0.0
-    for start in range(0, inputs.shape[0], _CHUNK_ROWS):
-        logits = F.linear(inputs[start : start + _CHUNK_ROWS].float(), gate)
-        total += float(logits.std(dim=1, correction=0).sum(dtype=torch.float64))
-    spread = total / inputs.shape[0]
-    return gate / (max(spread, 1e-12) * temperature)
+    spread = torch.zeros((), dtype=torch.float64, device=data.device)
+    for h, _ in data.chunks():
+        spread += F.linear(h, gate.to(data.device)).std(dim=1, correction=0).sum()
+    mean = float(data.total(spread)) / sum(data.lengths)
+    return gate / (max(mean, 1e-12) * temperature)

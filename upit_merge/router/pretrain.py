@@ -5,67 +5,37 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from upit_merge.blocks import progress_bar, single_threaded
-from upit_merge.checkpoints import Checkpoint
+from upit_merge.blocks import progress_bar
+from upit_merge.checkpoints import TensorSource
 from upit_merge.errors import UpitError
-from upit_merge.recipe import RouterSettings
-from upit_merge.router.buckets import ASSIGNMENTS
-from upit_merge.router.gate_files import gates_digest
-from upit_merge.router.layerwise import MEAN, LayerwiseMoe, PackedStates, Stream
-from upit_merge.router.objectives import normalise, one_vs_rest, random_gate, ridge
+from upit_merge.mixtral import norm_tensor
+from upit_merge.processes import ALONE, Processes
+from upit_merge.recipe import ByColumn, RouterSettings
+from upit_merge.router import objectives
+from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
+from upit_merge.router.expert_tuning import tune_expert
+from upit_merge.router.gate_files import gates_digest, tensors_digest
+from upit_merge.router.layerwise import LayerwiseMoe
+from upit_merge.router.objectives import GateData, Objective
+from upit_merge.router.packed import MEAN, PackedStates, Stream, token_batches
+from upit_merge.router.progress import Progress
+from upit_merge.router.refine import GateTrainer, RefineState, refine_gates
 from upit_merge.router.seed_data import read_seed_data, sample_examples
 from upit_merge.router.seed_tokens import SeedSet, tokenize_seed_data
+from upit_merge.router.worth import SampleLosses, measure_worth
 
 LOG = logging.getLogger(__name__)
 
-_FITS = {"one_vs_rest": one_vs_rest, "ridge": ridge}
-
-
-@dataclass(frozen=True)
-class Buckets:
-    """Which expert each seed sample belongs to.
-
-    Attributes:
-        losses: Mean negative log-likelihood per sample and expert, nats, (samples, experts).
-        assigned: The expert of every sample, int64, (samples,).
-    """
-
-    losses: Tensor
-    assigned: Tensor
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Per expert: its bucket's size, its loss there, and its loss on all samples."""
-        rows = []
-        for expert in range(self.losses.shape[1]):
-            mine = self.assigned == expert
-            own = float(self.losses[mine, expert].mean()) if mine.any() else None
-            rows.append(
-                {
-                    "expert": expert,
-                    "samples": int(mine.sum()),
-                    "loss_own": own,
-                    "loss_all": float(self.losses[:, expert].mean()),
-                }
-            )
-        return rows
-
-    def to_report(self) -> dict[str, Any]:
-        best = self.losses.min(dim=1).values.mean()
-        given = self.losses.gather(1, self.assigned.unsqueeze(1)).mean()
-        single = self.losses.mean(dim=0).min()
-        return {
-            "experts": self.rows(),
-            "loss_of_best_single_expert": float(single),
-            "loss_of_best_expert_per_sample": float(best),
-            "loss_of_assigned_expert": float(given),
-        }
+ExpertSink = Callable[[Mapping[str, Tensor]], object]
 
 
 @dataclass(frozen=True)
@@ -77,7 +47,13 @@ class RouterResult:
 
 
 def load_seed_set(
-    settings: RouterSettings, tokenizer: Any, *, context: int, vocab_size: int, seed: int
+    settings: RouterSettings,
+    tokenizer: Any,
+    *,
+    context: int,
+    vocab_size: int,
+    seed: int,
+    column: str | None = None,
 ) -> SeedSet:
     """Read, sample and tokenize the seed data.
 
@@ -85,11 +61,17 @@ def load_seed_set(
         context: The model's longest input, in tokens.
         vocab_size: Rows of the model's embedding table.
         seed: Of the sampling.
+        column: Becomes the samples' label; by default the one that `assign` names.
 
     Raises:
         UpitError: the data cannot be read, is empty or malformed, or does not fit the model.
     """
-    examples = read_seed_data(settings.data, split=settings.split, config=settings.subset)
+    examples = read_seed_data(
+        settings.data,
+        split=settings.split,
+        config=settings.subset,
+        column=column or settings.column,
+    )
     return tokenize_seed_data(
         sample_examples(examples, settings.sample, seed),
         tokenizer,
@@ -100,7 +82,7 @@ def load_seed_set(
 
 
 def training_free_gates(
-    backbone: Checkpoint, num_layers: int, num_experts: int, seed: int
+    backbone: TensorSource, num_layers: int, num_experts: int, seed: int
 ) -> list[Tensor]:
     """A random gate per layer, for an MoE without seed data.
 
@@ -108,155 +90,351 @@ def training_free_gates(
         backbone: Has the norms before the gates, whose size sets the gates' scale.
     """
     generator = torch.Generator().manual_seed(seed)
-    norms = (f"model.layers.{layer}.post_attention_layernorm.weight" for layer in range(num_layers))
-    return [random_gate(num_experts, backbone.tensor(name), generator) for name in norms]
+    norms = (backbone.tensor(norm_tensor(layer)) for layer in range(num_layers))
+    return [objectives.random_gate(num_experts, norm, generator) for norm in norms]
 
 
-def pretrain_router(
-    model: LayerwiseMoe,
-    seeds: SeedSet,
-    settings: RouterSettings,
-    *,
-    seed: int,
-    scratch: Path,
-    quiet: bool,
-) -> RouterResult:
-    """Fit the gates of a Mixtral folder to seed data, layer by layer.
+@dataclass(frozen=True)
+class RouterStage:
+    """Fits the gates of a Mixtral folder to seed data, layer by layer; writes nothing to it.
 
     First every sample's loss under every expert (as a dense model) sorts the samples into
-    buckets. Then each sample runs through its own expert once more, and at every layer the gate
-    is fitted to tell the buckets apart by what the gate sees there.
+    buckets. Then the samples run through the layers once more, and at every layer the gate is
+    fitted to tell the buckets apart by what the gate sees there.
 
     Args:
-        model: The Mixtral folder; nothing is written to it.
+        model: The Mixtral folder.
         seeds: From `load_seed_set`.
-        seed: Of the random objective.
-        scratch: A folder for hidden states that exceed the memory budget.
-
-    Raises:
-        UpitError: losses or gates are NaN or infinite, or hidden states do not fit the disk.
+        settings: The recipe's `router:` block.
+        seed: Of whatever is random.
+        scratch: A folder of this process for hidden states that exceed the memory budget.
+        processes: Share the samples; all of them must call the same methods.
+        progress: What a killed run has done already.
+        quiet: No progress bars.
     """
-    report: dict[str, Any] = {
-        "settings": settings.model_dump(mode="json"),
-        "seed": seed,
-        "data": seeds.to_report(),
-    }
-    timings: dict[str, float] = {}
-    if settings.objective == "random" or model.num_experts == 1:
-        gates = training_free_gates(model.moe, model.num_layers, model.num_experts, seed)
-        report["gates_sha256"] = gates_digest(gates, model.stored_dtype)
-        return RouterResult(gates, report | {"seconds": timings})
-    started = time.perf_counter()
-    buckets = sort_into_buckets(model, seeds, settings, scratch, quiet=quiet)
-    timings["buckets"] = time.perf_counter() - started
-    started = time.perf_counter()
-    gates = fit_gates(model, seeds, buckets, settings, scratch, quiet=quiet)
-    timings["gates"] = time.perf_counter() - started
-    report["gates_sha256"] = gates_digest(gates, model.stored_dtype)
-    return RouterResult(gates, report | {"buckets": buckets.to_report(), "seconds": timings})
 
+    model: LayerwiseMoe
+    seeds: SeedSet
+    settings: RouterSettings
+    seed: int
+    scratch: Path
+    processes: Processes = ALONE
+    progress: Progress = field(default_factory=Progress)
+    quiet: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
 
-def _states(
-    model: LayerwiseMoe, seeds: SeedSet, settings: RouterSettings, scratch: Path
-) -> PackedStates:
-    return PackedStates(
-        [len(sample.input_ids) for sample in seeds.samples],
-        model.hidden_size,
-        model.dtype,
-        scratch=scratch,
-        budget_bytes=float(settings.memory_gb) * 2**30 / 2,  # there may be two of these
-    )
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sample.input_ids) for sample in self.seeds.samples]
 
+    @property
+    def everything(self) -> range:
+        return range(len(self.seeds.samples))
 
-def sort_into_buckets(
-    model: LayerwiseMoe, seeds: SeedSet, settings: RouterSettings, scratch: Path, *, quiet: bool
-) -> Buckets:
-    """Compute every sample's loss under every expert and assign the samples."""
-    everything = tuple(range(len(seeds.samples)))
-    tokens = sum(len(sample.input_ids) for sample in seeds.samples)
-    losses = torch.empty(len(everything), model.num_experts, dtype=torch.float64)
-    total = tokens * model.num_experts * model.num_layers
-    # One expert at a time: hidden states of one stream, at the price of reading the attention
-    # weights once per expert, a fifth more than reading everything once.
-    with (
-        contextlib.closing(_states(model, seeds, settings, scratch)) as states,
-        progress_bar(total, "losses of the experts", quiet=quiet, unit="tok") as bar,
-    ):
-        for expert in range(model.num_experts):
-            model.sweep(
-                seeds.samples,
-                [Stream(expert, everything)],
+    def stream(self, expert: int, samples: Sequence[int]) -> Stream:
+        """This process's share of samples that go through an expert."""
+        batches = token_batches(samples, self.lengths, self.settings.batch_tokens)
+        return Stream(expert, tuple(batches)).share(self.processes)
+
+    @contextlib.contextmanager
+    def states(self, streams: Sequence[Stream]) -> Iterator[PackedStates]:
+        """Room for the hidden states of some streams; there may be two of them at a time."""
+        mine = {index for stream in streams for index in stream.samples}
+        lengths = [length if i in mine else 0 for i, length in enumerate(self.lengths)]
+        with contextlib.closing(
+            PackedStates(
+                lengths,
+                self.model.hidden_size,
+                self.model.dtype,
+                scratch=self.scratch,
+                budget_bytes=float(self.settings.memory_gb) * 2**30 / 2,
+            )
+        ) as states:
+            yield states
+
+    @contextlib.contextmanager
+    def _measured(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        spent = time.perf_counter() - started
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + spent, 3)
+
+    def bar(self, total: int, description: str, unit: str = "tok") -> Any:
+        """A progress bar, of the first process."""
+        quiet = self.quiet or not self.processes.is_first
+        return progress_bar(total, description, quiet=quiet, unit=unit)
+
+    # ---- buckets ---------------------------------------------------------------------------
+
+    def losses(self) -> SampleLosses:
+        """Every sample's loss under every expert.
+
+        Raises:
+            UpitError: a loss is NaN or infinite.
+        """
+        stream = self.stream(0, self.everything)
+        tokens = sum(self.lengths[index] for index in stream.samples)
+        per_sweep = tokens * self.model.num_layers
+        found: list[Tensor] = []
+        # One expert at a time: hidden states of one stream, at the price of reading the attention
+        # weights once per expert, a fifth more than reading everything once.
+        with (
+            self._measured("losses"),
+            self.states([stream]) as states,
+            self.bar(per_sweep * self.model.num_experts, "losses of the experts") as bar,
+        ):
+            for expert in range(self.model.num_experts):
+                name = f"losses-{expert}"
+                if kept := self.progress.kept(name):
+                    found.append(kept[0]["sums"])
+                    bar.update(per_sweep)
+                    continue
+                layer, _gates = self.progress.states(name, states)
+                bar.update(tokens * layer)
+                self.model.sweep(
+                    self.seeds.samples,
+                    [Stream(expert, stream.batches)],
+                    states,
+                    first_layer=layer,
+                    after_layer=partial(self._after_layer, name, states, ()),
+                    on_progress=bar.update,
+                )
+                sums = self.processes.total(self.model.losses(self.seeds.samples, states))
+                if not sums.isfinite().all():
+                    raise UpitError(
+                        f"Expert {expert} gives NaN or infinite losses on the seed data; its "
+                        "checkpoint is broken, or its values overflow: use dtype: bfloat16."
+                    )
+                found.append(sums)
+                self.progress.keep(name, {"sums": sums})
+                self.progress.drop_states()
+        return SampleLosses.of(self.seeds.samples, found)
+
+    def _after_layer(
+        self, name: str, states: PackedStates, gates: Sequence[Tensor], layer: int
+    ) -> None:
+        if layer + 1 < self.model.num_layers:
+            self.progress.keep_states(name, layer + 1, states, gates)
+
+    def buckets(self) -> Buckets:
+        """Which expert gets which sample."""
+        rule = self.settings.assign
+        experts = self.model.num_experts
+        if isinstance(rule, ByColumn):
+            buckets = Buckets(by_column(self.seeds.samples, rule, experts), experts)
+        elif rule == "shuffled":
+            buckets = Buckets(shuffled(len(self.everything), experts, self.seed), experts)
+        else:
+            buckets = assign_by_loss(self.losses(), rule)
+        if self.processes.is_first:
+            self._warn(buckets)
+        return buckets
+
+    def _warn(self, buckets: Buckets) -> None:
+        if empty := [str(expert) for expert, size in enumerate(buckets.sizes) if size == 0]:
+            LOG.warning(
+                "No seed sample belongs to expert(s) %s, whose gates stay untrained; give more "
+                "samples, or use assign: balanced.",
+                ", ".join(empty),
+            )
+        if buckets.losses is not None:
+            for sentence in measure_worth(buckets.losses).warnings():
+                LOG.warning("%s", sentence)
+
+    # ---- gates -----------------------------------------------------------------------------
+
+    def gates(self, buckets: Buckets, objective: Objective | None = None) -> list[Tensor]:
+        """Run the samples through their experts and fit every layer's gate on the way.
+
+        Args:
+            objective: Instead of the settings'.
+
+        Raises:
+            UpitError: a gate is NaN or infinite.
+        """
+        if self.settings.router_stream == "mean":
+            streams = [self.stream(MEAN, self.everything)]
+        else:
+            streams = [
+                self.stream(e, (buckets.assigned == e).nonzero().flatten().tolist())
+                for e in range(self.model.num_experts)
+            ]
+        fit = objective or self._objective()
+        tokens = sum(self.lengths[index] for stream in streams for index in stream.samples)
+        with (
+            self._measured("gates"),
+            self.states(streams) as states,
+            self.states(streams) as inputs,
+            self.bar(tokens * self.model.num_layers, "fitting the gates") as bar,
+        ):
+            first, gates = self.progress.states("gates", states)
+            bar.update(tokens * first)
+
+            def after_layer(layer: int) -> None:
+                with self._measured("fitting"):
+                    gates.append(self._fit(layer, fit, inputs, buckets))
+                self._after_layer("gates", states, gates, layer)
+
+            self.model.sweep(
+                self.seeds.samples,
+                streams,
                 states,
-                batch_tokens=settings.batch_tokens,
+                router_inputs=inputs,
+                first_layer=first,
+                after_layer=after_layer,
                 on_progress=bar.update,
             )
-            losses[:, expert] = model.losses(seeds.samples, states)
-            if not losses[:, expert].isfinite().all():
-                raise UpitError(
-                    f"Expert {expert} gives NaN or infinite losses on the seed data; its "
-                    "checkpoint is broken, or its values overflow: use dtype: bfloat16."
-                )
-    buckets = Buckets(losses, ASSIGNMENTS[settings.assign](losses))
-    if empty := [str(row["expert"]) for row in buckets.rows() if row["samples"] == 0]:
-        LOG.warning(
-            "No seed sample belongs to expert(s) %s, whose gates stay untrained; give more "
-            "samples, or use assign: balanced.",
-            ", ".join(empty),
+        self.progress.drop_states()
+        return gates
+
+    def _fit(self, layer: int, fit: Objective, inputs: PackedStates, buckets: Buckets) -> Tensor:
+        data = GateData(
+            inputs.rows,
+            [inputs.span(index) for index in self.everything],
+            self.lengths,
+            buckets.assigned,
+            self.model.num_experts,
+            self.model.device,
+            self.processes.total,
         )
-    return buckets
+        gate = objectives.normalise(fit(data), data, float(self.settings.temperature))
+        return self._checked(layer, gate)
 
-
-def fit_gates(
-    model: LayerwiseMoe,
-    seeds: SeedSet,
-    buckets: Buckets,
-    settings: RouterSettings,
-    scratch: Path,
-    *,
-    quiet: bool,
-) -> list[Tensor]:
-    """Run the samples through their experts and fit every layer's gate on the way."""
-    if settings.stream == "mean":
-        streams = [Stream(MEAN, tuple(range(len(seeds.samples))))]
-    else:
-        streams = [
-            Stream(e, tuple((buckets.assigned == e).nonzero().flatten().tolist()))
-            for e in range(model.num_experts)
-        ]
-    labels = torch.cat(
-        [
-            torch.full((len(sample.input_ids),), int(expert))
-            for sample, expert in zip(seeds.samples, buckets.assigned, strict=True)
-        ]
-    )
-    gates: list[Tensor] = []
-    fit = _FITS[settings.objective]
-
-    def fit_layer(layer: int) -> None:
-        # Fitting is little work beside the forward pass, and must not depend on the machine's cores.
-        with single_threaded():
-            gate = fit(inputs.rows, labels, model.num_experts, device=model.device)
-            gate = normalise(gate, inputs.rows, float(settings.temperature))
-        if not gate.to(model.stored_dtype).isfinite().all():
+    def _checked(self, layer: int, gate: Tensor) -> Tensor:
+        if not gate.to(self.model.stored_dtype).isfinite().all():
             raise UpitError(
                 f"The gate of layer {layer} is NaN or infinite; use a temperature nearer to 1, or "
                 "dtype: bfloat16."
             )
-        gates.append(gate)
+        return gate
 
-    total = len(labels) * model.num_layers
-    with (
-        contextlib.closing(_states(model, seeds, settings, scratch)) as states,
-        contextlib.closing(_states(model, seeds, settings, scratch)) as inputs,
-        progress_bar(total, "fitting the gates", quiet=quiet, unit="tok") as bar,
-    ):
-        model.sweep(
-            seeds.samples,
-            streams,
-            states,
-            batch_tokens=settings.batch_tokens,
-            router_inputs=inputs,
-            after_layer=fit_layer,
-            on_progress=bar.update,
+    def _objective(self) -> Objective:
+        if self.settings.objective == "upit":
+            upit = self.settings.upit_settings
+            return partial(
+                objectives.upit,
+                alpha=float(upit.alpha),
+                epochs=upit.epochs,
+                lr=upit.learning_rate,
+                batch_size=upit.batch_size,
+                seed=self.seed,
+            )
+        return OBJECTIVES[self.settings.objective]
+
+    # ---- what may come with or after the gates ---------------------------------------------
+
+    def tuned(self, buckets: Buckets, sink: ExpertSink) -> tuple[list[Tensor], list[str]]:
+        """Train every expert with its routing vectors, the paper's stage 3.
+
+        Processes train different experts. Returns the gates, and a digest of every expert.
+
+        Args:
+            sink: Takes an expert's new FFN, by canonical name, in the stored dtype.
+        """
+        model, experts = self.model, range(self.model.num_experts)
+        found: dict[int, tuple[Tensor, str]] = {}
+        with self._measured("experts"), self.bar(len(experts), "experts", "expert") as bar:
+            for expert in experts[self.processes.rank :: self.processes.size]:
+                name = f"tuned-{expert}"
+                kept = self.progress.kept(name)
+                if kept is None:
+                    mine = (buckets.assigned == expert).nonzero().flatten().tolist()
+                    tuned = tune_expert(
+                        model.moe,
+                        expert,
+                        [self.seeds.samples[index] for index in mine],
+                        self.settings.upit_settings,
+                        seed=self.seed + expert,
+                        device=model.device,
+                        scratch=self.scratch,
+                        quiet=True,
+                    )
+                    digest = tensors_digest(tuned.ffn[key] for key in sorted(tuned.ffn))
+                    kept = {"vectors": tuned.vectors, **tuned.ffn}, {"sha256": digest}
+                    self.progress.keep(name, kept[0], own=True, **kept[1])
+                ffn, facts = kept
+                vectors = ffn.pop("vectors")
+                if ffn:  # kept first: a kill may leave half of an FFN where the sink puts it
+                    sink(ffn)
+                    self.progress.keep(name, {"vectors": vectors}, own=True, **facts)
+                found[expert] = vectors, facts["sha256"]
+                bar.update(self.processes.size)
+        for others in self.processes.gather(found):
+            found |= others
+        gates = []
+        for layer in range(model.num_layers):
+            gate = torch.stack([found[expert][0][layer] for expert in experts])
+            scale = gate.norm(dim=1).mean().clamp(min=1e-12)
+            scale = scale * objectives.root_mean_square(model.moe.tensor(norm_tensor(layer)))
+            gates.append(self._checked(layer, gate / scale / float(self.settings.temperature)))
+        return gates, [found[expert][1] for expert in experts]
+
+    def refined(self, gates: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
+        """Train the gates end to end; returns them with what to say about it."""
+        refine = self.settings.refine
+        assert refine is not None
+        trainer = GateTrainer(
+            self.model, self.seeds.samples, self.settings, self.scratch, self.processes
         )
-    return gates
+        kept = self.progress.kept("refined")
+        with self._measured("refine"), self.bar(refine.steps, "refining", "step") as bar:
+
+            def after_step(state: RefineState) -> None:
+                if self.progress.is_due:
+                    self.progress.keep("refined", state.to_tensors())
+                bar.set_postfix_str(f"loss {float(state.history[-1, 0]):.3f}", refresh=False)
+                bar.update(len(state.history) - bar.n)
+
+            state = refine_gates(
+                trainer,
+                gates,
+                seed=self.seed,
+                keep_bytes=float(self.settings.memory_gb) * 2**30,
+                done=None if kept is None else RefineState(**kept[0]),
+                after_step=after_step,
+            )
+        refined = [self._checked(layer, gate) for layer, gate in enumerate(state.gates)]
+        names = ("loss", "balance")
+        told = {
+            step: dict(zip(names, state.history[index].tolist(), strict=True))
+            for step, index in (("first_step", 0), ("last_step", -1))
+        }
+        return refined, told
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "one_vs_rest": objectives.one_vs_rest,
+    "softmax": objectives.softmax,
+    "ridge": objectives.ridge,
+    "hidden": objectives.hidden,
+}
+
+
+def pretrain_router(stage: RouterStage, sink: ExpertSink) -> RouterResult:
+    """Do the whole stage as the settings say.
+
+    Args:
+        sink: Takes FFNs that were trained, see `RouterStage.tuned`.
+
+    Raises:
+        UpitError: losses or gates are NaN or infinite, or hidden states do not fit the disk.
+    """
+    model, settings = stage.model, stage.settings
+    report: dict[str, Any] = {
+        "settings": settings.model_dump(mode="json"),
+        "seed": stage.seed,
+        "data": stage.seeds.to_report(),
+    }
+    if settings.objective == "random" or model.num_experts == 1:
+        gates = training_free_gates(model.moe, model.num_layers, model.num_experts, stage.seed)
+    else:
+        buckets = stage.buckets()
+        report["buckets"] = buckets.to_report()
+        if settings.trains_experts:
+            gates, report["experts_sha256"] = stage.tuned(buckets, sink)
+        else:
+            gates = stage.gates(buckets)
+    if settings.refine is not None and model.num_experts > 1:
+        gates, report["refined"] = stage.refined(gates)
+    report["gates_sha256"] = gates_digest(gates, model.stored_dtype)
+    return RouterResult(gates, report | {"seconds": stage.seconds})

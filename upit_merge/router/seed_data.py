@@ -36,7 +36,8 @@ class SeedExample:
     """One raw record: `text`, or `messages`, or `prompt` with `completion`; the rest is None.
 
     `prompt` and `completion` are both strings or both lists of messages. `source` says where the
-    record came from, for error messages: "seed.jsonl line 17".
+    record came from, for error messages: "seed.jsonl line 17". `label` is the value of the column
+    that was asked for, such as the sample's domain.
     """
 
     source: str
@@ -44,59 +45,64 @@ class SeedExample:
     messages: Messages | None = None
     prompt: str | Messages | None = None
     completion: str | Messages | None = None
+    label: str | int | None = None
 
 
 # ---- reading -------------------------------------------------------------------------------
 
 
 def read_seed_data(
-    source: str, *, split: str = "train", config: str | None = None
+    source: str, *, split: str = "train", config: str | None = None, column: str | None = None
 ) -> list[SeedExample]:
     """Read every record of a file, of a folder's files (in sorted order), or of a Hub dataset.
 
     Args:
         source: a `.jsonl` or `.json` file (an object on each line, or one list of objects),
-            a `.parquet` file, a `.txt` file (blank lines separate the samples; without any, line ends do), a folder of
-            such files (other files and subfolders are passed over), or a dataset id.
+            a `.parquet` file, a `.txt` file (blank lines separate the samples; without any, line
+            ends do), a folder of such files (other files and subfolders are passed over), or a
+            dataset id.
         split, config: of the dataset id, which may end in `@revision`; files have none.
+        column: A further column, whose value becomes every example's `label`.
 
     Raises:
         UpitError: nothing there, an unknown extension, an empty or malformed file, or a record
-            without usable columns.
+            without usable columns or without the column asked for.
     """
     path = Path(os.path.expanduser(source))
     if source and os.path.exists(path):
-        return _read_path(path)
+        return _read_path(path, column)
     if source[:1] in ("", "/", ".", "~") or path.suffix.lower() in EXTENSIONS:
         raise UpitError(
             f"There is no seed data at {source!r}; give the path of a {_FILES} file or of a "
             "folder of them, or a dataset id."
         )
-    return _read_hub(source, split, config)
+    return _read_hub(source, split, config, column)
 
 
-def _read_path(path: Path) -> list[SeedExample]:
+def _read_path(path: Path, column: str | None) -> list[SeedExample]:
     try:
         if not path.is_dir():
-            return _read_file(path)
+            return _read_file(path, column)
         files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in EXTENSIONS]
         files = [file for file in files if not file.name.startswith(".")]
         if not files:
             raise UpitError(f"The folder {path} holds no {_FILES} file; put the seed data there.")
-        return [example for file in files for example in _read_file(file)]
+        return [example for file in files for example in _read_file(file, column)]
     except OSError as error:
         where, why = error.filename or path, error.strerror or error
         raise UpitError(f"{where} cannot be read ({why}); check the file's rights.") from error
 
 
-def _read_file(path: Path) -> list[SeedExample]:
-    readers = {".parquet": _parquet_records, ".txt": _text_records}
+def _read_file(path: Path, column: str | None) -> list[SeedExample]:
     suffix = path.suffix.lower()
     if suffix not in EXTENSIONS:
         kind = f"the extension {suffix}" if suffix else "no extension"
         raise UpitError(f"{path} has {kind}; give seed data as a {_FILES} file.")
-    records = readers.get(suffix, _json_records)(path)
-    examples = [_to_example(record, source) for source, record in records]
+    if suffix == ".parquet":
+        records = _parquet_records(path, column)
+    else:
+        records = _text_records(path) if suffix == ".txt" else _json_records(path)
+    examples = [_to_example(record, source, column) for source, record in records]
     if not examples:
         raise UpitError(f"{path} is empty; put at least one sample in it.")
     return examples
@@ -148,7 +154,7 @@ def _text_records(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path} line {block[0][0]}", {"text": "\n".join(line for _, line in block)}
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_records(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -156,7 +162,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
         return
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = _usable(file.schema_arrow.names, f"{path}")
+            columns = _usable(file.schema_arrow.names, f"{path}", column)
             batches = (batch.to_pylist() for batch in file.iter_batches(columns=columns))
             for row, record in enumerate(chain.from_iterable(batches), 1):
                 yield f"{path} row {row}", record
@@ -165,7 +171,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise UpitError(f"{path} is not readable parquet ({why}); write it again.") from error
 
 
-def _read_hub(name: str, split: str, config: str | None) -> list[SeedExample]:
+def _read_hub(name: str, split: str, config: str | None, column: str | None) -> list[SeedExample]:
     import datasets
 
     try:
@@ -179,9 +185,9 @@ def _read_hub(name: str, split: str, config: str | None) -> list[SeedExample]:
             f"{name!r} is no file or folder here, and could not be loaded as a dataset from the "
             f"Hub ({first_line(error)}); give the path of a {_FILES} file, or {remedy}."
         ) from error
-    columns = _usable(dataset.column_names, f"The dataset {name}")
+    columns = _usable(dataset.column_names, f"The dataset {name}", column)
     rows = enumerate(dataset.select_columns(columns), 1)
-    examples = [_to_example(record, f"{name} {split} row {row}") for row, record in rows]
+    examples = [_to_example(record, f"{name} {split} row {row}", column) for row, record in rows]
     if not examples:
         raise UpitError(f"The dataset {name} has no rows in {split!r}; choose another split.")
     return examples
@@ -190,13 +196,15 @@ def _read_hub(name: str, split: str, config: str | None) -> list[SeedExample]:
 # ---- records -------------------------------------------------------------------------------
 
 
-def _to_example(record: Any, source: str) -> SeedExample:
+def _to_example(record: Any, source: str, column: str | None) -> SeedExample:
     if not isinstance(record, dict):
         raise UpitError(f"{source} is {_kind(record)}, not a JSON object; {_COLUMN_REMEDY}.")
+    label = None if column is None else _label(record, column, source)
     # Tables have every column in every row, so an absent value arrives as None.
     found = {name: record[name] for name in COLUMNS if record.get(name) is not None}
     if "messages" in found:
-        return SeedExample(source, messages=_messages(found["messages"], "messages", source))
+        messages = _messages(found["messages"], "messages", source)
+        return SeedExample(source, messages=messages, label=label)
     if "prompt" in found and "completion" in found:
         prompt, completion = found["prompt"], found["completion"]
         if isinstance(prompt, list) != isinstance(completion, list):
@@ -209,11 +217,23 @@ def _to_example(record: Any, source: str) -> SeedExample:
                 _messages(found[name], name, source)
             else:
                 _check_string(found[name], f"`{name}`", source)
-        return SeedExample(source, prompt=prompt, completion=completion)
+        return SeedExample(source, prompt=prompt, completion=completion, label=label)
     if "text" in found:
         _check_string(found["text"], "`text`", source)
-        return SeedExample(source, text=found["text"])
+        return SeedExample(source, text=found["text"], label=label)
     raise _no_usable_column(source, [name for name in record if record[name] is not None])
+
+
+def _label(record: dict[str, Any], column: str, source: str) -> str | int:
+    value = record.get(column)
+    if isinstance(value, str) or type(value) is int:
+        return value
+    if value is None:
+        names = [name for name in record if record[name] is not None and name != column]
+        raise _no_such_column(source, column, names)
+    raise UpitError(
+        f"{source} has {_kind(value)} in the column `{column}`; make it a text or a whole number."
+    )
 
 
 def _messages(value: Any, column: str, source: str) -> Messages:
@@ -242,11 +262,19 @@ def _check_string(value: Any, what: str, source: str) -> None:
     raise UpitError(f"{source} has {found} as {what}; make it a valid string.")
 
 
-def _usable(names: Sequence[str], where: str) -> list[str]:
-    """The columns to read (a table's others may be large), or the error that there is none."""
-    if columns := [name for name in COLUMNS if name in names]:
-        return columns
-    raise _no_usable_column(where, names)
+def _usable(names: Sequence[str], where: str, column: str | None) -> list[str]:
+    """The columns to read (a table's others may be large), or the error that one is missing."""
+    columns = [name for name in COLUMNS if name in names]
+    if not columns:
+        raise _no_usable_column(where, names)
+    if column is not None and column not in names:
+        raise _no_such_column(where, column, names)
+    return columns if column is None or column in columns else [*columns, column]
+
+
+def _no_such_column(where: str, column: str, names: Sequence[str]) -> UpitError:
+    found = shorten(", ".join(f"`{name}`" for name in names) or "nothing", 200)
+    return UpitError(f"{where} has no column `{column}` (it has {found}); name one that is there.")
 
 
 def _no_usable_column(where: str, names: Sequence[str]) -> UpitError:

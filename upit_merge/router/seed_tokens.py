@@ -19,16 +19,23 @@ class TokenizedSample:
 
     `loss_start` (at least 1: nothing predicts the first token) is the index of the first token
     whose prediction counts in the loss; for prompt and completion, the first completion token.
+    `label` is the example's.
     """
 
     input_ids: list[int]
     loss_start: int
     source: str
+    label: str | int | None = None
 
     @property
     def num_targets(self) -> int:
         """How many tokens count in the loss."""
         return len(self.input_ids) - self.loss_start
+
+    @property
+    def halves(self) -> tuple[int, int]:
+        """How many of them are in the first and in the second half."""
+        return self.num_targets // 2, self.num_targets - self.num_targets // 2
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ def tokenize_seed_data(
                 f"{vocab_size} entries (the tokenizer has {len(tokenizer)}); use the tokenizer "
                 "that belongs to the checkpoints."
             )
-        samples.append(TokenizedSample(kept, loss_start, example.source))
+        samples.append(TokenizedSample(kept, loss_start, example.source, example.label))
     seed_set = SeedSet(samples, max_length, truncated, tokens_cut, too_short, prompt_too_long)
     if not samples:
         why = "; ".join(seed_set._what_was_cut()) or "there was none to begin with"

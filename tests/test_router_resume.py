@@ -1,0 +1,262 @@
+"""`upit-merge router` cut off anywhere: the same command goes on, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tests.conftest import Family
+from tests.crash import contents
+from tests.naive import load_model
+from upit_merge.cli import main
+from upit_merge.router import progress
+from upit_merge.router.layerwise import LayerwiseMoe
+from upit_merge.router.packed import PackedStates
+from upit_merge.router.progress import Progress
+from upit_merge.router.refine import GateTrainer
+from upit_merge.staging import ROUTER_STAGING
+
+
+class CutOff(BaseException):
+    """Stands for a kill: nothing catches it, and what it interrupts is not tidied up."""
+
+
+@pytest.fixture(autouse=True)
+def keep_everything(monkeypatch) -> None:
+    monkeypatch.setattr(progress, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_KEEP_SHARE", float("inf"))
+
+
+@pytest.fixture
+def out(shared_family: Family, merge) -> Path:
+    """Four experts in two layers; the gates in a file of their own."""
+    return merge(shared_family.recipe(parameters={"num_experts": 4}), max_shard_bytes=50_000)
+
+
+def copied(out: Path, parent: Path) -> Path:
+    """A copy of the same name, which the card has as its title."""
+    return shutil.copytree(out, parent / out.name)
+
+
+def command(out: Path, data: Path, *arguments: str) -> list[str]:
+    return ["router", str(out), "--data", str(data), "--quiet", *arguments]
+
+
+def run(words: list[str]) -> None:
+    result = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+def cut_off(monkeypatch, owner: type, name: str, count: int, words: list[str]) -> bool:
+    """Run until a method is called for that many times; False if it is not."""
+    original: Callable = getattr(owner, name)
+    left = [count]
+
+    def counted(*args, **kwargs):
+        if left[0] == 0:
+            raise CutOff
+        left[0] -= 1
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, counted)
+        try:
+            run(words)
+        except CutOff:
+            return True
+    return False
+
+
+def layers_computed(monkeypatch, words: list[str]) -> int:
+    calls = []
+    original = LayerwiseMoe._layer_batch
+
+    def counted(self, *args) -> None:
+        calls.append(1)
+        original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerwiseMoe, "_layer_batch", counted)
+        run(words)
+    return len(calls)
+
+
+def test_it_goes_on_at_the_layer_where_it_stopped(
+    out, shared_family, tmp_path, monkeypatch
+) -> None:
+    """24 samples are one batch: 4 experts in 2 layers for the losses, then 2 for the gates."""
+    data = shared_family.seed_file()
+    whole = copied(out, tmp_path / "whole")
+    run(command(whole, data))
+    expected = contents(whole)
+    before = contents(out)
+    for done in range(10):
+        copy = copied(out, tmp_path / f"cut-{done}")
+        words = command(copy, data)
+        assert cut_off(monkeypatch, LayerwiseMoe, "_layer_batch", done, words)
+        assert contents(copy) == before
+        assert layers_computed(monkeypatch, words) == 10 - done
+        assert contents(copy) == expected
+        assert not (copy / ROUTER_STAGING).exists()
+
+
+@pytest.mark.parametrize("share", [("--objective", "ridge"), ("--seed", "1"), ("--sample", "20")])
+def test_another_command_starts_over(out, shared_family, tmp_path, monkeypatch, share) -> None:
+    data = shared_family.seed_file()
+    whole = copied(out, tmp_path / "whole")
+    run(command(whole, data, *share))
+    assert cut_off(monkeypatch, LayerwiseMoe, "_layer_batch", 5, command(out, data))
+    assert layers_computed(monkeypatch, command(out, data, *share)) == 10
+    assert contents(out) == contents(whole)
+
+
+def test_a_run_goes_on_in_its_router_stage(shared_family, merge, monkeypatch) -> None:
+    document = shared_family.recipe(router={"data": str(shared_family.seed_file())})
+    whole = merge(document, "whole")
+    from upit_merge import pipeline
+
+    merged = []
+    original = pipeline.merge
+    monkeypatch.setattr(pipeline, "merge", lambda *a: (merged.append(1), original(*a))[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerwiseMoe, "head", lambda _self: (_ for _ in ()).throw(CutOff))
+        with pytest.raises(CutOff):
+            merge(document, "out")
+    assert contents(merge(document, "out")) == contents(whole)
+    assert len(merged) == 2  # both found the tensors of the first there, see tests/test_resume.py
+
+
+@pytest.mark.parametrize("name", ["_forwards", "_head", "_backwards"])
+def test_refinement_goes_on(out, shared_family, tmp_path, monkeypatch, name: str) -> None:
+    data = shared_family.seed_file()
+    more = ("--refine-steps", "4", "--refine-tokens", "100", "--objective", "hidden")
+    whole = copied(out, tmp_path / "whole")
+    run(command(whole, data, *more))
+    assert cut_off(monkeypatch, GateTrainer, name, 2, command(out, data, *more))
+    steps = []
+    original = GateTrainer.slopes
+    monkeypatch.setattr(GateTrainer, "slopes", lambda *args: (steps.append(1), original(*args))[1])
+    run(command(out, data, *more))
+    assert len(steps) == 2
+    assert contents(out) == contents(whole)
+    report = json.loads((out / "upit_report.json").read_text())["router"]
+    assert set(report["refined"]) == {"first_step", "last_step"}
+
+
+def test_training_of_experts_goes_on(out, shared_family, tmp_path, monkeypatch) -> None:
+    data = shared_family.seed_file()
+    more = (
+        "--objective",
+        "upit",
+        "--upit-train-experts",
+        "--upit-epochs",
+        "1",
+        "--upit-lr",
+        "1e-3",
+    )
+    whole = copied(out, tmp_path / "whole")
+    run(command(whole, data, *more))
+    trained = load_model(whole)
+    before = load_model(out)
+    changed = {name for name, tensor in trained.items() if not torch.equal(tensor, before[name])}
+    assert changed == {n for n in trained if ".experts." in n or n.endswith("gate.weight")}
+    from upit_merge.router.gate_files import PatchedCopies
+
+    files = contents(out)
+    # The third expert is trained, but not written yet; and the last step, many files' renaming.
+    for owner, name, count in ((PatchedCopies, "write", 2), (Progress, "keep", 9)):
+        copy = copied(out, tmp_path / f"{name}-{count}")
+        assert cut_off(monkeypatch, owner, name, count, command(copy, data, *more))
+        assert contents(copy) == files
+        run(command(copy, data, *more))
+        assert contents(copy) == contents(whole)
+
+
+def test_cut_off_between_two_files_it_is_no_model_and_then_the_new_one(
+    out, shared_family, tmp_path, monkeypatch
+) -> None:
+    data = shared_family.seed_file()
+    words = ("--objective", "upit", "--upit-train-experts", "--upit-epochs", "1")
+    whole = copied(out, tmp_path / "whole")
+    run(command(whole, data, *words))
+    seen = set()
+    for count in range(1, 200):
+        copy = copied(out, tmp_path / "copy")
+        original, left = os.replace, [count]
+
+        def replace(source, target, copy=copy, left=left, original=original) -> None:
+            if Path(target).parent == copy:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise CutOff
+            original(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            try:
+                run(command(copy, data, *words))
+                cut = False
+            except CutOff:
+                cut = True
+        files = contents(copy)
+        model = {n for n in files if "safetensors" in n or n == "config.json"}
+        if "config.json" in files:
+            kind = next(
+                kind
+                for kind, folder in (("old", out), ("new", whole))
+                if all(files[name] == contents(folder)[name] for name in model)
+            )
+        else:
+            kind = "none"
+        seen.add(kind)
+        if not cut:
+            break
+        if kind == "none":
+            run(command(copy, data, *words))
+            assert contents(copy) == contents(whole)
+        shutil.rmtree(copy)
+    assert seen == {"none", "new"}
+
+
+def test_hidden_states_are_kept_only_now_and_then(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "KEEP_SECONDS", 10.0)
+    monkeypatch.setattr(progress, "_KEEP_SHARE", 0.05)
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    states = PackedStates([3, 4], 2, torch.float32, scratch=tmp_path, budget_bytes=1e9)
+    states.rows.copy_(torch.arange(14.0).view(7, 2))
+    kept = Progress(tmp_path / "kept", {"a": 1})
+
+    def layer_now() -> int:
+        into = PackedStates([3, 4], 2, torch.float32, scratch=tmp_path, budget_bytes=1e9)
+        layer, _ = Progress(tmp_path / "kept", {"a": 1}).states("sweep", into)
+        assert layer == 0 or torch.equal(into.rows, states.rows)
+        return layer
+
+    kept.keep_states("sweep", 1, states, ())
+    assert layer_now() == 0
+    clock[0] = 11
+    kept.keep_states("sweep", 2, states, ())
+    assert layer_now() == 2
+    clock[0] = 13
+    states.rows.mul_(2)
+    kept.keep_states("sweep", 3, states, ())
+    assert Progress(tmp_path / "kept", {"a": 1}).states("sweep", states)[0] == 2
+    clock[0] = 25
+    kept.keep_states("sweep", 4, states, ())
+    assert layer_now() == 4
+    assert len(list((tmp_path / "kept").glob("states-*.bin"))) == 1
+    assert Progress(tmp_path / "kept", {"a": 1}).states("another", states)[0] == 0
+    monkeypatch.setattr(progress, "free_bytes", lambda _folder: 1)
+    clock[0] = 50
+    kept.keep_states("sweep", 5, states, ())
+    assert layer_now() == 4
+    assert Progress(tmp_path / "kept", {"a": 2}).states("sweep", states)[0] == 0
+    assert not list((tmp_path / "kept").glob("states-*.bin"))

@@ -1,0 +1,213 @@
+"""`upit-merge evaluate`: how good a mixture is on held-out data, and what its router does."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor
+
+from upit_merge.checkpoints import read_json
+from upit_merge.device import resolve_devices
+from upit_merge.errors import UpitError
+from upit_merge.interrupt import ends_at_once
+from upit_merge.processes import Processes, joined
+from upit_merge.recipe import RouterSettings
+from upit_merge.report.heatmap import draw_routing
+from upit_merge.report.tables import show
+from upit_merge.router.buckets import assign_by_loss
+from upit_merge.router.evaluation import ALL, Evaluation, Groups, rows, run_mixture
+from upit_merge.router.gate_files import opened_moe
+from upit_merge.router.layerwise import LayerwiseMoe
+from upit_merge.router.pretrain import RouterStage, load_seed_set
+from upit_merge.staging import REPORT
+from upit_merge.text_files import write_json
+from upit_merge.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to look at, and where to put it.
+
+    Args:
+        group_by: Column of the data that tells kinds of text apart.
+        json: Receives all numbers.
+        plot: Receives the routing heat map.
+        experts: Compare with every expert as a dense model, which costs a run for each.
+        control: Compare with gates fitted to shuffled buckets, the router's seed data at hand.
+        seed: Of the sampling.
+        device: `cpu`, `cuda` or `auto`.
+        trust_remote_code: Run code that comes with a tokenizer.
+        quiet: No progress bars, no tables.
+    """
+
+    group_by: str | None = None
+    json: Path | None = None
+    plot: Path | None = None
+    experts: bool = True
+    control: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    quiet: bool = False
+
+
+def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOptions) -> Evaluation:
+    """Evaluate the Mixtral folder `out`, layer by layer; prints tables, changes nothing.
+
+    Under torchrun or `accelerate launch` all processes must call this; they share the samples.
+
+    Args:
+        settings: Of these, what says which data, how much of it, and in which batches.
+
+    Raises:
+        UpitError: `out` is no Mixtral folder with a tokenizer, the data does not fit, or a file
+            cannot be written.
+    """
+    if not out.is_dir():
+        raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
+    for path in (options.json, options.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UpitError(f"The folder of {path} does not exist; create it first.")
+    with joined() as processes, ends_at_once(lambda: "Interrupted."):
+        evaluation = _evaluate(out, settings, options, processes)
+        if processes.is_first:
+            _tell(evaluation, options)
+    return evaluation
+
+
+def _evaluate(
+    out: Path, settings: RouterSettings, options: EvaluateOptions, processes: Processes
+) -> Evaluation:
+    with (
+        opened_moe(out, str(out)) as moe,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        model = LayerwiseMoe(moe, resolve_devices(options.device)[0])
+        tokenizer = load_tokenizer(out, trust_remote_code=options.trust_remote_code)
+
+        def stage(settings: RouterSettings, seed: int, column: str | None = None) -> RouterStage:
+            seeds = load_seed_set(
+                settings,
+                tokenizer,
+                context=model.context,
+                vocab_size=model.vocab_size,
+                seed=seed,
+                column=column,
+            )
+            return RouterStage(
+                model, seeds, settings, seed, Path(scratch), processes, quiet=options.quiet
+            )
+
+        with processes.together():
+            control = _control(stage, out) if options.control else None
+            held_out = stage(settings, options.seed, options.group_by)
+        sums, routing = run_mixture(held_out)
+        samples = held_out.seeds.samples
+        evaluation = Evaluation(samples, Groups.of(samples), sums, routing, model.top_k)
+        if options.experts and model.num_experts > 1:
+            buckets = assign_by_loss(held_out.losses(), "lowest")
+            evaluation = replace(evaluation, buckets=buckets)
+        if control is not None:
+            gates: Sequence[Tensor] = control.gates(control.buckets())
+            evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
+    return evaluation
+
+
+def _control(stage: Any, out: Path) -> RouterStage:
+    """The stage that made the gates of `out`, but with shuffled buckets."""
+    report = read_json(out / REPORT, f"the output {out}") if (out / REPORT).is_file() else {}
+    told = report.get("router") or {}
+    if "settings" not in told:
+        raise UpitError(
+            f"{out} has no record of how its gates were trained, so there is nothing to compare "
+            "shuffled buckets with; leave out --control, or train them with `upit-merge router`."
+        )
+    settings = RouterSettings.model_validate(told["settings"])
+    if settings.objective == "random" or settings.trains_experts:
+        raise UpitError(
+            f"The gates of {out} come from objective: {settings.objective}"
+            f"{' with train_experts' * settings.trains_experts}, which has no control; leave out "
+            "--control."
+        )
+    shuffled: RouterStage = stage(
+        settings.model_copy(update={"assign": "shuffled"}), int(told["seed"])
+    )
+    return shuffled
+
+
+def _tell(evaluation: Evaluation, options: EvaluateOptions) -> None:
+    if options.json is not None:
+        write_json(options.json, evaluation.to_report())
+    everything = range(len(evaluation.samples))
+    if options.plot is not None:
+        groups = [row for row in rows(evaluation) if row[0] != ALL] or list(rows(evaluation))
+        draw_routing(options.plot, groups, evaluation.shares(everything).tolist())
+    if options.quiet:
+        return
+    show(_perplexities(evaluation))
+    show(_routing(evaluation))
+    entropy = evaluation.entropy(everything)
+    print(
+        f"Entropy of the routing, 1 is even: {entropy['token']:.2f} per token, "
+        f"{entropy['load']:.2f} over all tokens."
+    )
+    dead = evaluation.dead()
+    places = ", ".join(f"{expert} in layer {layer}" for layer, expert in dead[:6])
+    more = ", …" if len(dead) > 6 else ""
+    print(f"Experts with less than a tenth of an even share: {places + more if dead else 'none'}.")
+    if (agreement := evaluation.agreement()) is not None:
+        print(
+            f"The expert that predicts a sample best is the first choice for "
+            f"{agreement['first']:.0%} of its tokens (chance: {agreement['chance']:.0%}), and "
+            f"among the chosen for {agreement['chosen']:.0%}."
+        )
+        buckets = evaluation.buckets
+        assert buckets is not None
+        print(buckets.to_report()["worth"]["verdict"])
+
+
+def _perplexities(evaluation: Evaluation) -> Table:
+    table = Table(title="Held-out perplexity (lower is better)", title_justify="left")
+    table.add_column("text")
+    columns = ["samples", "tokens", "mixture"]
+    if evaluation.control is not None:
+        columns.append("shuffled router")
+    alone = evaluation.experts_alone(range(len(evaluation.samples)))
+    best = 0
+    if alone is not None:
+        best = alone.index(min(alone))
+        columns += [f"expert {best} alone", "best expert per sample"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, members in evaluation.groups.members.items():
+        found = evaluation.group_report(members)
+        values = [found["perplexity"]]
+        if evaluation.control is not None:
+            values.append(found["control_perplexity"])
+        if alone is not None:
+            values += [found["experts_alone"][best], found["best_expert_per_sample"]]
+        counts = (f"{found['samples']:,}", f"{found['targets']:,}")
+        table.add_row(name, *counts, *(f"{value:.2f}" for value in values))
+    return table
+
+
+def _routing(evaluation: Evaluation) -> Table:
+    table = Table(title="Share of the routed places, mean over the layers", title_justify="left")
+    table.add_column("expert", justify="right")
+    groups = list(rows(evaluation))
+    for name, _shares in groups:
+        table.add_column(name, justify="right")
+    for expert in range(len(groups[0][1])):
+        cells = [
+            f"[bold]{shares[expert]:.1%}[/]"
+            if shares[expert] == max(shares)
+            else f"{shares[expert]:.1%}"
+            for _name, shares in groups
+        ]
+        table.add_row(str(expert), *cells)
+    return table

@@ -1,0 +1,238 @@
+"""How good a mixture is on held-out data, and what its router does there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upit_merge.router.assembled import AssembledMoe
+from upit_merge.router.buckets import Buckets
+from upit_merge.router.packed import Batch
+from upit_merge.router.pretrain import RouterStage
+from upit_merge.router.seed_tokens import TokenizedSample
+
+ALL = "all"
+
+# Of an even share of the tokens: an expert that gets less in a layer is called dead there.
+DEAD_SHARE = 0.1
+
+
+class Routing:
+    """What the router did, counted sample by sample.
+
+    Attributes:
+        chosen: How many of a sample's tokens each expert was among the chosen for, float64,
+            (num_samples, num_layers, num_experts).
+        first: How many it was the first choice for.
+        probability: Sum of its softmax probabilities.
+        entropy: Sum over a sample's tokens of the entropy of these, nats,
+            (num_samples, num_layers).
+    """
+
+    def __init__(self, num_samples: int, num_layers: int, num_experts: int) -> None:
+        shape = (num_samples, num_layers, num_experts)
+        self.chosen, self.first, self.probability = (
+            torch.zeros(shape, dtype=torch.float64) for _ in range(3)
+        )
+        self.entropy = torch.zeros(shape[:2], dtype=torch.float64)
+
+    def counter(
+        self, samples: Sequence[TokenizedSample]
+    ) -> Callable[[int, Batch, Tensor, Tensor], None]:
+        """To be told of every batch, see `AssembledMoe.sweep`."""
+
+        def count(layer: int, batch: Batch, logits: Tensor, chosen: Tensor) -> None:
+            lengths = torch.tensor([len(samples[index].input_ids) for index in batch])
+            owner = torch.tensor(batch).repeat_interleave(lengths)
+            probabilities = logits.softmax(1).double().cpu()
+            entropies = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(1)
+            chosen = chosen.cpu()
+            hits = torch.zeros_like(probabilities).scatter_(1, chosen, 1.0)
+            top = torch.zeros_like(probabilities).scatter_(1, chosen[:, :1], 1.0)
+            self.chosen[:, layer].index_add_(0, owner, hits)
+            self.first[:, layer].index_add_(0, owner, top)
+            self.probability[:, layer].index_add_(0, owner, probabilities)
+            self.entropy[:, layer].index_add_(0, owner, entropies)
+
+        return count
+
+    def summed(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Add up what several processes have counted."""
+        for name in ("chosen", "first", "probability", "entropy"):
+            setattr(self, name, total(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Samples by the value of a column, in order of appearance; and all of them.
+
+    Attributes:
+        members: Indices of the samples, by group; the last group is `ALL`, if there are several.
+    """
+
+    members: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, samples: Sequence[TokenizedSample]) -> Groups:
+        members: dict[str, list[int]] = {}
+        for index, sample in enumerate(samples):
+            if sample.label is not None:
+                members.setdefault(str(sample.label), []).append(index)
+        if len(members) != 1:
+            members[ALL] = list(range(len(samples)))
+        return cls(members)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A mixture on some samples.
+
+    Attributes:
+        samples: What it was evaluated on.
+        groups: How they are told apart.
+        sums: Negative log-likelihood in nats, summed over a sample's targets, (num_samples,).
+        routing: What the router did.
+        top_k: Experts per token.
+        buckets: Which expert, as a dense model, predicts a sample best; None if not asked for.
+        control: Like `sums`, with gates fitted to shuffled buckets.
+    """
+
+    samples: Sequence[TokenizedSample]
+    groups: Groups
+    sums: Tensor
+    routing: Routing
+    top_k: int
+    buckets: Buckets | None = None
+    control: Tensor | None = None
+
+    def perplexity(self, members: Sequence[int], sums: Tensor | None = None) -> float:
+        """exp of the mean over all target tokens of some samples."""
+        targets = sum(self.samples[index].num_targets for index in members)
+        total = (self.sums if sums is None else sums)[list(members)].sum()
+        return math.exp(min(float(total) / targets, 700.0))
+
+    def shares(self, members: Sequence[int]) -> Tensor:
+        """Share of the routed places each expert has, (num_layers, num_experts); rows sum to 1."""
+        counts = self.routing.chosen[list(members)].sum(0)
+        return counts / counts.sum(1, keepdim=True)
+
+    def dead(self) -> list[tuple[int, int]]:
+        """(layer, expert) where an expert gets less than a tenth of an even share."""
+        shares = self.shares(range(len(self.samples)))
+        found = (shares < DEAD_SHARE / shares.shape[1]).nonzero().tolist()
+        return [(layer, expert) for layer, expert in found]
+
+    def agreement(self) -> dict[str, float] | None:
+        """How often the router's choice is the expert that predicts the sample best.
+
+        `first`: share of tokens whose first choice it is; `chosen`: … that it is among the chosen
+        of; `chance`: of `first`, if routing had nothing to do with the sample.
+        """
+        if self.buckets is None:
+            return None
+        own = self.buckets.assigned.view(-1, 1, 1).expand(-1, self.routing.first.shape[1], 1)
+        tokens = self.routing.first.sum((0, 2))  # per layer
+        lengths = self.routing.first[:, :1].sum(2)  # (samples, 1)
+        shares = self.routing.first.sum(0) / tokens.unsqueeze(1)
+        buckets = torch.zeros(shares.shape[1], dtype=torch.float64)
+        buckets.index_add_(0, self.buckets.assigned, lengths.flatten())
+        chance = shares @ (buckets / buckets.sum())
+        return {
+            "first": float((self.routing.first.gather(2, own).sum((0, 2)) / tokens).mean()),
+            "chosen": float((self.routing.chosen.gather(2, own).sum((0, 2)) / tokens).mean()),
+            "chance": float(chance.mean()),
+        }
+
+    def entropy(self, members: Sequence[int]) -> dict[str, float]:
+        """Normalised to 0 … 1, mean over layers: of a token's probabilities, and of the shares."""
+        shares = self.shares(members)
+        most = math.log(max(2, shares.shape[1]))
+        tokens = sum(len(self.samples[index].input_ids) for index in members)
+        of_tokens = self.routing.entropy[list(members)].sum(0) / tokens
+        of_shares = -(shares * shares.clamp(min=1e-30).log()).sum(1)
+        return {"token": float(of_tokens.mean()) / most, "load": float(of_shares.mean()) / most}
+
+    def experts_alone(self, members: Sequence[int]) -> list[float] | None:
+        """Every expert's perplexity as a dense model."""
+        losses = None if self.buckets is None else self.buckets.losses
+        if losses is None:
+            return None
+        sums = losses.sums.sum(2)
+        return [self.perplexity(members, sums[:, expert]) for expert in range(sums.shape[1])]
+
+    def group_report(self, members: Sequence[int]) -> dict[str, Any]:
+        """All there is to say of a group, as plain numbers."""
+        found: dict[str, Any] = {
+            "samples": len(members),
+            "targets": sum(self.samples[index].num_targets for index in members),
+            "perplexity": self.perplexity(members),
+            "entropy": self.entropy(members),
+            "routing": self.shares(members).tolist(),
+        }
+        if (alone := self.experts_alone(members)) is not None:
+            assert self.buckets is not None
+            assert self.buckets.losses is not None
+            best = self.buckets.losses.sums.sum(2).min(1).values
+            found |= {
+                "experts_alone": alone,
+                "best_expert_per_sample": self.perplexity(members, best),
+            }
+        if self.control is not None:
+            found["control_perplexity"] = self.perplexity(members, self.control)
+        return found
+
+    def to_report(self) -> dict[str, Any]:
+        """The whole evaluation as plain numbers."""
+        report: dict[str, Any] = {
+            "groups": {name: self.group_report(m) for name, m in self.groups.members.items()},
+            "dead": [{"layer": layer, "expert": expert} for layer, expert in self.dead()],
+        }
+        if (agreement := self.agreement()) is not None:
+            assert self.buckets is not None
+            report |= {"agreement": agreement, "buckets": self.buckets.to_report()}
+        return report
+
+
+def run_mixture(
+    stage: RouterStage, gates: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Routing]:
+    """Push all samples through the assembled mixture.
+
+    Args:
+        gates: Instead of the folder's, float32, (num_experts, hidden_size) per layer.
+
+    Returns:
+        Summed negative log-likelihood of each sample's targets, float64, (num_samples,), and what
+        the router did.
+    """
+    model, samples = stage.model, stage.seeds.samples
+    moe = AssembledMoe(model, gates)
+    routing = Routing(len(samples), model.num_layers, model.num_experts)
+    stream = stage.stream(0, stage.everything)
+    tokens = sum(stage.lengths[index] for index in stream.samples)
+    description = "the mixture" if gates is None else "the control"
+    with (
+        stage.states([stream]) as states,
+        stage.bar(tokens * model.num_layers, description) as bar,
+    ):
+        moe.sweep(
+            samples,
+            stream.batches,
+            states,
+            on_routing=routing.counter(samples),
+            on_progress=bar.update,
+        )
+        sums = stage.processes.total(model.losses(samples, states)).sum(1)
+    routing.summed(stage.processes.total)
+    return sums, routing
+
+
+def rows(evaluation: Evaluation) -> Iterator[tuple[str, list[float]]]:
+    """Every group with its routing shares, mean over layers, (num_experts,)."""
+    for name, members in evaluation.groups.members.items():
+        yield name, evaluation.shares(members).mean(0).tolist()

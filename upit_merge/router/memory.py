@@ -1,0 +1,138 @@
+"""How much memory router pre-training takes, from sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from upit_merge.recipe import RouterSettings
+from upit_merge.router.layerwise import LOGIT_ROWS
+from upit_merge.router.objectives import CHUNK_BYTES
+
+# What the allocator loses, and Python's own objects; see benchmarks/router_memory.py.
+_MARGIN = 1.1
+_SMALL_THINGS = 32 << 20
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a Mixtral, in elements unless said otherwise.
+
+    Attributes:
+        hidden_size, intermediate_size, vocab_size, num_layers, num_experts: Of its configuration.
+        attention: Attention and norms of a layer.
+        itemsize: Bytes of a stored element.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    num_layers: int
+    num_experts: int
+    attention: int
+    itemsize: int
+
+    @property
+    def projection(self) -> int:
+        """One of the three matrices of an FFN."""
+        return self.hidden_size * self.intermediate_size
+
+    @property
+    def embeddings(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+
+@dataclass(frozen=True)
+class RouterMemory:
+    """What the stage takes at its worst moment, in bytes.
+
+    Attributes:
+        compute: Weights, activations and matrices, where the arithmetic is done.
+        states: Hidden states that are kept in RAM.
+        spilled: Hidden states that are kept on the disk.
+    """
+
+    compute: int
+    states: int
+    spilled: int
+
+
+def router_memory(
+    shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, *, cpu: bool
+) -> RouterMemory:
+    """The peak over the parts of the stage that the settings ask for.
+
+    Args:
+        lengths: Tokens of this process's samples.
+        cpu: Whether the arithmetic is done on the CPU, in float32; else in the stored dtype.
+    """
+    item = 4 if cpu else shape.itemsize
+    budget = int(float(settings.memory_gb) * 2**30)
+    states = 2 * item * shape.hidden_size * sum(lengths)
+    parts = [_sweeps(shape, lengths, settings, item), _head(shape, item)]
+    if settings.refine is not None:
+        tokens = max(settings.refine.tokens, *lengths)
+        kept = (shape.num_layers + 1) * item + 4
+        states = max(states, kept * shape.hidden_size * min(tokens, sum(lengths)))
+        parts.append(_refinement(shape, lengths, settings, item, budget))
+    if settings.trains_experts:
+        parts.append(_training(shape, lengths, settings, item))
+    kept_states = min(states, budget)
+    compute = int(_MARGIN * max(parts)) + _SMALL_THINGS
+    return RouterMemory(compute, kept_states, states - kept_states)
+
+
+def _batch(lengths: Sequence[int], settings: RouterSettings) -> int:
+    """Tokens of the largest batch."""
+    return min(sum(lengths), max(settings.batch_tokens, *lengths))
+
+
+def _sweeps(shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, item: int) -> int:
+    """A dense layer, the next one, and a batch; or a covariance and a solver's matrices."""
+    layer = (shape.attention + 3 * shape.projection) * item
+    # While the next FFN is made from all experts: a sum, a summand, and that as it is stored.
+    reading = shape.projection * (8 + shape.itemsize)
+    # The FFN's four activations, and the attention's.
+    wide = 4 * shape.intermediate_size + 8 * shape.hidden_size
+    activations = _batch(lengths, settings) * item * wide
+    chunk = min(CHUNK_BYTES, 4 * shape.hidden_size * sum(lengths))
+    fitting = 6 * 8 * shape.hidden_size**2 + 4 * chunk
+    return 2 * layer + reading + max(activations, fitting)
+
+
+def _head(shape: ModelShape, item: int) -> int:
+    """The output head and the logits of some rows."""
+    return shape.embeddings * (item + shape.itemsize) + 3 * 4 * LOGIT_ROWS * shape.vocab_size
+
+
+def _refinement(
+    shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, item: int, budget: int
+) -> int:
+    """Two layers with all experts, or all layers if they fit, and a batch with its gradients."""
+    layer = (shape.attention + 3 * shape.num_experts * shape.projection) * item
+    whole = layer * shape.num_layers
+    weights = whole if whole <= budget else 2 * layer
+    # Four activations of each of two experts, and the attention's, kept for the gradients.
+    wide = 8 * shape.intermediate_size + 16 * shape.hidden_size
+    activations = _batch(lengths, settings) * item * wide
+    return weights + shape.projection * (item + shape.itemsize) + activations
+
+
+def _training(
+    shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, item: int
+) -> int:
+    """A whole dense model; gradients and two moments of what is trained; a batch's activations."""
+    upit = settings.upit_settings
+    ffn = 3 * shape.projection * shape.num_layers
+    frozen = shape.attention * shape.num_layers + 2 * shape.embeddings
+    if upit.lora_rank is None:
+        weights = ffn * 16 + frozen * item
+    else:
+        width = shape.hidden_size + shape.intermediate_size
+        factors = 3 * upit.lora_rank * width * shape.num_layers
+        weights = (ffn + frozen) * item + factors * 16
+    tokens = upit.batch_size * max(lengths)
+    # Of every layer its input is kept; one layer at a time is computed again.
+    kept = shape.num_layers * shape.hidden_size
+    inner = 10 * shape.intermediate_size + 16 * shape.hidden_size
+    return weights + tokens * 4 * (kept + inner) + 4 * 4 * LOGIT_ROWS * shape.vocab_size

@@ -1,0 +1,186 @@
+"""What is done of router pre-training, kept on the disk, so that a killed stage goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from upit_merge.processes import ALONE, Processes
+from upit_merge.router.packed import PackedStates
+from upit_merge.staging import free_bytes
+from upit_merge.tensor_files import tensor_memory
+from upit_merge.text_files import write_json
+
+LOG = logging.getLogger(__name__)
+
+# Hidden states are kept after a layer if the last time is at least this long ago, and long enough
+# for keeping them to take but a small part of the time. Less than that is computed again.
+KEEP_SECONDS = 10.0
+_KEEP_SHARE = 0.05
+
+_IDENTITY = "identity.json"
+
+
+class Progress:
+    """Finished parts of the stage in a folder of their own; without a folder, nothing is kept.
+
+    The first process keeps what all have in common, each its own hidden states.
+
+    Args:
+        folder: Created if needed; emptied if it holds another stage's.
+        identity: What decides the result: a stage that differs in any of it starts anew.
+        processes: Who takes part.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._folder = folder
+        self._processes = processes
+        self._kept_at = time.monotonic()
+        self._seconds = 0.0
+        if folder is None:
+            return
+        whole = json.loads(json.dumps({**(identity or {}), "processes": processes.size}))
+        if processes.is_first and _read_json(folder / _IDENTITY) != whole:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_json(folder / _IDENTITY, whole)
+        processes.gather(None)  # nobody looks before the first has tidied up
+
+    # ---- small results ---------------------------------------------------------------------
+
+    def keep(
+        self, name: str, tensors: Mapping[str, Tensor], *, own: bool = False, **facts: str
+    ) -> None:
+        """Keep a finished result under a name; an older one is replaced in one step.
+
+        Args:
+            own: It is this process's alone; else all processes have it, and the first keeps it.
+            facts: Kept with it.
+        """
+        if self._folder is None or not (own or self._processes.is_first):
+            return
+        draft = self._folder / f".{name}.draft"
+        save_file({key: value.contiguous() for key, value in tensors.items()}, draft, facts)
+        _flush(draft)
+        os.replace(draft, self._folder / f"{name}.safetensors")
+        self._kept_at = time.monotonic()
+
+    def kept(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """What was kept under a name, with its facts."""
+        if self._folder is None:
+            return None
+        path = self._folder / f"{name}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return tensors, file.metadata() or {}
+        except (OSError, SafetensorError):
+            return None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to keep something that is not finished yet."""
+        return self._folder is not None and time.monotonic() - self._kept_at >= KEEP_SECONDS
+
+    # ---- hidden states ---------------------------------------------------------------------
+
+    def keep_states(
+        self, name: str, layer: int, states: PackedStates, gates: Sequence[Tensor]
+    ) -> None:
+        """Keep what enters `layer` in the sweep of that name, now and then.
+
+        Args:
+            gates: Fitted so far.
+        """
+        waited = time.monotonic() - self._kept_at
+        due = waited >= max(KEEP_SECONDS, self._seconds / _KEEP_SHARE)
+        if self._folder is None or not self._processes.gather(due)[0]:
+            return
+        size = states.rows.numel() * states.rows.element_size()
+        rank = self._processes.rank
+        record = self._folder / f"sweep-{rank}.json"
+        if free_bytes(self._folder) < 2 * size:
+            LOG.info("The disk has no room to keep hidden states; a killed run would start over.")
+            self._kept_at = time.monotonic()
+            return
+        started = time.monotonic()
+        old = _read_json(record).get("file")
+        path = self._folder / f"states-{rank}-{'b' if old == f'states-{rank}-a.bin' else 'a'}.bin"
+        with path.open("wb") as file:
+            file.write(tensor_memory(states.rows) if size else b"")
+        _flush(path)
+        if gates:
+            self.keep("gates", {str(index): gate for index, gate in enumerate(gates)})
+        write_json(record, {"name": name, "layer": layer, "file": path.name, "size": size})
+        if old and old != path.name:
+            (self._folder / old).unlink(missing_ok=True)
+        self._kept_at = time.monotonic()
+        self._seconds = self._kept_at - started
+
+    def states(self, name: str, into: PackedStates) -> tuple[int, list[Tensor]]:
+        """Go on with a sweep: the layer to go on at, and the gates of those before, if any.
+
+        Layer 0 if there is nothing to go on with; `into` is not touched then.
+        """
+        if self._folder is None:
+            return 0, []
+        record = _read_json(self._folder / f"sweep-{self._processes.rank}.json")
+        size = into.rows.numel() * into.rows.element_size()
+        path = self._folder / str(record.get("file"))
+        fits = record.get("name") == name and record.get("size") == size and path.is_file()
+        layer = int(record["layer"]) if fits else 0
+        # A kill may come between two processes' records: then there is no layer all can go on at.
+        if len(set(self._processes.gather(layer))) > 1 or layer == 0:
+            return 0, []
+        if size:
+            with path.open("rb") as file:
+                file.readinto(tensor_memory(into.rows))
+        LOG.info("Going on with the router's %s at layer %d.", name, layer)
+        found = self.kept("gates")
+        return layer, [] if found is None else [found[0][str(index)] for index in range(layer)]
+
+    def drop_states(self) -> None:
+        """The sweep is done; its hidden states are of no more use."""
+        if self._folder is None:
+            return
+        rank = self._processes.rank
+        (self._folder / f"sweep-{rank}.json").unlink(missing_ok=True)
+        for path in self._folder.glob(f"states-{rank}-*.bin"):
+            path.unlink()
+
+    def close(self) -> None:
+        """The stage is done and its result is in place."""
+        if self._folder is not None and self._processes.is_first:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether anything is kept there that a stage could go on with."""
+    return folder.is_dir() and any(path.name != _IDENTITY for path in folder.iterdir())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {}
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

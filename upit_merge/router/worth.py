@@ -1,0 +1,147 @@
+"""How much the experts differ on given data: what any router could gain, and whether it is noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upit_merge.router.seed_tokens import TokenizedSample
+
+# Nats per token. Checkpoints of a well-mixed run offer a few thousandths, specialised ones a tenth.
+_SMALL_GAIN = 0.01
+# A gain below this many standard errors may be chance.
+_ERRORS = 2.0
+# One expert is the best one for nearly everything.
+_NEARLY_ALL = 0.8
+
+
+@dataclass(frozen=True)
+class SampleLosses:
+    """Every sample's loss under every expert.
+
+    Attributes:
+        sums: Negative log-likelihood in nats, summed over the first and the second half of a
+            sample's target tokens, float64, (num_samples, num_experts, 2).
+        counts: Target tokens in either half, float64, (num_samples, 2); the first may be 0.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, samples: Sequence[TokenizedSample], by_expert: Sequence[Tensor]) -> SampleLosses:
+        """From one (num_samples, 2) tensor of sums for each expert."""
+        counts = torch.tensor([sample.halves for sample in samples], dtype=torch.float64)
+        return cls(torch.stack(list(by_expert), dim=1), counts)
+
+    @property
+    def means(self) -> Tensor:
+        """Nats per target token, (num_samples, num_experts)."""
+        return self.sums.sum(2) / self.counts.sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What choosing an expert for every sample gains over the best single expert; nats per token.
+
+    Attributes:
+        gain: With the choice made on the very tokens it is judged by: the ceiling of any router
+            that picks one expert for a sample, and too good by the noise in the losses.
+        held_out_gain: With the choice made on one half of each sample and judged on the other.
+        standard_error: Of `held_out_gain`, over the samples.
+        agreement: Share of samples whose two halves prefer the same expert.
+        chance: The agreement to expect if the halves had nothing to do with each other.
+        best_expert: The one with the lowest mean loss.
+        favourite: The one that is best for most samples.
+        favourite_share: Their share.
+    """
+
+    gain: float
+    held_out_gain: float
+    standard_error: float
+    agreement: float
+    chance: float
+    best_expert: int
+    favourite: int
+    favourite_share: float
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the difference between experts is within the sampling noise."""
+        return not self.held_out_gain > _ERRORS * self.standard_error
+
+    @property
+    def is_small(self) -> bool:
+        return self.held_out_gain < _SMALL_GAIN
+
+    def to_report(self) -> dict[str, Any]:
+        """Plain numbers; what could not be measured is None."""
+        values = {key: _number(value) for key, value in vars(self).items()}
+        return values | {"verdict": self.verdict()}
+
+    def verdict(self) -> str:
+        """What the numbers say, in plain words."""
+        if self.chance != self.chance:
+            return "There are too few samples, or experts, to tell whether a router is worth it."
+        found = (
+            f"the right expert for each sample gains {self.held_out_gain:.4f} ± "
+            f"{self.standard_error:.4f} nats per token ({-math.expm1(-self.held_out_gain):.1%} of "
+            f"perplexity) over expert {self.best_expert} alone, judged on the other half of the "
+            f"sample; the halves agree on the expert for {self.agreement:.0%} of the samples "
+            f"(chance: {self.chance:.0%})"
+        )
+        if self.is_noise:
+            return (
+                f"The experts hardly differ on this data: {found}. That is within the noise, so no "
+                "router can do much with them; use checkpoints that specialised, or other data."
+            )
+        if self.is_small:
+            return (
+                f"The experts differ little on this data: {found}. A router can gain no more than "
+                "that before the mixture is trained further."
+            )
+        return f"The experts differ on this data: {found}. A router is worth it."
+
+    def warnings(self) -> list[str]:
+        """What users should not overlook."""
+        found = [self.verdict()] if self.is_noise and self.chance == self.chance else []
+        if self.favourite_share > _NEARLY_ALL:
+            found.append(
+                f"Expert {self.favourite} is the best one for {self.favourite_share:.0%} of the "
+                "samples; with assign: lowest it would take nearly everything, with assign: "
+                "balanced the others get samples that they predict worse."
+            )
+        return found
+
+
+def measure_worth(losses: SampleLosses) -> Worth:
+    """Compare the best expert per sample with the best single one, cross-checked between halves."""
+    means = losses.means
+    best = int(means.mean(0).argmin())
+    chosen = means.argmin(1)
+    counts = torch.bincount(chosen, minlength=means.shape[1])
+    favourite = int(counts.argmax())
+    gain = float((means[:, best] - means.min(1).values).mean())
+    held_out = error = agreement = chance = math.nan
+    whole = losses.counts.min(1).values > 0
+    if means.shape[1] > 1 and int(whole.sum()) > 1:
+        halves = losses.sums[whole] / losses.counts[whole].unsqueeze(1)
+        choices = halves.argmin(1)  # (samples, 2)
+        other = halves.gather(1, choices.flip(1).unsqueeze(1)).squeeze(1)
+        gains = (halves[:, best] - other).mean(1)
+        held_out = float(gains.mean())
+        error = float(gains.std() / math.sqrt(len(gains)))
+        agreement = float((choices[:, 0] == choices[:, 1]).double().mean())
+        shares = [torch.bincount(c, minlength=means.shape[1]) / len(c) for c in choices.T]
+        chance = float((shares[0] * shares[1]).sum())
+    share = float(counts[favourite] / len(chosen))
+    return Worth(gain, held_out, error, agreement, chance, best, favourite, share)
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value
