@@ -41,7 +41,8 @@ SHAPES = {
 RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {  # samples, tokens each, settings
     "tiny": (4, 16, {}),
     "small": (64, 256, {"memory_gb": 0.02}),
-    "small, refine": (64, 256, {"refine": {"steps": 2, "tokens": 4096}, "memory_gb": 0.02}),
+    "small, short": (8, 256, {"memory_gb": 0.001}),
+    "small, refine": (8, 256, {"refine": {"steps": 1, "tokens": 1024}, "memory_gb": 0.001}),
     "wide": (24, 256, {"memory_gb": 0.02}),
     "2B": (8, 256, {"batch_tokens": 2048}),
     "8x7B": (4, 256, {"batch_tokens": 1024}),

@@ -16,8 +16,9 @@ from upit_merge import preflight
 from upit_merge.checkpoints import OpenOptions
 from upit_merge.inputs import opened
 from upit_merge.merging import Merger
-from upit_merge.preflight import memory_limit, needs
-from upit_merge.recipe import parse_recipe
+from upit_merge.preflight import memory_limit, needs, router_needs
+from upit_merge.recipe import RouterSettings, parse_recipe
+from upit_merge.router.memory import ModelShape, router_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,3 +115,50 @@ def test_little_free_memory_is_a_warning(shared_family, merge, monkeypatch, capl
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     merge(shared_family.recipe())
     assert "of memory are needed and 0.1 GiB are free now" in caplog.text
+
+
+def test_a_7b_mixture_fits_a_notebook_s_gpu_and_a_desktop() -> None:
+    """8 x 7B in bfloat16: 16 GB on the device, or 24 GB of RAM without one."""
+    attention = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 2 * 4096
+    shape = ModelShape(4096, 14336, 32_000, 32, 8, attention, itemsize=2)
+    lengths = [512] * 1000
+    for settings in ({}, {"refine": {"steps": 10}}):
+        chosen = RouterSettings(data="-", **settings)
+        on_gpu = router_needs(
+            router_memory(shape, lengths, chosen, cpu=False), torch.device("cuda")
+        )
+        assert on_gpu.device < 16e9
+        assert on_gpu.memory < 24e9
+    plain = RouterSettings(data="-")
+    on_cpu = router_needs(router_memory(shape, lengths, plain, cpu=True), torch.device("cpu"))
+    assert on_cpu.memory < 12e9
+    assert on_cpu.device is None
+    deep = ModelShape(4096, 14336, 32_000, 80, 8, attention, itemsize=2)
+    whatever_its_depth = router_memory(deep, lengths, plain, cpu=True)
+    assert whatever_its_depth == router_memory(shape, lengths, plain, cpu=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_the_router_takes_what_was_foretold(tmp_path: Path) -> None:
+    """Measured in a process of its own; see benchmarks/router_memory.py for larger ones."""
+    command = [sys.executable, "benchmarks/router_memory.py", "--folder", str(tmp_path)]
+    command += ["--json", str(tmp_path / "found.json"), "small, short", "small, refine"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for row in json.loads((tmp_path / "found.json").read_text()):
+        assert 0.4 < row["peak"] / row["foretold"] < 1.0, row
+
+
+def test_commands_ask_for_memory_before_the_work(shared_family, merge, monkeypatch) -> None:
+    from click.testing import CliRunner
+
+    from upit_merge.cli import main
+
+    out = merge(shared_family.recipe())
+    monkeypatch.setattr(preflight, "memory_limit", lambda: (500 << 20, "this container"))
+    for command in ("router", "evaluate"):
+        words = [command, str(out), "--data", str(shared_family.seed_file())]
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 1
+        assert "The router needs about 0.6 GiB of memory" in result.stderr
+        assert not [path for path in out.iterdir() if path.name.startswith(".upit")]

@@ -324,3 +324,43 @@ def test_experts_are_routed_to_their_own_kind(tmp_path, merge) -> None:
             output = moe(ids, output_router_logits=True)
         for layer_logits in output.router_logits:
             assert (layer_logits.argmax(-1)[1:] == expert).float().mean() > 0.9
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--objective", "ridge", "--memory-gb", "0.00001"),
+        ("--objective", "softmax", "--stream", "expert"),
+        ("--objective", "hidden", "--refine-steps", "3", "--refine-tokens", "200"),
+        ("--objective", "upit", "--upit-train-experts", "--upit-epochs", "1"),
+    ],
+    ids=lambda words: words[1],
+)
+def test_cuda_finds_the_gates_of_the_cpu(tmp_path, merge, dtype: str, arguments) -> None:
+    """The same numbers in another order; in bfloat16, no more than its rounding apart."""
+    family = build_family(tmp_path / "family", dtype=getattr(torch, dtype))
+    out = {device: merge(family.recipe(), device) for device in ("cpu", "cuda")}
+    for device, folder in out.items():
+        words = ["router", str(folder), "--data", str(family.seed_file()), "--device", device]
+        result = CliRunner().invoke(main, [*words, *arguments, "--quiet"])
+        assert result.exit_code == 0, result.output
+    for name, gate in gates(out["cpu"]).items():
+        difference = (gates(out["cuda"])[name].float() - gate.float()).norm() / gate.float().norm()
+        assert difference < (0.01 if dtype == "float32" else 0.3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_measures_what_the_cpu_does(shared_family, tmp_path, merge) -> None:
+    out = merge(shared_family.recipe())
+    found = []
+    for device in ("cpu", "cuda"):
+        words = ["evaluate", str(out), "--data", str(shared_family.seed_file()), "--quiet"]
+        path = tmp_path / f"{device}.json"
+        result = CliRunner().invoke(main, [*words, "--device", device, "--json", str(path)])
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(path.read_text())["groups"]["all"]["perplexity"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)

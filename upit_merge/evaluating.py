@@ -15,6 +15,7 @@ from upit_merge.checkpoints import read_json
 from upit_merge.device import resolve_devices
 from upit_merge.errors import UpitError
 from upit_merge.interrupt import ends_at_once
+from upit_merge.preflight import router_needs
 from upit_merge.processes import Processes, joined
 from upit_merge.recipe import RouterSettings
 from upit_merge.report.heatmap import draw_routing
@@ -23,6 +24,7 @@ from upit_merge.router.buckets import assign_by_loss
 from upit_merge.router.evaluation import ALL, Evaluation, Groups, rows, run_mixture
 from upit_merge.router.gate_files import opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
+from upit_merge.router.memory import router_memory, shape_of
 from upit_merge.router.pretrain import RouterStage, load_seed_set
 from upit_merge.staging import REPORT
 from upit_merge.text_files import write_json
@@ -106,6 +108,11 @@ def _evaluate(
         with processes.together():
             control = _control(stage, out) if options.control else None
             held_out = stage(settings, options.seed, options.group_by)
+            cpu = model.device.type == "cpu"
+            memory = router_memory(
+                shape_of(model), held_out.lengths, settings, cpu=cpu, evaluated=True
+            )
+            router_needs(memory, model.device).require(out)
         sums, routing = run_mixture(held_out)
         samples = held_out.seeds.samples
         evaluation = Evaluation(samples, Groups.of(samples), sums, routing, model.top_k)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -13,7 +13,7 @@ import torch
 from upit_merge.errors import UpitError
 from upit_merge.inputs import Inputs
 from upit_merge.merging import Merger
-from upit_merge.router.memory import ModelShape, router_memory
+from upit_merge.router.memory import ModelShape, RouterMemory, router_memory
 from upit_merge.router.seed_tokens import SeedSet
 from upit_merge.shards import Shard
 from upit_merge.staging import free_bytes, missing_space
@@ -111,22 +111,37 @@ class Needs:
 def needs(merger: Merger, seeds: SeedSet | None, shards: Sequence[Shard]) -> Needs:
     """What a run takes; nothing is read but what is open already."""
     inputs, devices = merger.inputs, merger.devices
-    router = None
-    on_device = spilled = 0
-    cuda = devices[0].type != "cpu"
-    if seeds and inputs.recipe.router:
-        lengths = [len(sample.input_ids) for sample in seeds.samples]
-        found = router_memory(_shape(inputs), lengths, inputs.recipe.router, cpu=not cuda)
-        spilled = found.spilled
-        # On a device the layer and the batch are there; hidden states wait in RAM.
-        router = _IMPORTS_BYTES + found.states + (0 if cuda else found.compute)
-        on_device = found.compute if cuda else 0
-    return Needs(
-        disk=sum(shard.num_bytes for shard in shards) + spilled,
+    merge = Needs(
+        disk=sum(shard.num_bytes for shard in shards),
         merge=_IMPORTS_BYTES + merger.memory,
-        router=router,
-        device=_CUDA_BYTES + max(on_device, merger.memory) if cuda else None,
+        router=None,
+        device=_CUDA_BYTES + merger.memory if devices[0].type != "cpu" else None,
         devices=devices,
+    )
+    if not seeds or not inputs.recipe.router:
+        return merge
+    lengths = [len(sample.input_ids) for sample in seeds.samples]
+    cpu = devices[0].type == "cpu"
+    memory = router_memory(_shape(inputs), lengths, inputs.recipe.router, cpu=cpu)
+    router = router_needs(memory, devices[0])
+    return replace(
+        merge,
+        disk=merge.disk + memory.spilled,
+        router=router.router,
+        device=None if cpu else max(merge.device or 0, router.device or 0),
+    )
+
+
+def router_needs(memory: RouterMemory, device: torch.device) -> Needs:
+    """What router pre-training, or an evaluation, takes by itself."""
+    cpu = device.type == "cpu"
+    return Needs(
+        disk=0,  # hidden states look for their room themselves
+        merge=0,
+        # On a device the layer and the batch are there; hidden states wait in RAM.
+        router=_IMPORTS_BYTES + memory.states + (memory.compute if cpu else 0),
+        device=None if cpu else _CUDA_BYTES + memory.compute,
+        devices=(device,),
     )
 
 

@@ -17,6 +17,7 @@ from upit_merge.device import resolve_devices
 from upit_merge.errors import ResumableError, UpitError
 from upit_merge.interrupt import ends_at_once
 from upit_merge.mixtral import expert_names
+from upit_merge.preflight import router_needs
 from upit_merge.processes import Processes, joined
 from upit_merge.recipe import RouterSettings
 from upit_merge.recipe_errors import explain
@@ -25,6 +26,7 @@ from upit_merge.report.tables import show_buckets
 from upit_merge.resume import file_states
 from upit_merge.router.gate_files import PatchedCopies, named_gates, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
+from upit_merge.router.memory import router_memory, shape_of
 from upit_merge.router.pretrain import RouterResult, RouterStage, load_seed_set, pretrain_router
 from upit_merge.router.progress import Progress, has_begun
 from upit_merge.staging import (
@@ -123,6 +125,10 @@ def train_router(
                 vocab_size=model.vocab_size,
                 seed=seed,
             )
+            lengths = [len(sample.input_ids) for sample in seeds.samples]
+            cpu = model.device.type == "cpu"
+            memory = router_memory(shape_of(model), lengths, settings, cpu=cpu)
+            router_needs(memory, model.device).require(out)
 
         def last_words() -> str:
             remove_scratch(out, processes.rank)

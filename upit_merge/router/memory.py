@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from upit_merge.recipe import RouterSettings
-from upit_merge.router.layerwise import LOGIT_ROWS
+from upit_merge.router.layerwise import LOGIT_ROWS, LayerwiseMoe
 from upit_merge.router.objectives import CHUNK_BYTES
 
 # What the allocator loses, and Python's own objects; see benchmarks/router_memory.py.
@@ -42,6 +42,22 @@ class ModelShape:
         return self.vocab_size * self.hidden_size
 
 
+def shape_of(model: LayerwiseMoe) -> ModelShape:
+    """The sizes of a folder."""
+    specs, config = model.moe.specs, model.moe.config
+    first = "model.layers.0."
+    own = (n for n in specs if n.startswith(first) and ".block_sparse_moe." not in n)
+    return ModelShape(
+        hidden_size=model.hidden_size,
+        intermediate_size=int(config["intermediate_size"]),
+        vocab_size=model.vocab_size,
+        num_layers=model.num_layers,
+        num_experts=model.num_experts,
+        attention=sum(specs[name].numel for name in own),
+        itemsize=model.stored_dtype.itemsize,
+    )
+
+
 @dataclass(frozen=True)
 class RouterMemory:
     """What the stage takes at its worst moment, in bytes.
@@ -58,23 +74,31 @@ class RouterMemory:
 
 
 def router_memory(
-    shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, *, cpu: bool
+    shape: ModelShape,
+    lengths: Sequence[int],
+    settings: RouterSettings,
+    *,
+    cpu: bool,
+    evaluated: bool = False,
 ) -> RouterMemory:
     """The peak over the parts of the stage that the settings ask for.
 
     Args:
         lengths: Tokens of this process's samples.
         cpu: Whether the arithmetic is done on the CPU, in float32; else in the stored dtype.
+        evaluated: The mixture is only evaluated, nothing is trained.
     """
     item = 4 if cpu else shape.itemsize
     budget = int(float(settings.memory_gb) * 2**30)
     states = 2 * item * shape.hidden_size * sum(lengths)
     parts = [_sweeps(shape, lengths, settings, item), _head(shape, item)]
+    if evaluated:
+        parts.append(_mixture(shape, lengths, settings, item, 0))
     if settings.refine is not None:
         tokens = max(settings.refine.tokens, *lengths)
         kept = (shape.num_layers + 1) * item + 4
         states = max(states, kept * shape.hidden_size * min(tokens, sum(lengths)))
-        parts.append(_refinement(shape, lengths, settings, item, budget))
+        parts.append(_mixture(shape, lengths, settings, item, budget))
     if settings.trains_experts:
         parts.append(_training(shape, lengths, settings, item))
     kept_states = min(states, budget)
@@ -105,7 +129,7 @@ def _head(shape: ModelShape, item: int) -> int:
     return shape.embeddings * (item + shape.itemsize) + 3 * 4 * LOGIT_ROWS * shape.vocab_size
 
 
-def _refinement(
+def _mixture(
     shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, item: int, budget: int
 ) -> int:
     """Two layers with all experts, or all layers if they fit, and a batch with its gradients."""
