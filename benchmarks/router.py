@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -118,6 +119,7 @@ def worth(folder: Path) -> dict[str, Any]:
 
 def measure(folder: Path, variants: list[str]) -> Result:
     """Everything about the models of one seed."""
+    shutil.rmtree(folder / "fits", ignore_errors=True)  # losses that are kept would not be timed
     results: Result = {"references": references(folder), "fits": {}}
     for variant in ["losses", "sweep", *RANDOM, *variants]:
         result = fit(folder, variant)
