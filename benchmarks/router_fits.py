@@ -85,10 +85,8 @@ def by_settings(folder: Path, variant: str, scratch: Path) -> tuple[list[Tensor]
         copies = PatchedCopies(moe, folder / "fits" / "trained")
         if settings.trains_experts:
             shutil.rmtree(copies.folder, ignore_errors=True)
-            copies.folder.mkdir()
-            for path in (folder / "moe").iterdir():
-                shutil.copy(path, copies.folder)
-        result = pretrain_router(stage, copies.write)
+            shutil.copytree(folder / "moe", copies.folder)
+        result = pretrain_router(stage, copies)
     return result.gates, stage.seconds
 
 
@@ -117,8 +115,8 @@ def random(folder: Path, variant: str, _scratch: Path) -> tuple[list[Tensor], di
     return gates, {"gates": time.perf_counter() - started}
 
 
-def mergekit(folder: Path, _variant: str, scratch: Path) -> tuple[list[Tensor], dict[str, float]]:
-    """mergekit-moe's own `gate_mode: hidden`, with each bucket's samples as prompts."""
+def mergekit(folder: Path, variant: str, scratch: Path) -> tuple[list[Tensor], dict[str, float]]:
+    """mergekit-moe's own code for a `gate_mode`, with each bucket's samples as prompts."""
     from mergekit.common import ModelReference
     from mergekit.moe.config import Expert
     from mergekit.moe.router import get_gate_params
@@ -143,7 +141,8 @@ def mergekit(folder: Path, _variant: str, scratch: Path) -> tuple[list[Tensor], 
         for e in range(buckets.num_experts)
     ]
     started = time.perf_counter()
-    gates = get_gate_params(reference, tokenizer, experts, mode="hidden", device="cpu")
+    mode = variant.rpartition(" ")[2]
+    gates = get_gate_params(reference, tokenizer, experts, mode=mode, device="cpu")
     return list(gates.float()), {"gates": time.perf_counter() - started}
 
 
@@ -192,6 +191,7 @@ FITS: dict[str, Fit] = {
     "random 1": random,
     "random 2": random,
     "mergekit-moe, gate_mode: hidden": mergekit,
+    "mergekit-moe, gate_mode: hidden_avg": mergekit,
     "upit, model in the loop": in_the_loop,
     **dict.fromkeys(SETTINGS, by_settings),
 }

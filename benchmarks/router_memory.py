@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from upit_merge.mixtral import PROJECTIONS, expert_tensor, gate_tensor
 from upit_merge.recipe import RouterSettings
-from upit_merge.router.gate_files import opened_moe
+from upit_merge.router.gate_files import InPlace, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.memory import ModelShape, router_memory
 from upit_merge.router.pretrain import RouterStage, pretrain_router
@@ -120,7 +120,7 @@ def run_stage(folder: Path, name: str) -> None:
         seeds = SeedSet([TokenizedSample(row, 1, f"{i}") for i, row in enumerate(ids)], length)
         chosen = RouterSettings(data="-", **settings)
         stage = RouterStage(model, seeds, chosen, 0, Path(scratch), quiet=True)
-        pretrain_router(stage, lambda _tensors: None)
+        pretrain_router(stage, InPlace(moe))
 
 
 def foretold(name: str) -> int:

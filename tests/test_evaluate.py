@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import Family, byte_tokenizer
@@ -161,13 +162,77 @@ def test_command_writes_table_json_and_picture(out: Path, tmp_path: Path) -> Non
     assert width > 400
 
 
+@pytest.mark.parametrize("kinds", [("all", "[/x]"), ("$x$ \x1b[2J", "[bold]"), ("only", "only")])
+def test_any_name_will_do_for_a_kind(out: Path, tmp_path: Path, kinds) -> None:
+    data = tmp_path / "kinds.jsonl"
+    rows = [{"text": "abcdefg" * 3, "kind": kinds[i % 2]} for i in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["evaluate", str(out), "--data", str(data), "--group-by", "kind", "--no-experts"]
+    words += ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "e.json")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    groups = json.loads((tmp_path / "e.json").read_text())["groups"]
+    if kinds[0] == kinds[1]:
+        assert {name: group["samples"] for name, group in groups.items()} == {"only": 6}
+    else:
+        assert [group["samples"] for group in groups.values()] == [3, 3, 6]
+        assert all(kind in result.stdout for kind in kinds if "\x1b" not in kind)
+        assert "\x1b" not in result.stdout
+
+
+def test_weights_that_overflow_are_told(out: Path, tmp_path: Path) -> None:
+    path = out / "model.safetensors"
+    tensors = load_model(out)
+    tensors["model.layers.0.self_attn.o_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, path, {"format": "pt"})
+    for command in (["evaluate", "--no-experts"], ["router", "--assign", "shuffled"]):
+        words = [command[0], str(out), "--data", str(held_out(tmp_path)), *command[1:], "--quiet"]
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 1
+        assert "NaN or infinite" in result.stderr
+        assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"num_experts_per_tok": 5}, "routes a token to 5 of 4 experts"),
+        ("bias", "has the tensor model.layers.0.self_attn.q_proj.bias, which a Mixtral has not"),
+        ("rotary", ""),
+    ],
+    ids=str,
+)
+def test_foreign_folders_are_looked_at(out: Path, tmp_path: Path, change, sentence: str) -> None:
+    if isinstance(change, dict):
+        config = json.loads((out / "config.json").read_text()) | change
+        (out / "config.json").write_text(json.dumps(config))
+    else:
+        name = {"bias": "q_proj.bias", "rotary": "rotary_emb.inv_freq"}[change]
+        tensors = load_model(out) | {f"model.layers.0.self_attn.{name}": torch.zeros(4)}
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    words = ["evaluate", str(out), "--data", str(held_out(tmp_path)), "--quiet"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == (1 if sentence else 0), result.output
+    assert sentence in result.stderr
+
+
+def test_a_refined_control_is_refined_too(shared_family: Family, merge, tmp_path: Path) -> None:
+    router = {"data": str(shared_family.seed_file()), "objective": "hidden"}
+    found = []
+    for name, refine in (("plain", None), ("refined", {"steps": 3, "tokens": 300, "lr": 0.3})):
+        settings = router if refine is None else {**router, "refine": refine}
+        out = merge(shared_family.recipe(router=settings), name)
+        found.append(evaluated(out, held_out(tmp_path), control=True, experts=False).control)
+    assert not torch.equal(*found)
+
+
 def test_a_dead_expert_is_found() -> None:
     """An even share of four experts is a quarter; a tenth of that is the limit."""
     samples = [TokenizedSample([1] * 100, 1, "") for _ in range(2)]
     routing = Routing(2, 2, 4)
     routing.chosen[0] = torch.tensor([[80, 80, 35, 5], [100, 100, 0, 0]])
     routing.chosen[1] = torch.tensor([[80, 80, 36, 4], [100, 90, 10, 0]])
-    evaluation = Evaluation(samples, Groups.of(samples), torch.ones(2), routing, 2)
+    evaluation = Evaluation(samples, Groups.of(samples), torch.ones(2), routing)
     assert evaluation.dead() == [(0, 3), (1, 3)]
     assert evaluation.shares([0])[1].tolist() == [0.5, 0.5, 0, 0]
     first = -sum(p * math.log(p) for p in (0.4, 0.4, 0.175, 0.025)) / math.log(4)
@@ -181,6 +246,7 @@ def test_a_dead_expert_is_found() -> None:
         (["--json", "no/where.json"], "The folder of no/where.json does not exist"),
         (["--max-length", "1"], "--max-length is 1, expected"),
         (["--device", "tpu"], "The device 'tpu' does not exist"),
+        (["--plot", "routing.txt"], "The picture routing.txt is none of .png, .pdf, .svg, .jpg"),
     ],
 )
 def test_mistakes_are_told(out: Path, tmp_path: Path, arguments, sentence: str) -> None:

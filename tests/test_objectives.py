@@ -89,12 +89,6 @@ def one_hot(data: GateData) -> torch.Tensor:
     return F.one_hot(data.labels, data.num_experts).double()
 
 
-def weights(data: GateData) -> torch.Tensor:
-    """Per token; every expert's tokens have the same weight in all."""
-    members = one_hot(data).sum(0)
-    return (1 / (members[data.labels] * data.num_experts)).double()
-
-
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch) -> None:
     monkeypatch.setattr("upit_merge.router.objectives.CHUNK_BYTES", 4 * 10 * 100)
@@ -103,11 +97,11 @@ def small_pieces(monkeypatch) -> None:
 
 def test_ridge_equals_a_direct_solve() -> None:
     data = labelled_inputs()
-    d, h, y = weights(data), data.inputs.double(), one_hot(data)
-    moments = h.T @ (d.unsqueeze(1) * h)
+    h, y = data.inputs.double(), one_hot(data)
+    moments = h.T @ h / len(h)
     torch.testing.assert_close(covariance(data), moments, rtol=1e-5, atol=1e-6)
     moments += RIDGE_PENALTY * moments.diagonal().mean() * torch.eye(10)
-    expected = torch.linalg.inv(moments) @ h.T @ (d.unsqueeze(1) * y)
+    expected = torch.linalg.inv(moments) @ h.T @ y / len(h)
     torch.testing.assert_close(ridge(data), expected.T.float(), rtol=1e-4, atol=1e-5)
 
 
@@ -123,13 +117,11 @@ def cross_entropy(logits: torch.Tensor, data: GateData) -> torch.Tensor:
 def test_logistic_fits_are_at_the_minimum_of_their_loss(fit, terms) -> None:
     """The gradient of the stated loss, by autograd in float64 on all tokens at once, vanishes."""
     data = labelled_inputs()
-    # Token-weighted, as everything else.
-    square = (data.inputs.double().square().mean(1) * weights(data)).sum()
-    scale = square**-0.5
+    scale = data.inputs.double().square().mean() ** -0.5
     vectors = (fit(data).double() / scale).requires_grad_()
 
     def loss(r: torch.Tensor) -> torch.Tensor:
-        value = (terms(data.inputs.double() * scale @ r.T, data) * weights(data)).sum()
+        value = terms(data.inputs.double() * scale @ r.T, data).mean()
         return value + LOGISTIC_PENALTY / 2 * r.square().sum()
 
     at_zero = torch.zeros_like(vectors).requires_grad_()
@@ -229,11 +221,11 @@ def test_random_gate_logits_have_unit_size() -> None:
     assert F.linear(inputs, gate).std() == pytest.approx(1, rel=0.05)
 
 
-def test_token_weights_give_every_expert_the_same_say() -> None:
-    spans = [slice(0, 1), slice(1, 3), slice(3, 4)]
-    data = GateData(torch.zeros(4, 2), spans, [1, 2, 1], torch.tensor([0, 0, 2]), 3, CPU)
+def test_tokens_have_the_expert_of_their_sample() -> None:
+    spans = [slice(0, 1), slice(1, 3), slice(3, 3), slice(3, 4)]
+    data = GateData(torch.zeros(4, 2), spans, [1, 2, 5, 1], torch.tensor([0, 0, 1, 2]), 3, CPU)
     assert data.labels.tolist() == [0, 0, 0, 2]
-    assert data.weights.tolist() == pytest.approx([1 / 6, 0, 1 / 2])
+    assert data.num_tokens == 9  # five are another process's
 
 
 def test_balanced_buckets_are_the_best_equal_ones() -> None:

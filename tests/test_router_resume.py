@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors import SafetensorError
 
 from tests.conftest import Family
 from tests.crash import contents
@@ -120,17 +121,56 @@ def test_another_command_starts_over(out, shared_family, tmp_path, monkeypatch, 
 def test_a_run_goes_on_in_its_router_stage(shared_family, merge, monkeypatch) -> None:
     document = shared_family.recipe(router={"data": str(shared_family.seed_file())})
     whole = merge(document, "whole")
-    from upit_merge import pipeline
+    heads = []
+    head = LayerwiseMoe.head
 
-    merged = []
-    original = pipeline.merge
-    monkeypatch.setattr(pipeline, "merge", lambda *a: (merged.append(1), original(*a))[1])
-    with monkeypatch.context() as patch:
-        patch.setattr(LayerwiseMoe, "head", lambda _self: (_ for _ in ()).throw(CutOff))
-        with pytest.raises(CutOff):
-            merge(document, "out")
+    def head_or_cut(self: LayerwiseMoe):
+        heads.append(1)
+        if len(heads) == 3:
+            raise CutOff
+        return head(self)
+
+    monkeypatch.setattr(LayerwiseMoe, "head", head_or_cut)
+    with pytest.raises(CutOff):
+        merge(document, "out")
     assert contents(merge(document, "out")) == contents(whole)
-    assert len(merged) == 2  # both found the tensors of the first there, see tests/test_resume.py
+    assert len(heads) == 4  # the losses of two of the three experts were kept
+
+
+def test_less_may_be_computed_at_a_time_than_before(shared_family, merge, monkeypatch) -> None:
+    """Whoever ran out of memory lowers it, and need not start over."""
+    router = {"data": str(shared_family.seed_file()), "objective": "ridge"}
+    recipe = shared_family.recipe(router=router)
+    original = LayerwiseMoe.head
+    calls = []
+
+    def head(self: LayerwiseMoe):
+        calls.append(1)
+        if len(calls) == 3:
+            raise CutOff
+        return original(self)
+
+    monkeypatch.setattr(LayerwiseMoe, "head", head)
+    with pytest.raises(CutOff):
+        merge(recipe)
+    out = merge(shared_family.recipe(router={**router, "batch_tokens": 100, "memory_gb": 1}))
+    assert len(calls) == 4
+    assert (
+        json.loads((out / "upit_report.json").read_text())["router"]["settings"]["memory_gb"] == 1
+    )
+
+
+def test_another_tokenizer_starts_over(out, shared_family, tmp_path, monkeypatch) -> None:
+    """The samples' losses depend on it, and are not mixed."""
+    data = shared_family.seed_file()
+    template = '{"type": "TemplateProcessing"'
+    tokenizer = (out / "tokenizer.json").read_text()
+    assert cut_off(monkeypatch, LayerwiseMoe, "_layer_batch", 5, command(out, data))
+    # Without the text's first token.
+    changed = json.loads(tokenizer) | {"post_processor": None}
+    (out / "tokenizer.json").write_text(json.dumps(changed))
+    assert layers_computed(monkeypatch, command(out, data)) == 10
+    assert template not in (out / "tokenizer.json").read_text()
 
 
 @pytest.mark.parametrize("name", ["_forwards", "_head", "_backwards"])
@@ -177,6 +217,61 @@ def test_training_of_experts_goes_on(out, shared_family, tmp_path, monkeypatch) 
         assert contents(copy) == files
         run(command(copy, data, *more))
         assert contents(copy) == contents(whole)
+
+
+def test_experts_that_another_process_trained_first_are_kept(
+    out, shared_family, tmp_path, monkeypatch
+) -> None:
+    """The first process may be the last to finish: what is kept need not begin with expert 0."""
+    data = shared_family.seed_file()
+    words = (
+        "--objective",
+        "upit",
+        "--upit-train-experts",
+        "--upit-epochs",
+        "1",
+        "--upit-lr",
+        "1e-3",
+    )
+    whole = copied(out, tmp_path / "whole")
+    run(command(whole, data, *words))
+    # As if there were two: expert 1 is done, expert 0 is not.
+    assert cut_off(monkeypatch, Progress, "keep", 8, command(out, data, *words))
+    kept = out / ROUTER_STAGING / "progress"
+    assert (kept / "tuned-1.safetensors").is_file()
+    (kept / "tuned-0.safetensors").unlink()
+    run(command(out, data, *words))
+    assert contents(out) == contents(whole)
+
+
+def test_trained_experts_are_refined_as_they_will_be(shared_family, merge, tmp_path) -> None:
+    """By the command, beside the model; in a recipe's run, in place."""
+    data = shared_family.seed_file()
+    upit = {"train_experts": True, "epochs": 2, "lr": 3e-3}
+    router = {"data": str(data), "objective": "upit", "upit": upit}
+    router["refine"] = {"steps": 2, "tokens": 300}
+    whole = merge(shared_family.recipe(router=router), "whole")
+    later = merge(shared_family.recipe(), "later")
+    words = ["--objective", "upit", "--upit-train-experts", "--upit-epochs", "2"]
+    words += ["--upit-lr", "3e-3", "--refine-steps", "2", "--refine-tokens", "300"]
+    run(command(later, data, *words))
+    expected = load_model(whole)
+    for name, tensor in load_model(later).items():
+        assert torch.equal(tensor, expected[name]), name
+    found = [json.loads((f / "upit_report.json").read_text())["router"] for f in (whole, later)]
+    assert found[0]["refined"] == found[1]["refined"]
+
+
+def test_a_full_disk_is_told(out, shared_family, monkeypatch) -> None:
+    def full(*_arguments) -> None:
+        raise SafetensorError('Error while serializing: IoError(Os { code: 28, "No space left" })')
+
+    monkeypatch.setattr(progress, "save_file", full)
+    words = command(out, shared_family.seed_file())
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1
+    assert "is full; free some space and run the same command again" in result.stderr
+    assert "Traceback" not in result.output
 
 
 def test_cut_off_between_two_files_it_is_no_model_and_then_the_new_one(

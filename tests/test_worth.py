@@ -136,6 +136,8 @@ def test_the_data_may_name_the_experts() -> None:
     assert by_column(labelled(2, "0", 1), rule, 3).tolist() == [2, 0, 1]
     rule = ByColumn(column="c", experts={"code": 1, "docs": 0, 7: 2})
     assert by_column(labelled("docs", "code", 7), rule, 3).tolist() == [0, 1, 2]
+    read_back = ByColumn.model_validate(json.loads(json.dumps(rule.model_dump(mode="json"))))
+    assert by_column(labelled("docs", "code", 7), read_back, 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,19 @@ def test_the_data_may_name_the_experts() -> None:
 def test_names_of_no_expert_are_refused(labels, experts, sentence: str) -> None:
     with pytest.raises(UpitError, match=sentence.replace("(", r"\(")):
         by_column(labelled(*labels), ByColumn(column="c", experts=experts), 3)
+
+
+def test_a_wrong_name_is_told_before_the_merge(family, tmp_path) -> None:
+    data = tmp_path / "seed.jsonl"
+    rows = [{"text": f"sample {i}", "kind": "code" if i < 9 else "cod"} for i in range(10)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assign = {"column": "kind", "experts": {"code": 1, 7: 2}}
+    recipe = family.write_recipe(family.recipe(router={"data": str(data), "assign": assign}))
+    out = tmp_path / "out"
+    result = CliRunner().invoke(main, ["run", str(recipe), str(out), "--quiet"])
+    assert result.exit_code == 1
+    assert "seed.jsonl line 10 has 'cod' in the column `kind`" in result.stderr
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("backbone", ["last", "average", "base"])

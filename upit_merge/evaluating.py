@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from upit_merge.checkpoints import read_json
@@ -18,15 +19,15 @@ from upit_merge.interrupt import ends_at_once
 from upit_merge.preflight import router_needs
 from upit_merge.processes import Processes, joined
 from upit_merge.recipe import RouterSettings
-from upit_merge.report.heatmap import draw_routing
+from upit_merge.report.heatmap import check_format, draw_routing
 from upit_merge.report.tables import show
 from upit_merge.router.buckets import assign_by_loss
-from upit_merge.router.evaluation import ALL, Evaluation, Groups, rows, run_mixture
+from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
 from upit_merge.router.gate_files import opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.memory import router_memory, shape_of
 from upit_merge.router.pretrain import RouterStage, load_seed_set
-from upit_merge.staging import REPORT
+from upit_merge.staging import REPORT, explained_failures
 from upit_merge.text_files import write_json
 from upit_merge.tokenizer import load_tokenizer
 
@@ -75,7 +76,9 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UpitError(f"The folder of {path} does not exist; create it first.")
-    with joined() as processes, ends_at_once(lambda: "Interrupted."):
+    if options.plot is not None:
+        check_format(options.plot)
+    with explained_failures(out), joined() as processes, ends_at_once(lambda: "Interrupted."):
         evaluation = _evaluate(out, settings, options, processes)
         if processes.is_first:
             _tell(evaluation, options)
@@ -115,12 +118,14 @@ def _evaluate(
             router_needs(memory, model.device).require(out)
         sums, routing = run_mixture(held_out)
         samples = held_out.seeds.samples
-        evaluation = Evaluation(samples, Groups.of(samples), sums, routing, model.top_k)
+        evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
         if options.experts and model.num_experts > 1:
             buckets = assign_by_loss(held_out.losses(), "lowest")
             evaluation = replace(evaluation, buckets=buckets)
         if control is not None:
             gates: Sequence[Tensor] = control.gates(control.buckets())
+            if control.settings.refine is not None:
+                gates, _ = control.refined(gates)
             evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
     return evaluation
 
@@ -128,22 +133,21 @@ def _evaluate(
 def _control(stage: Any, out: Path) -> RouterStage:
     """The stage that made the gates of `out`, but with shuffled buckets."""
     report = read_json(out / REPORT, f"the output {out}") if (out / REPORT).is_file() else {}
-    told = report.get("router") or {}
-    if "settings" not in told:
+    try:
+        told = report["router"]
+        settings, seed = RouterSettings.model_validate(told["settings"]), int(told["seed"])
+    except (KeyError, TypeError, ValueError):  # pydantic's own is a ValueError
         raise UpitError(
             f"{out} has no record of how its gates were trained, so there is nothing to compare "
             "shuffled buckets with; leave out --control, or train them with `upit-merge router`."
-        )
-    settings = RouterSettings.model_validate(told["settings"])
+        ) from None
     if settings.objective == "random" or settings.trains_experts:
         raise UpitError(
             f"The gates of {out} come from objective: {settings.objective}"
             f"{' with train_experts' * settings.trains_experts}, which has no control; leave out "
             "--control."
         )
-    shuffled: RouterStage = stage(
-        settings.model_copy(update={"assign": "shuffled"}), int(told["seed"])
-    )
+    shuffled: RouterStage = stage(settings.model_copy(update={"assign": "shuffled"}), seed)
     return shuffled
 
 
@@ -151,11 +155,16 @@ def _tell(evaluation: Evaluation, options: EvaluateOptions) -> None:
     if options.json is not None:
         write_json(options.json, evaluation.to_report())
     everything = range(len(evaluation.samples))
+    if not options.quiet:
+        _print(evaluation)
     if options.plot is not None:
-        groups = [row for row in rows(evaluation) if row[0] != ALL] or list(rows(evaluation))
+        whole = evaluation.groups.whole
+        groups = [row for row in rows(evaluation) if row[0] != whole] or list(rows(evaluation))
         draw_routing(options.plot, groups, evaluation.shares(everything).tolist())
-    if options.quiet:
-        return
+
+
+def _print(evaluation: Evaluation) -> None:
+    everything = range(len(evaluation.samples))
     show(_perplexities(evaluation))
     show(_routing(evaluation))
     entropy = evaluation.entropy(everything)
@@ -211,9 +220,7 @@ def _routing(evaluation: Evaluation) -> Table:
         table.add_column(name, justify="right")
     for expert in range(len(groups[0][1])):
         cells = [
-            f"[bold]{shares[expert]:.1%}[/]"
-            if shares[expert] == max(shares)
-            else f"{shares[expert]:.1%}"
+            Text(f"{shares[expert]:.1%}", "bold" if shares[expert] == max(shares) else "")
             for _name, shares in groups
         ]
         table.add_row(str(expert), *cells)

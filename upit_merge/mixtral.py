@@ -330,7 +330,20 @@ def check_moe(moe: TensorSource, config: Any) -> None:
         for layer in range(config.num_hidden_layers):
             yield gate_tensor(layer), (config.num_local_experts, config.hidden_size)
 
-    for name, shape in expected():
+    shapes = dict(expected())
+    for name in moe.specs:
+        # As in dense models: tables that are derived, a copy of tied embeddings.
+        if not (name in shapes or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"):
+            raise UpitError(
+                f"{moe.label} has the tensor {name}, which a Mixtral has not; the router needs a "
+                "plain Mixtral, such as the output of a upit recipe."
+            )
+    if config.num_experts_per_tok > config.num_local_experts:
+        raise UpitError(
+            f"The config.json of {moe.label} routes a token to {config.num_experts_per_tok} of "
+            f"{config.num_local_experts} experts; correct num_experts_per_tok."
+        )
+    for name, shape in shapes.items():
         spec = moe.specs.get(name)
         if spec is None:
             raise UpitError(

@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from upit_merge.merging import Clock, Merged, Merger, merge
 from upit_merge.mixtral import context_length, moe_config
 from upit_merge.preflight import needs
 from upit_merge.processes import Processes, joined
-from upit_merge.recipe import Recipe
+from upit_merge.recipe import ByColumn, Recipe
 from upit_merge.report.card import model_card, router_sentence
 from upit_merge.report.record import merge_record
 from upit_merge.report.tables import show_buckets
 from upit_merge.resume import run_identity
-from upit_merge.router.gate_files import named_gates, opened_moe, overwrite_tensors
+from upit_merge.router.buckets import by_column
+from upit_merge.router.gate_files import InPlace, named_gates, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.pretrain import RouterResult, RouterStage, load_seed_set, pretrain_router
 from upit_merge.router.progress import Progress
@@ -140,7 +140,8 @@ def _prepared(
     seeds = seed_set(inputs, options) if first else None
     staging = Staging(out / STAGING)
     if first:
-        identity = run_identity(recipe, inputs.models, options.max_shard_bytes)
+        samples = seeds.digest() if seeds else None
+        identity = run_identity(recipe, inputs.models, options.max_shard_bytes, samples)
         staging = stack.enter_context(staged_output(out, identity, overwrite=options.overwrite))
         if not staging.complete:
             needs(merger, seeds, shards).require(out, staging.size())
@@ -178,7 +179,7 @@ class _Run:
             scratch_folder(self.out, processes.rank) as scratch,
             opened_moe(self.staging.model, config=output_config(inputs)) as moe,
         ):
-            progress = Progress(self.staging.root / "router", {"device": device.type}, processes)
+            progress = Progress(self.staging.root / "router", {}, processes)
             stage = RouterStage(
                 LayerwiseMoe(moe, device),
                 seeds,
@@ -189,9 +190,11 @@ class _Run:
                 progress,
                 self.options.quiet,
             )
-            router = pretrain_router(stage, partial(overwrite_tensors, moe))
+            output = InPlace(moe)
+            router = pretrain_router(stage, output)
             if processes.is_first:
-                overwrite_tensors(moe, named_gates(router.gates))
+                output.write(named_gates(router.gates))
+        processes.gather(None)  # nobody uses the scratch folders any more
         return router
 
     def finish(self, merged: Merged, router: RouterResult | None) -> None:
@@ -257,13 +260,16 @@ def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
     )
     if inputs.chat_template:
         tokenizer.chat_template = inputs.chat_template
-    return load_seed_set(
+    seeds = load_seed_set(
         settings,
         tokenizer,
         context=context_length(inputs.settings_donor),
         vocab_size=inputs.architecture.settings["vocab_size"],
         seed=inputs.recipe.seed,
     )
+    if isinstance(settings.assign, ByColumn):
+        by_column(seeds.samples, settings.assign, inputs.num_experts)
+    return seeds
 
 
 def output_config(inputs: Inputs) -> dict[str, Any]:

@@ -170,9 +170,11 @@ class Refinement(_Strict):
         0.02, description="Learning rate, relative to the size of the gates' entries."
     )
     tokens: StrictInt = Field(8192, ge=2, description="Seed tokens per step.")
-    balance: Annotated[Number, BeforeValidator(_number), Field(ge=0)] = Field(
-        0.01, description="Weight of the load-balancing loss."
-    )
+    balance: Annotated[
+        StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)],
+        BeforeValidator(_number),
+        Field(ge=0),
+    ] = Field(0.01, description="Weight of the load-balancing loss.")
 
 
 class RouterSettings(_Strict):

@@ -24,11 +24,19 @@ SAVE_BYTES = 256 << 20
 
 _JOURNALS = "journal-*.jsonl"
 
+# Router settings that decide how much is computed at a time, but not what.
+NO_MATTER = ("batch_tokens", "memory_gb")
+
 
 def run_identity(
-    recipe: Recipe, models: Sequence[Checkpoint], max_shard_bytes: int
+    recipe: Recipe,
+    models: Sequence[Checkpoint],
+    max_shard_bytes: int,
+    seed_samples: str | None = None,
 ) -> dict[str, Any]:
     """What decides a run's bytes: a run that differs in any of it cannot be continued.
+
+    How much the router computes at a time is not among it: whoever ran out of memory may lower it.
 
     Input files are told apart by size and time of change, as build tools do: reading them would
     take as long as starting anew.
@@ -36,10 +44,17 @@ def run_identity(
     files = [path for model in models for path in model.files()]
     return {
         "upit-merge": __version__,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": _without_sizes(recipe.model_dump(mode="json")),
         "--out-shard-size": max_shard_bytes,
+        "what the tokenizer makes of the seed data": seed_samples,
         "file": file_states(files, recipe.router.data if recipe.router else ""),
     }
+
+
+def _without_sizes(recipe: dict[str, Any]) -> dict[str, Any]:
+    for name in NO_MATTER:
+        (recipe["router"] or {}).pop(name, None)
+    return recipe
 
 
 def file_states(files: Iterable[Path], seed_data: str) -> dict[str, str]:

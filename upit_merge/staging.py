@@ -92,7 +92,7 @@ def staged_output(
                 if _is_moving(root) or has_progress(root):
                     return "Interrupted; the same command goes on from there."
                 shutil.rmtree(root, ignore_errors=True)
-                (out / _LOCK).unlink(missing_ok=True)
+                release(out)
                 for folder in created:
                     _remove_if_empty(folder)
                 return "Interrupted; nothing was written."
@@ -147,6 +147,7 @@ def replace_files(out: Path, root: Path, identity: Mapping[str, Any]) -> None:
     Args:
         identity: What made them, for `finish_replacing` to tell.
     """
+    sync_folder(root / "model")
     write_json(root / _STATE, {"identity": identity, "moving": {"obsolete": []}})
     finish_replacing(out, root)
 
@@ -225,6 +226,11 @@ def exclusive(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # Windows does not remove open files
             path.unlink(missing_ok=True)
         lock.release()
+
+
+def release(folder: Path) -> None:
+    """Remove the lock of a process that is about to end."""
+    (folder / _LOCK).unlink(missing_ok=True)
 
 
 def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
@@ -332,7 +338,7 @@ def _move_into_place(staging: Staging, out: Path) -> None:
     # The state goes last: until then the same command finds that all is done.
     for path in staging.root.iterdir():
         if path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         elif path.name != _STATE:
             path.unlink()
     shutil.rmtree(staging.root, ignore_errors=True)
@@ -387,7 +393,7 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
     """Refuse work that cannot fit the disk, before it starts.
 
     Raises:
-        UpitError: naming what is needed and what is free.
+        ResumableError: naming what is needed and what is free.
     """
     if sentence := missing_space(folder, num_bytes, what):
-        raise UpitError(sentence)
+        raise ResumableError(sentence)

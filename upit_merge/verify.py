@@ -25,7 +25,7 @@ from upit_merge.pipeline import RunOptions, output_config, write_settings
 from upit_merge.recipe import Recipe, RouterSettings, load_recipe
 from upit_merge.report.tables import show
 from upit_merge.resume import Saver
-from upit_merge.router.gate_files import gates_digest, opened_moe, tensors_digest
+from upit_merge.router.gate_files import InPlace, gates_digest, opened_moe, tensors_digest
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.pretrain import RouterStage, load_seed_set, pretrain_router
 from upit_merge.staging import REPORT
@@ -289,11 +289,7 @@ def _fitted_gates(
         stage = RouterStage(
             model, seeds, settings, told["seed"], Path(scratch), quiet=options.quiet
         )
-        return pretrain_router(stage, _no_experts).gates
-
-
-def _no_experts(_tensors: Mapping[str, torch.Tensor]) -> None:
-    raise RuntimeError("gates alone are fitted again")
+        return pretrain_router(stage, InPlace(moe)).gates  # no expert is trained
 
 
 def _file_finding(out: Path, inputs: Inputs, options: RunOptions) -> Finding:

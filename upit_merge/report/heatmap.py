@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from upit_merge.errors import UpitError
+
+_MOST_GROUPS = 60  # in a picture; the table and the JSON file have all
+_FORMATS = (".png", ".pdf", ".svg", ".jpg")
+
+
+def check_format(path: Path) -> None:
+    """Refuse, before the work, a picture that could not be written after it.
+
+    Raises:
+        UpitError: the extension is not that of a picture.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise UpitError(f"The picture {path} is none of {', '.join(_FORMATS)}; name it so.")
 
 
 def draw_routing(
@@ -17,13 +31,14 @@ def draw_routing(
     """Write a picture: expert by group, mean over the layers, and expert by layer, all data.
 
     Args:
-        path: Of the picture; its extension decides the format, PNG if it has none.
+        path: Of the picture; its extension decides the format.
         groups: Name and every expert's share of the routed places, (num_experts,).
         by_layer: The same for all data, (num_layers, num_experts).
 
     Raises:
         UpitError: the picture cannot be written.
     """
+    groups = groups[:_MOST_GROUPS]
     # Not pyplot, which would keep state and ask for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -35,7 +50,7 @@ def draw_routing(
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, width_ratios=[left, right])
     highest = max(max(shares) for shares in [*(shares for _, shares in groups), *by_layer])
-    names = [name for name, _ in groups]
+    names = [shorten(name, 24, placeholder="…").replace("$", r"\$") for name, _ in groups]
     _panel(axes[0], [shares for _, shares in groups], names, highest, numbers=len(groups) <= 12)
     axes[0].set(title="by kind of text", ylabel="expert")
     axes[0].tick_params(axis="x", rotation=30)
@@ -49,7 +64,7 @@ def draw_routing(
     bar.ax.set_ylim(0, highest)
     figure.suptitle("Where the router sends the tokens (white line: an even share)", fontsize=10)
     try:
-        figure.savefig(path, format=None if path.suffix else "png")
+        figure.savefig(path)
     except (OSError, ValueError) as error:
         raise UpitError(
             f"The picture {path} cannot be written ({error}); choose another."

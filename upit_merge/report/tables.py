@@ -13,9 +13,10 @@ from upit_merge.expansion.lineage import Lineage
 
 def show(table: Table) -> None:
     """Print a table on standard output, as wide as it needs to be when that is not a terminal."""
-    console = Console()
+    # No markup: names of models and of kinds of text may hold brackets.
+    console = Console(markup=False)
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(markup=False, width=160)
     console.print(table)
 
 

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upit_merge.blocks import map_in_order
@@ -137,12 +138,12 @@ class AssembledMoe:
         lengths = torch.tensor([span.stop - span.start for span in spans], device=padded.device)
         real = torch.arange(padded.shape[1], device=padded.device) < lengths.unsqueeze(1)
 
-        def look(
-            _module: nn.Module, _inputs: object, routed: tuple[Tensor, Tensor, Tensor]
-        ) -> None:
-            logits, _weights, chosen = routed
+        def look(gate: nn.Module, inputs: tuple[Tensor], routed: tuple[Tensor, ...]) -> None:
+            # Its first output has been logits in some releases and probabilities in others.
             kept = real.flatten()
-            on_routing(layer, batch, logits.float()[kept], chosen[kept])
+            rows = inputs[0].reshape(-1, padded.shape[2])[kept]
+            logits = F.linear(rows, gate.get_parameter("weight")).float()
+            on_routing(layer, batch, logits, routed[2][kept])
 
         handle = module.get_submodule("mlp.gate").register_forward_hook(look)
         try:

@@ -82,10 +82,12 @@ def balanced(losses: Tensor) -> Tensor:
 def _cheapest_chain(cost: NDArray, full: NDArray, free: NDArray) -> list[int]:
     """The cheapest path from a full bucket to one with room (Bellman and Ford; costs may be < 0)."""
     distance = np.where(full, 0.0, np.inf)
+    # Rounding must not look like an improvement, or the chain could go round in circles.
+    tolerance = 1e-12 * max(1.0, float(np.abs(cost[np.isfinite(cost)]).max(initial=0.0)))
     previous = np.full(len(full), -1)
     for _ in range(len(full)):
         reached = distance[:, None] + cost
-        better = reached.min(axis=0) < distance - 1e-12
+        better = reached.min(axis=0) < distance - tolerance
         if not better.any():
             break
         previous[better] = reached.argmin(axis=0)[better]
@@ -112,13 +114,14 @@ def by_column(samples: Sequence[TokenizedSample], rule: ByColumn, num_experts: i
     Raises:
         UpitError: a value names no expert.
     """
-    numbers = rule.experts
+    # As texts: a report that was read back has no other keys.
+    numbers = None if rule.experts is None else {str(k): n for k, n in rule.experts.items()}
     known = f"from 0 to {num_experts - 1}"
     found = []
     for sample in samples:
         value = sample.label
         if numbers is not None:
-            number = numbers.get(value) if value is not None else None
+            number = numbers.get(str(value))
             if number is None:
                 named = shorten(", ".join(map(str, numbers)), 200)
                 raise UpitError(

@@ -12,29 +12,31 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from upit_merge.checkpoints import Checkpoint
+from upit_merge import __version__
 from upit_merge.device import resolve_devices
 from upit_merge.errors import ResumableError, UpitError
 from upit_merge.interrupt import ends_at_once
-from upit_merge.mixtral import expert_names
+from upit_merge.mixtral import expert_names, gate_tensor
 from upit_merge.preflight import router_needs
 from upit_merge.processes import Processes, joined
 from upit_merge.recipe import RouterSettings
 from upit_merge.recipe_errors import explain
 from upit_merge.report.card import router_sentence, with_router_sentence
 from upit_merge.report.tables import show_buckets
-from upit_merge.resume import file_states
+from upit_merge.resume import NO_MATTER, file_states
 from upit_merge.router.gate_files import PatchedCopies, named_gates, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.memory import router_memory, shape_of
 from upit_merge.router.pretrain import RouterResult, RouterStage, load_seed_set, pretrain_router
 from upit_merge.router.progress import Progress, has_begun
+from upit_merge.router.seed_tokens import SeedSet
 from upit_merge.staging import (
     REPORT,
     ROUTER_STAGING,
     exclusive,
     explained_failures,
     finish_replacing,
+    release,
     remove_scratch,
     replace_files,
     scratch_folder,
@@ -105,16 +107,11 @@ def train_router(
         raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
     root = out / ROUTER_STAGING
     with joined() as processes, explained_failures(out), contextlib.ExitStack() as stack:
-        wanted = {"settings": settings.model_dump(mode="json"), "seed": seed}
         finished = None
         with processes.together():
             if processes.is_first:
                 stack.enter_context(exclusive(out))
                 finished = finish_replacing(out, root)
-        if processes.gather(finished)[0] == wanted:
-            if processes.is_first:
-                print("The earlier call was complete but for the last files, now in place.")
-            return
         with processes.together():
             moe = stack.enter_context(opened_moe(out, str(out)))
             model = LayerwiseMoe(moe, resolve_devices(device)[0])
@@ -130,25 +127,37 @@ def train_router(
             memory = router_memory(shape_of(model), lengths, settings, cpu=cpu)
             router_needs(memory, model.device).require(out)
 
+        wanted = _identity(seeds, settings, seed)
+        if processes.gather(finished)[0] == wanted:
+            if processes.is_first:
+                print("The earlier call was complete but for the last files, now in place.")
+            return
+
         def last_words() -> str:
             remove_scratch(out, processes.rank)
+            if not processes.is_first:
+                return ""
+            release(out)
             if has_begun(root / "progress"):
                 return "Interrupted; the gates are as they were. The same command goes on."
             shutil.rmtree(root, ignore_errors=True)
             return "Interrupted; the gates are as they were."
 
         scratch = stack.enter_context(scratch_folder(out, processes.rank))
-        progress = Progress(root / "progress", _identity(moe, wanted, device), processes)
+        identity = {**wanted, "files": file_states(moe.files(), "")}
+        progress = Progress(root / "progress", identity, processes)
         stage = RouterStage(model, seeds, settings, seed, scratch, processes, progress, quiet)
         copies = PatchedCopies(moe, root / "model")
         try:
             with ends_at_once(last_words):
                 _prepare(copies, model, settings, progress, processes)
-                result = pretrain_router(stage, copies.write)
+                result = pretrain_router(stage, copies)
+            processes.gather(None)  # nobody looks into the folders any more
             if processes.is_first:
                 _put_into_place(out, root, copies, result, wanted)
         except UpitError as error:
-            if not isinstance(error, ResumableError):  # the same command would fail again
+            # Else the same command would fail again, or there is nothing to go on with.
+            if not (isinstance(error, ResumableError) and has_begun(root / "progress")):
                 shutil.rmtree(root, ignore_errors=True)
             raise
         if processes.is_first and not quiet:
@@ -157,10 +166,12 @@ def train_router(
             print(f"The gates in {out} are replaced.")
 
 
-def _identity(moe: Checkpoint, wanted: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """What decides the gates: a call that differs in any of it starts over."""
-    files = file_states(moe.files(), wanted["settings"]["data"])
-    return {**wanted, "device": device, "files": files}
+def _identity(seeds: SeedSet, settings: RouterSettings, seed: int) -> dict[str, Any]:
+    """What decides the gates, but for the model: a call that differs in any of it starts over."""
+    values = settings.model_dump(mode="json", exclude=set(NO_MATTER))
+    identity = {"settings": values, "seed": seed, "samples": seeds.digest()}
+    # As it is read back from a file: JSON has texts for keys only.
+    return dict(json.loads(json.dumps({"upit-merge": __version__, **identity})))
 
 
 def _prepare(
@@ -174,9 +185,10 @@ def _prepare(
     with processes.together():
         if not processes.is_first:
             return
-        if progress.kept("tuned-0") is None:
+        if not progress.has("tuned-"):
             shutil.rmtree(copies.folder, ignore_errors=True)
         copies.folder.mkdir(parents=True, exist_ok=True)
+        copies.prepare(map(gate_tensor, range(model.num_layers)))
         if settings.trains_experts:
             copies.prepare(expert_names(model.num_layers, range(model.num_experts)))
 
@@ -185,14 +197,14 @@ def _put_into_place(
     out: Path, root: Path, copies: PatchedCopies, result: RouterResult, wanted: Mapping[str, Any]
 ) -> None:
     """Let the new gates, and card and report that speak of them, become those of the model."""
-    gates = named_gates(result.gates)
-    copies.prepare(gates)
-    copies.write(gates)
+    copies.write(named_gates(result.gates))
     folder = copies.folder
     card = out / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")
-        replace_text(folder / card.name, with_router_sentence(text, router_sentence(result.report)))
+        changed = with_router_sentence(text, router_sentence(result.report))
+        if changed != text:  # a card that is not ours stays as it is, to the last byte
+            replace_text(folder / card.name, changed)
     try:
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

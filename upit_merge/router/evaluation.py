@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upit_merge.errors import UpitError, one_line
 from upit_merge.router.assembled import AssembledMoe
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.packed import Batch
 from upit_merge.router.pretrain import RouterStage
 from upit_merge.router.seed_tokens import TokenizedSample
 
-ALL = "all"
+ALL = "all"  # the name of the group of all samples, unless a group has it
 
 # Of an even share of the tokens: an expert that gets less in a layer is called dead there.
 DEAD_SHARE = 0.1
@@ -72,20 +73,25 @@ class Groups:
     """Samples by the value of a column, in order of appearance; and all of them.
 
     Attributes:
-        members: Indices of the samples, by group; the last group is `ALL`, if there are several.
+        members: Indices of the samples, by group; the last is of all samples, if there are several.
+        whole: The name of that one.
     """
 
     members: dict[str, list[int]]
+    whole: str = ALL
 
     @classmethod
     def of(cls, samples: Sequence[TokenizedSample]) -> Groups:
         members: dict[str, list[int]] = {}
         for index, sample in enumerate(samples):
             if sample.label is not None:
-                members.setdefault(str(sample.label), []).append(index)
+                members.setdefault(one_line(str(sample.label)), []).append(index)
+        whole = ALL
+        while whole in members:
+            whole = f"({whole})"
         if len(members) != 1:
-            members[ALL] = list(range(len(samples)))
-        return cls(members)
+            members[whole] = list(range(len(samples)))
+        return cls(members, whole)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,6 @@ class Evaluation:
         groups: How they are told apart.
         sums: Negative log-likelihood in nats, summed over a sample's targets, (num_samples,).
         routing: What the router did.
-        top_k: Experts per token.
         buckets: Which expert, as a dense model, predicts a sample best; None if not asked for.
         control: Like `sums`, with gates fitted to shuffled buckets.
     """
@@ -106,7 +111,6 @@ class Evaluation:
     groups: Groups
     sums: Tensor
     routing: Routing
-    top_k: int
     buckets: Buckets | None = None
     control: Tensor | None = None
 
@@ -209,6 +213,9 @@ def run_mixture(
     Returns:
         Summed negative log-likelihood of each sample's targets, float64, (num_samples,), and what
         the router did.
+
+    Raises:
+        UpitError: a loss is NaN or infinite.
     """
     model, samples = stage.model, stage.seeds.samples
     moe = AssembledMoe(model, gates)
@@ -228,6 +235,11 @@ def run_mixture(
             on_progress=bar.update,
         )
         sums = stage.processes.total(model.losses(samples, states)).sum(1)
+    if not sums.isfinite().all():
+        raise UpitError(
+            f"{model.moe.label} gives NaN or infinite losses; its weights are broken, or overflow: "
+            "make it with dtype: bfloat16."
+        )
     routing.summed(stage.processes.total)
     return sums, routing
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from upit_merge.checkpoints import Checkpoint, OpenOptions
+from upit_merge.checkpoints import Checkpoint, OpenOptions, TensorSource
 from upit_merge.mixtral import gate_tensor
 from upit_merge.staging import require_space
-from upit_merge.tensor_files import patch_tensors, raw_bytes
+from upit_merge.tensor_files import SafetensorsFile, TensorSpec, patch_tensors, raw_bytes
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -60,10 +60,20 @@ def _by_file(moe: Checkpoint, tensors: Tensors) -> dict[Path, dict[str, torch.Te
     return by_file
 
 
-def overwrite_tensors(moe: Checkpoint, tensors: Tensors) -> None:
-    """Replace tensors in place; for a folder that nobody uses yet."""
-    for path, part in _by_file(moe, tensors).items():
-        patch_tensors(path, part)
+@dataclass(frozen=True)
+class InPlace:
+    """A model whose tensors are replaced in place; for a folder that nobody uses yet."""
+
+    moe: Checkpoint
+
+    @property
+    def source(self) -> TensorSource:
+        return self.moe
+
+    def write(self, tensors: Tensors) -> None:
+        """Replace tensors."""
+        for path, part in _by_file(self.moe, tensors).items():
+            patch_tensors(path, part)
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,8 @@ class PatchedCopies:
     Outputs of this program keep their gates in a file of their own (or are a single file), so
     that new gates take a small copy.
 
+    The model as it will be: tensors are read from the copies where there are some.
+
     Args:
         moe: The model.
         folder: Receives the copies; those that are there already are gone on with.
@@ -80,6 +92,30 @@ class PatchedCopies:
 
     moe: Checkpoint
     folder: Path
+
+    @property
+    def label(self) -> str:
+        return self.moe.label
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.moe.config
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self.moe.specs
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor in its stored dtype, on the CPU."""
+        copy = self.folder / self.moe.file_of(name).name
+        if not copy.exists():
+            return self.moe.tensor(name)
+        with contextlib.closing(SafetensorsFile(copy)) as file:
+            return file.rows(name, 0, file.specs[name].shape[0])
+
+    @property
+    def source(self) -> TensorSource:
+        return self
 
     def prepare(self, names: Iterable[str]) -> None:
         """Copy the files that hold these tensors.

@@ -7,6 +7,7 @@ computed with transformers' own Mistral decoder layer, whose attention is Mixtra
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ from upit_merge.router.seed_tokens import TokenizedSample
 LOGIT_ROWS = 1024
 
 Weights = dict[str, Tensor]
+
+# Of a layer's tensors: the experts, which are read one by one, and tables that old folders hold.
+_DERIVED = re.compile(r"\.block_sparse_moe\.|rotary_emb\.inv_freq$")
 
 
 class LayerwiseMoe:
@@ -92,7 +96,7 @@ class LayerwiseMoe:
         return {
             name.removeprefix(prefix): self.load(name)
             for name in self.moe.specs
-            if name.startswith(prefix) and ".block_sparse_moe." not in name
+            if name.startswith(prefix) and not _DERIVED.search(name)
         }
 
     def dense_layer(self, layer: int, backbone: Weights) -> nn.Module:

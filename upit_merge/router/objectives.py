@@ -64,21 +64,10 @@ class GateData:
         rows = torch.tensor([span.stop - span.start for span in self.spans])
         return self.assigned.repeat_interleave(rows)
 
-    @cached_property
-    def counts(self) -> Tensor:
-        """Tokens of every expert in all processes, float64, (num_experts,)."""
-        counts = torch.zeros(self.num_experts, dtype=torch.float64)
-        return counts.index_add_(0, self.assigned, torch.tensor(self.lengths, dtype=torch.float64))
-
-    @cached_property
-    def weights(self) -> Tensor:
-        """Per expert, the weight of one of its tokens: every expert's tokens count the same.
-
-        float32, (num_experts,); sums to 1 over all tokens. Experts without tokens have 0.
-        """
-        present = self.counts > 0
-        weights = 1 / (self.counts.clamp(min=1) * present.sum())
-        return torch.where(present, weights, 0.0).float()
+    @property
+    def num_tokens(self) -> int:
+        """Of all samples, whoever has them."""
+        return sum(self.lengths)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(inputs, labels) in float32 and int64 on the device, some thousand rows at a time."""
@@ -111,23 +100,21 @@ def root_mean_square(norm_weight: Tensor) -> Tensor:
 
 
 def covariance(data: GateData) -> Tensor:
-    """HᵀDH with H the inputs and D the token weights, float64, (hidden_size, hidden_size)."""
+    """HᵀH / num_tokens with H the inputs, float64, (hidden_size, hidden_size)."""
     summed = torch.zeros(data.width, data.width, dtype=torch.float64, device=data.device)
-    roots = data.weights.sqrt().to(data.device)
-    for h, y in data.chunks():
-        weighted = h * roots[y].unsqueeze(1)
+    for h, _ in data.chunks():
         for start in range(0, data.width, _PANEL_COLUMNS):
             stop = start + _PANEL_COLUMNS
-            summed[:stop, start:stop] += weighted[:, :stop].T @ weighted[:, start:stop]
-    summed = data.total(summed)
+            summed[:stop, start:stop] += h[:, :stop].T @ h[:, start:stop]
+    summed = data.total(summed) / data.num_tokens
     return summed.triu() + summed.triu(1).T
 
 
 def ridge(data: GateData) -> Tensor:
     """Regularised least squares on one-hot labels, in closed form.
 
-    R = (HᵀDH + λI)⁻¹ HᵀDY with H the inputs, Y the one-hot labels, D the token weights and λ
-    `RIDGE_PENALTY` times the mean of HᵀDH's diagonal. The same idea as DUME's router.
+    R = (HᵀH + λI)⁻¹ HᵀY with H the inputs, Y the one-hot labels and λ `RIDGE_PENALTY` times the
+    mean of HᵀH's diagonal. The same idea as DUME's router.
     """
     normal = covariance(data)
     normal.diagonal().add_(RIDGE_PENALTY * normal.diagonal().mean().clamp(min=1e-12))
@@ -144,20 +131,18 @@ def hidden(data: GateData) -> Tensor:
 
 
 def _class_sums(data: GateData) -> Tensor:
-    """Weighted sums of every expert's inputs (YᵀDH), float64, (num_experts, hidden_size)."""
+    """Sums of every expert's inputs (YᵀH / num_tokens), float64, (num_experts, hidden_size)."""
     summed = torch.zeros(data.num_experts, data.width, dtype=torch.float64, device=data.device)
-    weights = data.weights.to(data.device)
     for h, y in data.chunks():
-        members = F.one_hot(y, data.num_experts).float() * weights[y].unsqueeze(1)
-        summed += members.T @ h
-    return data.total(summed)
+        summed += F.one_hot(y, data.num_experts).float().T @ h
+    return data.total(summed) / data.num_tokens
 
 
 def one_vs_rest(data: GateData) -> Tensor:
     """The paper's sigmoid loss (section 3.3) with the other experts' tokens as negatives.
 
-    Minimises the token-weighted mean over tokens of Σ_i BCE(sigmoid(h · r_i), [token is expert
-    i's]) plus `LOGISTIC_PENALTY` / 2 · Σ_i ‖r_i‖², on inputs of unit mean square.
+    Minimises the mean over tokens of Σ_i BCE(sigmoid(h · r_i), [token is expert i's]) plus
+    `LOGISTIC_PENALTY` / 2 · Σ_i ‖r_i‖², on inputs of unit mean square.
     """
 
     def loss(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +154,7 @@ def one_vs_rest(data: GateData) -> Tensor:
 def softmax(data: GateData) -> Tensor:
     """Multinomial logistic regression: the experts' tokens told apart as the MoE's softmax would.
 
-    Minimises the token-weighted mean of the cross-entropy of softmax(h · r) plus
+    Minimises the mean over tokens of the cross-entropy of softmax(h · r) plus
     `LOGISTIC_PENALTY` / 2 · Σ_i ‖r_i‖², on inputs of unit mean square.
     """
 
@@ -198,7 +183,6 @@ def _logistic(data: GateData, loss: Callable[[Tensor, Tensor], tuple[Tensor, Ten
     identity = torch.eye(data.width, dtype=torch.float64, device=data.device)
     back = torch.linalg.solve_triangular(factor, identity, upper=False).float()
     scale = float(square.rsqrt())
-    weights = data.weights.to(data.device)
     z = torch.zeros(data.num_experts, data.width, device=data.device)
 
     def closure() -> float:
@@ -209,12 +193,12 @@ def _logistic(data: GateData, loss: Callable[[Tensor, Tensor], tuple[Tensor, Ten
             logits = F.linear(h, gate * scale)
             own = y.unsqueeze(1)
             losses, slopes = loss(logits, logits.gather(1, own))
-            weight = weights[own]
-            value += (losses * weight).sum()
-            slopes = slopes.scatter_add(1, own, torch.full_like(weight, -1.0)) * weight
-            slope += slopes.T @ h * scale
-        value = data.total(value) + LOGISTIC_PENALTY / 2 * gate.square().sum()
-        z.grad = (data.total(slope) + LOGISTIC_PENALTY * gate) @ back.T
+            value += losses.sum()
+            slopes = slopes.scatter_add(1, own, torch.full_like(losses, -1.0))
+            slope += slopes.T @ h
+        value = data.total(value) / data.num_tokens + LOGISTIC_PENALTY / 2 * gate.square().sum()
+        slope = data.total(slope) * (scale / data.num_tokens) + LOGISTIC_PENALTY * gate
+        z.grad = slope @ back.T
         return float(value)
 
     closure()

@@ -35,7 +35,9 @@ class Stream:
         Batches are dealt out whole: with other neighbours in its batch, a sample's loss would
         differ in its last bits, and with it the result of one process and of several.
         """
-        return Stream(self.expert, self.batches[processes.rank :: processes.size])
+        # Not all experts begin with the first process: a small bucket has but one batch.
+        first = (processes.rank - self.expert) % processes.size
+        return Stream(self.expert, self.batches[first :: processes.size])
 
     @property
     def samples(self) -> tuple[int, ...]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,10 +32,20 @@ from upit_merge.router.refine import GateTrainer, RefineState, refine_gates
 from upit_merge.router.seed_data import read_seed_data, sample_examples
 from upit_merge.router.seed_tokens import SeedSet, tokenize_seed_data
 from upit_merge.router.worth import SampleLosses, measure_worth
+from upit_merge.tensor_files import all_finite
 
 LOG = logging.getLogger(__name__)
 
-ExpertSink = Callable[[Mapping[str, Tensor]], object]
+
+class ExpertSink(Protocol):
+    """Where FFNs go that were trained."""
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take an expert's FFN by canonical names; may be called again with the same."""
+
+    @property
+    def source(self) -> TensorSource:
+        """The model with them in it."""
 
 
 @dataclass(frozen=True)
@@ -232,10 +242,14 @@ class RouterStage:
 
     def _warn(self, buckets: Buckets) -> None:
         if empty := [str(expert) for expert, size in enumerate(buckets.sizes) if size == 0]:
+            remedy = "give more samples"
+            if self.settings.assign == "lowest":
+                remedy += ", or use assign: balanced"
             LOG.warning(
-                "No seed sample belongs to expert(s) %s, whose gates stay untrained; give more "
-                "samples, or use assign: balanced.",
+                "No seed sample belongs to expert(s) %s, which the gates will avoid or know "
+                "nothing of; %s.",
                 ", ".join(empty),
+                remedy,
             )
         if buckets.losses is not None:
             for sentence in measure_worth(buckets.losses).warnings():
@@ -267,7 +281,9 @@ class RouterStage:
             self.states(streams) as inputs,
             self.bar(tokens * self.model.num_layers, "fitting the gates") as bar,
         ):
-            first, gates = self.progress.states("gates", states)
+            if kept := self.progress.kept("fitted"):
+                return [kept[0][name] for name in sorted(kept[0])]
+            first, gates = self.progress.states("gates", states, with_gates=True)
             bar.update(tokens * first)
 
             def after_layer(layer: int) -> None:
@@ -284,10 +300,18 @@ class RouterStage:
                 after_layer=after_layer,
                 on_progress=bar.update,
             )
+        # Kept whole: what follows may take long.
+        self.progress.keep("fitted", {f"{layer:05}": gate for layer, gate in enumerate(gates)})
         self.progress.drop_states()
         return gates
 
     def _fit(self, layer: int, fit: Objective, inputs: PackedStates, buckets: Buckets) -> Tensor:
+        broken = torch.tensor(float(not all_finite(inputs.rows)))
+        if float(self.processes.total(broken)):
+            raise UpitError(
+                f"What the gate of layer {layer} sees is NaN or infinite; a checkpoint is broken, "
+                "or its values overflow: use dtype: bfloat16."
+            )
         data = GateData(
             inputs.rows,
             [inputs.span(index) for index in self.everything],
@@ -329,7 +353,7 @@ class RouterStage:
         Processes train different experts. Returns the gates, and a digest of every expert.
 
         Args:
-            sink: Takes an expert's new FFN, by canonical name, in the stored dtype.
+            sink: Takes every expert's new FFN, in the stored dtype.
         """
         model, experts = self.model, range(self.model.num_experts)
         found: dict[int, tuple[Tensor, str]] = {}
@@ -352,12 +376,14 @@ class RouterStage:
                     digest = tensors_digest(tuned.ffn[key] for key in sorted(tuned.ffn))
                     kept = {"vectors": tuned.vectors, **tuned.ffn}, {"sha256": digest}
                     self.progress.keep(name, kept[0], own=True, **kept[1])
+                    del tuned
                 ffn, facts = kept
                 vectors = ffn.pop("vectors")
                 if ffn:  # kept first: a kill may leave half of an FFN where the sink puts it
-                    sink(ffn)
+                    sink.write(ffn)
                     self.progress.keep(name, {"vectors": vectors}, own=True, **facts)
                 found[expert] = vectors, facts["sha256"]
+                del ffn, kept  # the next expert needs the memory
                 bar.update(self.processes.size)
         for others in self.processes.gather(found):
             found |= others
@@ -369,12 +395,21 @@ class RouterStage:
             gates.append(self._checked(layer, gate / scale / float(self.settings.temperature)))
         return gates, [found[expert][1] for expert in experts]
 
-    def refined(self, gates: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
-        """Train the gates end to end; returns them with what to say about it."""
+    def refined(
+        self, gates: Sequence[Tensor], model: LayerwiseMoe | None = None
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """Train the gates end to end; returns them with what to say about it.
+
+        Args:
+            model: Instead of the stage's: with experts that were trained.
+
+        Raises:
+            UpitError: the training diverged.
+        """
         refine = self.settings.refine
         assert refine is not None
         trainer = GateTrainer(
-            self.model, self.seeds.samples, self.settings, self.scratch, self.processes
+            model or self.model, self.seeds.samples, self.settings, self.scratch, self.processes
         )
         kept = self.progress.kept("refined")
         with self._measured("refine"), self.bar(refine.steps, "refining", "step") as bar:
@@ -393,13 +428,14 @@ class RouterStage:
                 done=None if kept is None else RefineState(**kept[0]),
                 after_step=after_step,
             )
-        refined = [self._checked(layer, gate) for layer, gate in enumerate(state.gates)]
+        if not state.entries.isfinite().all():
+            raise UpitError("Refining the gates ended in NaN; give a lower router.refine.lr.")
         names = ("loss", "balance")
         told = {
             step: dict(zip(names, state.history[index].tolist(), strict=True))
             for step, index in (("first_step", 0), ("last_step", -1))
         }
-        return refined, told
+        return state.gates, told
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -425,7 +461,8 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink) -> RouterResult:
         "seed": stage.seed,
         "data": stage.seeds.to_report(),
     }
-    if settings.objective == "random" or model.num_experts == 1:
+    alone = model.num_experts == 1 and not settings.trains_experts
+    if settings.objective == "random" or alone:
         gates = training_free_gates(model.moe, model.num_layers, model.num_experts, stage.seed)
     else:
         buckets = stage.buckets()
@@ -435,6 +472,9 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink) -> RouterResult:
         else:
             gates = stage.gates(buckets)
     if settings.refine is not None and model.num_experts > 1:
-        gates, report["refined"] = stage.refined(gates)
+        trained = None
+        if settings.trains_experts:
+            trained = LayerwiseMoe(sink.source, model.device)
+        gates, report["refined"] = stage.refined(gates, trained)
     report["gates_sha256"] = gates_digest(gates, model.stored_dtype)
     return RouterResult(gates, report | {"seconds": stage.seconds})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from upit_merge.errors import first_line
 from upit_merge.processes import ALONE, Processes
 from upit_merge.router.packed import PackedStates
 from upit_merge.staging import free_bytes
@@ -55,11 +57,12 @@ class Progress:
         self._seconds = 0.0
         if folder is None:
             return
-        whole = json.loads(json.dumps({**(identity or {}), "processes": processes.size}))
-        if processes.is_first and _read_json(folder / _IDENTITY) != whole:
+        whole = json.loads(json.dumps(identity or {}))
+        known = folder / _IDENTITY
+        if processes.is_first and not (known.is_file() and _read_json(known) == whole):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            write_json(folder / _IDENTITY, whole)
+            write_json(known, whole)
         processes.gather(None)  # nobody looks before the first has tidied up
 
     # ---- small results ---------------------------------------------------------------------
@@ -76,7 +79,12 @@ class Progress:
         if self._folder is None or not (own or self._processes.is_first):
             return
         draft = self._folder / f".{name}.draft"
-        save_file({key: value.contiguous() for key, value in tensors.items()}, draft, facts)
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, draft, facts)
+        except SafetensorError as error:  # which is no OSError, whatever the disk said
+            full = "No space" in str(error) or "StorageFull" in str(error)
+            code = errno.ENOSPC if full else errno.EIO
+            raise OSError(code, first_line(error), str(draft)) from error
         _flush(draft)
         os.replace(draft, self._folder / f"{name}.safetensors")
         self._kept_at = time.monotonic()
@@ -92,6 +100,10 @@ class Progress:
                 return tensors, file.metadata() or {}
         except (OSError, SafetensorError):
             return None
+
+    def has(self, prefix: str) -> bool:
+        """Whether any process has kept something under a name that begins so."""
+        return self._folder is not None and any(self._folder.glob(f"{prefix}*.safetensors"))
 
     @property
     def is_due(self) -> bool:
@@ -115,7 +127,7 @@ class Progress:
         size = states.rows.numel() * states.rows.element_size()
         rank = self._processes.rank
         record = self._folder / f"sweep-{rank}.json"
-        if free_bytes(self._folder) < 2 * size:
+        if free_bytes(self._folder) < 2 * size * self._processes.size:
             LOG.info("The disk has no room to keep hidden states; a killed run would start over.")
             self._kept_at = time.monotonic()
             return
@@ -126,25 +138,41 @@ class Progress:
             file.write(tensor_memory(states.rows) if size else b"")
         _flush(path)
         if gates:
-            self.keep("gates", {str(index): gate for index, gate in enumerate(gates)})
-        write_json(record, {"name": name, "layer": layer, "file": path.name, "size": size})
+            self.keep("gates", {f"{index:05}": gate for index, gate in enumerate(gates)})
+        write_json(record, self._record(name, states) | {"layer": layer, "file": path.name})
         if old and old != path.name:
             (self._folder / old).unlink(missing_ok=True)
         self._kept_at = time.monotonic()
         self._seconds = self._kept_at - started
 
-    def states(self, name: str, into: PackedStates) -> tuple[int, list[Tensor]]:
-        """Go on with a sweep: the layer to go on at, and the gates of those before, if any.
+    def _record(self, name: str, states: PackedStates) -> dict[str, Any]:
+        """What hidden states must agree in to be of use."""
+        dtype = str(states.rows.dtype)
+        size = states.rows.numel() * states.rows.element_size()
+        return {"name": name, "processes": self._processes.size, "dtype": dtype, "size": size}
+
+    def states(
+        self, name: str, into: PackedStates, *, with_gates: bool = False
+    ) -> tuple[int, list[Tensor]]:
+        """Go on with a sweep: the layer to go on at, and the gates of those before.
 
         Layer 0 if there is nothing to go on with; `into` is not touched then.
+
+        Args:
+            with_gates: The sweep is one in which gates are fitted.
         """
         if self._folder is None:
             return 0, []
         record = _read_json(self._folder / f"sweep-{self._processes.rank}.json")
         size = into.rows.numel() * into.rows.element_size()
         path = self._folder / str(record.get("file"))
-        fits = record.get("name") == name and record.get("size") == size and path.is_file()
+        wanted = self._record(name, into)
+        fits = {key: record.get(key) for key in wanted} == wanted and path.is_file()
         layer = int(record["layer"]) if fits else 0
+        kept = self.kept("gates") if with_gates else None
+        gates = [] if kept is None else [kept[0][key] for key in sorted(kept[0])][:layer]
+        if with_gates and len(gates) < layer:
+            layer = 0
         # A kill may come between two processes' records: then there is no layer all can go on at.
         if len(set(self._processes.gather(layer))) > 1 or layer == 0:
             return 0, []
@@ -152,8 +180,7 @@ class Progress:
             with path.open("rb") as file:
                 file.readinto(tensor_memory(into.rows))
         LOG.info("Going on with the router's %s at layer %d.", name, layer)
-        found = self.kept("gates")
-        return layer, [] if found is None else [found[0][str(index)] for index in range(layer)]
+        return layer, gates
 
     def drop_states(self) -> None:
         """The sweep is done; its hidden states are of no more use."""
@@ -162,12 +189,7 @@ class Progress:
         rank = self._processes.rank
         (self._folder / f"sweep-{rank}.json").unlink(missing_ok=True)
         for path in self._folder.glob(f"states-{rank}-*.bin"):
-            path.unlink()
-
-    def close(self) -> None:
-        """The stage is done and its result is in place."""
-        if self._folder is not None and self._processes.is_first:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            path.unlink(missing_ok=True)
 
 
 def has_begun(folder: Path) -> bool:

@@ -8,6 +8,7 @@ any size can be refined, at the price of reading it twice per step if it does no
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,8 @@ class GateTrainer:
         def count(layer: int, _batch: Batch, _logits: Tensor, chosen: Tensor) -> None:
             counts[layer] += torch.bincount(chosen.flatten().cpu(), minlength=counts.shape[1])
 
-        with contextlib.closing(moe.layers(range(self.model.num_layers))) as layers:
+        order = range(self.model.num_layers if batches else 0)
+        with contextlib.closing(moe.layers(order)) as layers:
             for number, module in enumerate(layers):
                 for batch in batches:
                     padded = entering[number].padded(batch).to(self.model.device)
@@ -167,7 +169,7 @@ class GateTrainer:
         model = self.model
         gates = torch.zeros(model.num_layers, model.num_experts, model.hidden_size)
         balances = 0.0
-        order = range(model.num_layers - 1, -1, -1)
+        order = range(model.num_layers - 1, -1, -1) if batches else range(0)
         with contextlib.closing(moe.layers(order)) as modules:
             for layer, module in zip(order, modules, strict=True):
                 gate = module.get_parameter("mlp.gate.weight").requires_grad_()
@@ -187,11 +189,15 @@ class GateTrainer:
 
                     leaf = entering[layer].padded(batch).to(model.device).requires_grad_()
                     output = moe.run(module, leaf, entering[layer], batch, layer, balance)
-                    outer = slope.padded(batch).to(output.device, output.dtype)
-                    whole = (output * outer).sum() + weight / model.num_layers * terms[0]
+                    outer = slope.padded(batch)
+                    # Slopes of a mean are too small for float16; a power of two costs nothing.
+                    scale = 2.0 ** -math.frexp(float(outer.abs().max()))[1]
+                    outer = (outer * scale).to(output.device, output.dtype)
+                    whole = (output * outer).sum()
+                    whole = whole + scale * weight / model.num_layers * terms[0]
                     into_leaf, into_gate = torch.autograd.grad(whole, [leaf, gate])
-                    slope.put(batch, into_leaf)
-                    gates[layer] += into_gate.float().cpu()
+                    slope.put(batch, into_leaf.float() / scale)
+                    gates[layer] += into_gate.float().cpu() / scale
                     balances += float(terms[0].detach()) / model.num_layers
                 gate.requires_grad_(False)
         return balances, gates

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -58,6 +60,11 @@ class SeedSet:
     def num_targets(self) -> int:
         """How many tokens of all samples count in the loss."""
         return sum(sample.num_targets for sample in self.samples)
+
+    def digest(self) -> str:
+        """SHA-256 of what the samples are: tokens, where the loss starts, labels."""
+        content = [(s.input_ids, s.loss_start, s.label) for s in self.samples]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def summary(self) -> str:
         """What there is and what was cut, in one sentence for the log."""
