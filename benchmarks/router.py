@@ -43,8 +43,8 @@ from upit_merge.router.worth import SampleLosses, measure_worth  # noqa: E402
 from upit_merge.tokenizer import load_tokenizer  # noqa: E402
 
 # On the well-mixed models the question is only whether anything makes it worse.
-POST_TRAINED = ("random 0", "default, assign: balanced", "default, assign: lowest")
-MIXED = ("one_vs_rest (default)", "softmax", "ridge", "hidden", "upit", "default, assign: lowest")
+POST_TRAINED = ("random 0", "one_vs_rest (default)", "default, assign: balanced")
+MIXED = ("one_vs_rest (default)", "softmax", "ridge", "hidden", "upit", "default, assign: balanced")
 RANDOM = ("random 0", "random 1", "random 2")
 
 Result = dict[str, Any]

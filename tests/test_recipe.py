@@ -72,7 +72,7 @@ def refusal(parse: Any, *arguments: Any) -> str:
 
 DENSITY = "a number in (0, 1], a list of them over the layers, or a list of filter: and value:"
 MODELS = "a list of `- model: FOLDER` entries, at least one"
-ASSIGN = "balanced, lowest, shuffled, or column: NAME"
+ASSIGN = "lowest, balanced, shuffled, or column: NAME"
 SAMPLE = "a whole number of samples, or a fraction in (0, 1] such as 0.01"
 DTYPES = "'float32', 'float16' or 'bfloat16'"
 ENTRY = "an entry of the form `- model: FOLDER`"

@@ -78,7 +78,7 @@ def plan_recipe(
 def _with_data(recipe: Recipe, data: str) -> Recipe:
     """The same recipe with this seed data; which experts get it is not the question here."""
     router = recipe.router or RouterSettings(data=data)
-    router = router.model_copy(update={"data": data, "assign": "balanced"})
+    router = router.model_copy(update={"data": data, "assign": "lowest"})
     return recipe.model_copy(update={"router": router})
 
 

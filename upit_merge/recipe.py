@@ -191,11 +191,11 @@ class RouterSettings(_Strict):
         512, ge=2, description="Tokens of a sample that are used, never above the model's context."
     )
     assign: Annotated[
-        Literal["balanced", "lowest", "shuffled"] | ByColumn, BeforeValidator(_assignment)
+        Literal["lowest", "balanced", "shuffled"] | ByColumn, BeforeValidator(_assignment)
     ] = Field(
-        "balanced",
-        description="Who gets a sample: balanced (equal buckets), lowest (paper), column:NAME of "
-        "the data, or shuffled, a control.",
+        "lowest",
+        description="Who gets a sample: the expert with the lowest loss (paper), balanced (in "
+        "equal buckets), column:NAME of the data, or shuffled, a control.",
     )
     objective: Literal["one_vs_rest", "softmax", "ridge", "hidden", "upit", "random"] = Field(
         "one_vs_rest", description="What the gates are fitted to."

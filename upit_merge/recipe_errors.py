@@ -98,7 +98,7 @@ _EXPECTED = {
     "models": "a list of `- model: FOLDER` entries, at least one",
     "parameters": "a mapping of parameter names to values",
     "router": "a mapping with at least data: FILE",
-    "assign": "balanced, lowest, shuffled, or column: NAME",
+    "assign": "lowest, balanced, shuffled, or column: NAME",
     "upit": "a mapping such as {train_experts: true}",
     "refine": "a mapping such as {steps: 100}",
     "lr": "a number above 0",

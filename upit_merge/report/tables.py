@@ -54,8 +54,9 @@ def show_buckets(router: dict[str, Any]) -> None:
         return
     show(bucket_table(buckets["experts"]))
     if "worth" in buckets:
-        print(
-            f"The samples lose {buckets['loss_given_up']:.4f} nats per token by not all going to "
-            "the expert that predicts them best."
-        )
+        if buckets["loss_given_up"] > 0:
+            print(
+                f"The samples lose {buckets['loss_given_up']:.4f} nats per token by not all going "
+                "to the expert that predicts them best."
+            )
         print(buckets["worth"]["verdict"])

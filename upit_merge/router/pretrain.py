@@ -244,7 +244,7 @@ class RouterStage:
         if empty := [str(expert) for expert, size in enumerate(buckets.sizes) if size == 0]:
             remedy = "give more samples"
             if self.settings.assign == "lowest":
-                remedy += ", or use assign: balanced"
+                remedy += ", or use assign: balanced if you train the mixture further"
             LOG.warning(
                 "No seed sample belongs to expert(s) %s, which the gates will avoid or know "
                 "nothing of; %s.",

@@ -113,8 +113,8 @@ class Worth:
         if self.favourite_share > _NEARLY_ALL:
             found.append(
                 f"Expert {self.favourite} is the best one for {self.favourite_share:.0%} of the "
-                "samples; with assign: lowest it would take nearly everything, with assign: "
-                "balanced the others get samples that they predict worse."
+                "samples: with assign: lowest the mixture will be little more than that expert, with "
+                "assign: balanced the others get samples that they predict worse."
             )
         return found
 
