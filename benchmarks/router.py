@@ -1,6 +1,7 @@
 """The router's objectives: held-out perplexity before any post-training, time and memory.
 
-python benchmarks/router.py --folder F [--seeds 0 1 2] [--json router.json]
+python benchmarks/router.py --folder F [--seeds 0 1 2] [--json FILE]
+python benchmarks/router.py --tables FILE [FILE ...]        # of runs that had some seeds each
 
 Builds two kinds of models for every seed (benchmarks/router_models.py), checkpoints that
 specialised and checkpoints of a well-mixed run; those that are in F already are used again. Every
@@ -38,13 +39,16 @@ from upit_merge.recipe import RouterSettings  # noqa: E402
 from upit_merge.router.evaluation import Evaluation, Groups, run_mixture  # noqa: E402
 from upit_merge.router.gate_files import opened_moe  # noqa: E402
 from upit_merge.router.layerwise import LayerwiseMoe  # noqa: E402
-from upit_merge.router.pretrain import RouterStage, load_seed_set  # noqa: E402
+from upit_merge.router.pretrain import load_seed_set  # noqa: E402
+from upit_merge.router.stage import RouterStage  # noqa: E402
 from upit_merge.router.worth import SampleLosses, measure_worth  # noqa: E402
 from upit_merge.tokenizer import load_tokenizer  # noqa: E402
 
 # On the well-mixed models the question is only whether anything makes it worse.
 POST_TRAINED = ("random 0", "one_vs_rest (default)", "default, assign: balanced")
 MIXED = ("one_vs_rest (default)", "softmax", "ridge", "hidden", "upit", "default, assign: balanced")
+EVERY = [name for name in FITS if name not in ("losses", "sweep") and "random" not in name]
+VARIANTS = {"specialised": EVERY, "mixed": list(MIXED)}
 RANDOM = ("random 0", "random 1", "random 2")
 
 Result = dict[str, Any]
@@ -116,7 +120,7 @@ def worth(folder: Path) -> dict[str, Any]:
             seed=0,
         )
     sums = [
-        load_file(folder / "fits" / "progress" / f"losses-{expert}.safetensors")["sums"]
+        load_file(folder / "fits" / "losses" / f"losses-{expert}.safetensors")["sums"]
         for expert in range(model.num_experts)
     ]
     return measure_worth(SampleLosses.of(seeds.samples, sums)).to_report()
@@ -249,7 +253,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, required=True, help="for the models; 100 MB a seed")
+    parser.add_argument("--folder", type=Path, help="for the models; 100 MB a seed")
+    parser.add_argument("--tables", type=Path, nargs="+", metavar="FILE", help="of earlier runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--post-training", type=int, default=0, metavar="STEPS", help="train some mixtures further"
@@ -259,32 +264,38 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.manual_seed(0)
     results: dict[str, list[Result]] = {"specialised": [], "mixed": []}
-    every = [name for name in FITS if name not in ("losses", "sweep", *RANDOM)]
-    variants = {"specialised": every, "mixed": list(MIXED)}
-    for kind, found in results.items():
-        for seed in arguments.seeds:
-            folder = arguments.folder / f"{kind}-{seed}"
-            build(folder, seed, mixed=kind == "mixed")
-            found.append(measure(folder, variants[kind]))
-            if arguments.post_training and kind == "specialised":
-                found[-1]["post-trained"] = {
-                    variant: post_train(folder, variant, arguments.post_training)
-                    for variant in POST_TRAINED
-                }
-                print(f"{folder.name}: {json.dumps(found[-1]['post-trained'])}", flush=True)
-    for variant in POST_TRAINED if arguments.post_training else ():
-        values = [result["post-trained"][variant] for result in results["specialised"]]
-        print(f"{variant}, after {arguments.post_training} steps on everything: {spread(values)}")
+    for path in arguments.tables or ():
+        for kind, found in json.loads(path.read_text(encoding="utf-8")).items():
+            results[kind] += found
+    if not arguments.tables:
+        for kind, found in results.items():
+            for seed in arguments.seeds:
+                folder = arguments.folder / f"{kind}-{seed}"
+                build(folder, seed, mixed=kind == "mixed")
+                found.append(measure(folder, VARIANTS[kind]))
+                if arguments.post_training and kind == "specialised":
+                    found[-1]["post-trained"] = {
+                        variant: post_train(folder, variant, arguments.post_training)
+                        for variant in POST_TRAINED
+                    }
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print_tables(results)
+
+
+def print_tables(results: dict[str, list[Result]]) -> None:
     for kind, found in results.items():
-        print(f"\n{kind} checkpoints, seeds {arguments.seeds}: minimum / mean / maximum\n")
-        print("\n".join(table(found, variants[kind])))
+        print(f"\n{kind} checkpoints, {len(found)} seeds: minimum / mean / maximum\n")
+        print("\n".join(table(found, VARIANTS[kind])))
         for result in found:
             print(f"\n{result['worth']['verdict']}")
     print()
     fitted = ("one_vs_rest (default)", "softmax", "ridge", "hidden", "upit")
     print("\n".join(shares(results["specialised"], list(fitted))))
+    for variant in POST_TRAINED:
+        values = [r["post-trained"][variant] for r in results["specialised"] if "post-trained" in r]
+        if values:
+            print(f"{variant}, after more training on everything: {spread(values)}")
 
 
 if __name__ == "__main__":

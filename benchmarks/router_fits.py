@@ -21,17 +21,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from upit_merge.recipe import RouterSettings
 from upit_merge.router.expert_tuning import load_expert, padded_batch
 from upit_merge.router.gate_files import PatchedCopies, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import (
-    RouterStage,
-    load_seed_set,
-    pretrain_router,
-    training_free_gates,
-)
+from upit_merge.router.pretrain import load_seed_set, pretrain_router, training_free_gates
 from upit_merge.router.progress import Progress
+from upit_merge.router.settings import RouterSettings
+from upit_merge.router.stage import RouterStage
 from upit_merge.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -47,12 +43,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default, refined": {"refine": {"steps": 60, "tokens": 4096}},
     "default, shuffled buckets (control)": {"assign": "shuffled"},
     "default, assign: balanced": {"assign": "balanced"},
-    "ridge, assign: balanced": {"objective": "ridge", "assign": "balanced"},
-    "hidden, assign: balanced": {"objective": "hidden", "assign": "balanced"},
     "default, assign: column": {"assign": "column"},
     "default, stream: expert": {"stream": "expert"},
-    "default, temperature: 0.5": {"temperature": 0.5},
-    "default, temperature: 2": {"temperature": 2.0},
 }
 
 
@@ -68,7 +60,7 @@ def settings_of(folder: Path, variant: str) -> RouterSettings:
 
 
 def stage_of(model: LayerwiseMoe, folder: Path, settings: RouterSettings, scratch: Path) -> Any:
-    """The stage; losses of the experts that another fit has computed are found again."""
+    """The stage; losses of the experts that `losses` has computed are found again."""
     seeds = load_seed_set(
         settings,
         load_tokenizer(folder / "moe"),
@@ -76,7 +68,11 @@ def stage_of(model: LayerwiseMoe, folder: Path, settings: RouterSettings, scratc
         vocab_size=model.vocab_size,
         seed=0,
     )
-    progress = Progress(folder / "fits" / "progress", {})
+    kept = folder / "fits" / "losses"
+    if kept.exists():  # a copy, so that no fit finds another one's gates
+        shutil.copytree(kept, scratch / "losses")
+        kept = scratch / "losses"
+    progress = Progress(kept, {})
     return RouterStage(model, seeds, settings, 0, scratch, progress=progress, quiet=True)
 
 
@@ -193,7 +189,6 @@ FITS: dict[str, Fit] = {
     "random 1": random,
     "random 2": random,
     "mergekit-moe, gate_mode: hidden": mergekit,
-    "mergekit-moe, gate_mode: hidden_avg": mergekit,
     "upit, model in the loop": in_the_loop,
     **dict.fromkeys(SETTINGS, by_settings),
 }

@@ -22,12 +22,13 @@ import torch
 from safetensors.torch import save_file
 
 from upit_merge.mixtral import PROJECTIONS, expert_tensor, gate_tensor
-from upit_merge.recipe import RouterSettings
 from upit_merge.router.gate_files import InPlace, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.memory import ModelShape, router_memory
-from upit_merge.router.pretrain import RouterStage, pretrain_router
+from upit_merge.router.pretrain import pretrain_router
 from upit_merge.router.seed_tokens import SeedSet, TokenizedSample
+from upit_merge.router.settings import RouterSettings
+from upit_merge.router.stage import RouterStage
 
 # hidden, intermediate, heads, key-value heads, vocabulary, layers, experts
 SHAPES = {
@@ -43,10 +44,10 @@ RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {  # samples, tokens each, se
     "small": (64, 256, {"memory_gb": 0.02}),
     "small, short": (8, 256, {"memory_gb": 0.001}),
     "small, refine": (8, 256, {"refine": {"steps": 1, "tokens": 1024}, "memory_gb": 0.001}),
-    "wide": (24, 256, {"memory_gb": 0.02}),
-    "2B": (8, 256, {"batch_tokens": 2048}),
-    "8x7B": (4, 256, {"batch_tokens": 1024}),
-    "8x7B, refine": (4, 256, {"batch_tokens": 1024, "refine": {"steps": 1, "tokens": 1024}}),
+    "wide": (8, 256, {"memory_gb": 0.02}),
+    "2B": (4, 128, {}),
+    "8x7B": (4, 64, {}),
+    "8x7B, refine": (4, 64, {"refine": {"steps": 1, "tokens": 256}}),
 }
 
 

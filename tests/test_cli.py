@@ -164,7 +164,8 @@ def test_readme_recipe_is_valid() -> None:
 
 
 def test_readme_names_every_parameter_and_its_default() -> None:
-    from upit_merge.recipe import Parameters, RouterSettings
+    from upit_merge.recipe import Parameters
+    from upit_merge.router.settings import RouterSettings
 
     readme = (ROOT / "README.md").read_text()
     for model in (Parameters, RouterSettings):

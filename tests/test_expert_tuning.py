@@ -21,7 +21,6 @@ from tests.conftest import Family, build_family
 from tests.naive import load_model
 from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
-from upit_merge.recipe import UpitObjective
 from upit_merge.router.expert_tuning import (
     ExpertModel,
     TunedExpert,
@@ -32,6 +31,7 @@ from upit_merge.router.expert_tuning import (
 )
 from upit_merge.router.gate_files import opened_moe
 from upit_merge.router.seed_tokens import TokenizedSample
+from upit_merge.router.settings import UpitObjective
 
 CPU = torch.device("cpu")
 EXPERT = 1

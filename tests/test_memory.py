@@ -17,8 +17,9 @@ from upit_merge.checkpoints import OpenOptions
 from upit_merge.inputs import opened
 from upit_merge.merging import Merger
 from upit_merge.preflight import memory_limit, needs, router_needs
-from upit_merge.recipe import RouterSettings, parse_recipe
+from upit_merge.recipe import parse_recipe
 from upit_merge.router.memory import ModelShape, router_memory
+from upit_merge.router.settings import RouterSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,18 +12,15 @@ from upit_merge.errors import UpitError
 from upit_merge.expansion.density import resolve_densities
 from upit_merge.mixtral import DenseArchitecture
 from upit_merge.recipe import (
-    ByColumn,
     FilteredDensity,
     Parameters,
     Recipe,
-    Refinement,
-    RouterSettings,
-    UpitObjective,
     expand_models,
     load_recipe,
     parse_recipe,
     parse_recipe_text,
 )
+from upit_merge.router.settings import ByColumn, Refinement, RouterSettings, UpitObjective
 
 Document = dict[str, Any]
 

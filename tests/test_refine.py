@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import build_family
 from tests.test_router import some_samples
-from upit_merge.recipe import RouterSettings
 from upit_merge.router.assembled import AssembledMoe
 from upit_merge.router.gate_files import opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
@@ -27,6 +26,7 @@ from upit_merge.router.refine import (
     sample_order,
 )
 from upit_merge.router.seed_tokens import TokenizedSample
+from upit_merge.router.settings import RouterSettings
 
 CPU = torch.device("cpu")
 BALANCE = 0.3

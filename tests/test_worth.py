@@ -15,10 +15,11 @@ from upit_merge.cli import main
 from upit_merge.errors import UpitError
 from upit_merge.inputs import opened
 from upit_merge.preview import PlannedMoe, checkpoint_losses
-from upit_merge.recipe import ByColumn, RouterSettings, parse_recipe
+from upit_merge.recipe import parse_recipe
 from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
 from upit_merge.router.pretrain import load_seed_set
 from upit_merge.router.seed_tokens import TokenizedSample
+from upit_merge.router.settings import ByColumn, RouterSettings
 from upit_merge.router.worth import SampleLosses, measure_worth
 from upit_merge.tokenizer import load_tokenizer
 

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -64,22 +64,6 @@ class OpenOptions:
     allow_pickle: bool = False
     cache_dir: str | None = None
     trust_remote_code: bool = False
-
-
-class TensorSource(Protocol):
-    """What a model is computed from: its configuration and its tensors by name, read when asked."""
-
-    @property
-    def label(self) -> str: ...
-
-    @property
-    def config(self) -> Mapping[str, Any]: ...
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]: ...
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor in its stored dtype, on the CPU."""
 
 
 class _PickleFile:

@@ -63,7 +63,7 @@ class _EvaluateCommand(_Verbatim):
 
 def _router_params() -> list[click.Parameter]:
     """One option per router setting; values are checked by the settings themselves."""
-    from upit_merge.recipe import Refinement, RouterSettings, UpitObjective
+    from upit_merge.router.settings import Refinement, RouterSettings, UpitObjective
 
     blocks: dict[str, type[BaseModel]] = {"upit": UpitObjective, "refine": Refinement}
     params: list[click.Parameter] = []

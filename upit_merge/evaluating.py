@@ -18,7 +18,6 @@ from upit_merge.errors import UpitError
 from upit_merge.interrupt import ends_at_once
 from upit_merge.preflight import router_needs
 from upit_merge.processes import Processes, joined
-from upit_merge.recipe import RouterSettings
 from upit_merge.report.heatmap import check_format, draw_routing
 from upit_merge.report.tables import show
 from upit_merge.router.buckets import assign_by_loss
@@ -26,7 +25,9 @@ from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
 from upit_merge.router.gate_files import opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.memory import router_memory, shape_of
-from upit_merge.router.pretrain import RouterStage, load_seed_set
+from upit_merge.router.pretrain import load_seed_set, refined_gates
+from upit_merge.router.settings import RouterSettings
+from upit_merge.router.stage import RouterStage
 from upit_merge.staging import REPORT, explained_failures
 from upit_merge.text_files import write_json
 from upit_merge.tokenizer import load_tokenizer
@@ -125,7 +126,7 @@ def _evaluate(
         if control is not None:
             gates: Sequence[Tensor] = control.gates(control.buckets())
             if control.settings.refine is not None:
-                gates, _ = control.refined(gates)
+                gates, _ = refined_gates(control, gates)
             evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
     return evaluation
 

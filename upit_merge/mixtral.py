@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from upit_merge.checkpoints import Checkpoint, TensorSource, check_same_tensors
+from upit_merge.checkpoints import Checkpoint, check_same_tensors
 from upit_merge.errors import UpitError
-from upit_merge.tensor_files import TensorSpec
+from upit_merge.tensor_files import TensorSource, TensorSpec
 
 MODEL_TYPES = ("llama", "mistral")
 

@@ -18,7 +18,7 @@ from upit_merge.merging import Clock, Merged, Merger, merge
 from upit_merge.mixtral import context_length, moe_config
 from upit_merge.preflight import needs
 from upit_merge.processes import Processes, joined
-from upit_merge.recipe import ByColumn, Recipe
+from upit_merge.recipe import Recipe
 from upit_merge.report.card import model_card, router_sentence
 from upit_merge.report.record import merge_record
 from upit_merge.report.tables import show_buckets
@@ -26,9 +26,11 @@ from upit_merge.resume import run_identity
 from upit_merge.router.buckets import by_column
 from upit_merge.router.gate_files import InPlace, named_gates, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import RouterResult, RouterStage, load_seed_set, pretrain_router
+from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
 from upit_merge.router.progress import Progress
 from upit_merge.router.seed_tokens import SeedSet
+from upit_merge.router.settings import ByColumn
+from upit_merge.router.stage import RouterStage
 from upit_merge.shards import Shard, shard_index
 from upit_merge.staging import (
     REPORT,

@@ -16,8 +16,9 @@ from upit_merge.merging import Merger, measure_similarity
 from upit_merge.pipeline import RunOptions, seed_set
 from upit_merge.preflight import needs
 from upit_merge.preview import checkpoint_losses
-from upit_merge.recipe import Recipe, RouterSettings
+from upit_merge.recipe import Recipe
 from upit_merge.report.tables import lineage_table, show
+from upit_merge.router.settings import RouterSettings
 from upit_merge.router.worth import SampleLosses, measure_worth
 from upit_merge.staging import refuse_occupied
 
@@ -71,6 +72,11 @@ def plan_recipe(
             )
             show(_loss_table(inputs.labels, losses))
             print(measure_worth(losses).verdict())
+            if idle := _hardly_best(losses):
+                print(
+                    f"Hardly ever the best: checkpoint(s) {', '.join(map(str, idle))}. The router "
+                    "will hardly use them; leave them out, or take others."
+                )
     for sentence in required.shortages(out):
         raise UpitError(sentence)
 
@@ -80,6 +86,12 @@ def _with_data(recipe: Recipe, data: str) -> Recipe:
     router = recipe.router or RouterSettings(data=data)
     router = router.model_copy(update={"data": data, "assign": "lowest"})
     return recipe.model_copy(update={"router": router})
+
+
+def _hardly_best(losses: SampleLosses) -> list[int]:
+    """Checkpoints that are best for less than a tenth of an even share of the samples."""
+    best = torch.bincount(losses.means.argmin(1), minlength=losses.sums.shape[1])
+    return [i for i, count in enumerate(best.tolist()) if count * len(best) < 0.1 * best.sum()]
 
 
 def _loss_table(labels: list[str], losses: SampleLosses) -> Table:

@@ -11,10 +11,10 @@ import torch
 
 from upit_merge.inputs import Inputs
 from upit_merge.mixtral import PROJECTIONS, expert_tensor, ffn_tensor, moe_config, moe_specs
-from upit_merge.recipe import RouterSettings
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import RouterStage
 from upit_merge.router.seed_tokens import SeedSet
+from upit_merge.router.settings import RouterSettings
+from upit_merge.router.stage import RouterStage
 from upit_merge.router.worth import SampleLosses
 from upit_merge.tensor_files import TensorSpec
 

@@ -12,62 +12,31 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StrictBool,
-    StrictFloat,
     StrictInt,
     StrictStr,
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from upit_merge.errors import UpitError, first_line, one_line, shown
 from upit_merge.recipe_errors import explain, refuse_monster
+from upit_merge.router.settings import ByColumn, Refinement, RouterSettings, UpitObjective
+from upit_merge.settings import Name, Number, Strict, as_number
 
 METHOD = "upit"
 
 _MAX_CHARACTERS = 250_000  # a recipe is a page of text
 _MAX_MERGED = 10_000  # keys that come by `<<`
 
-Number = StrictInt | StrictFloat
-
-
-def _without_controls(text: str) -> str:
-    """Names of models, files and datasets are quoted in messages, each of them one line."""
-    if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029]", text):
-        raise PydanticCustomError("control_characters", "control characters")
-    return text
-
-
-Name = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_controls)]
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as a string; mergekit accepts it as a number, and so do we."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value.strip()):
-        return float(value)
-    return value
-
-
-Share = Annotated[Number, BeforeValidator(_number), Field(gt=0, le=1)]
-PositiveNumber = Annotated[
-    StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)],
-    BeforeValidator(_number),
-    Field(gt=0),
-]
+Share = Annotated[Number, BeforeValidator(as_number), Field(gt=0, le=1)]
 DensityValue = Share | Annotated[list[Share], Field(min_length=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FilteredDensity(_Strict):
+class FilteredDensity(Strict):
     """mergekit's conditional parameter: `value` for tensors whose name contains `filter`."""
 
     value: DensityValue
@@ -77,20 +46,20 @@ class FilteredDensity(_Strict):
 Density = DensityValue | FilteredDensity | Annotated[list[FilteredDensity], Field(min_length=1)]
 
 
-class ModelParameters(_Strict):
+class ModelParameters(Strict):
     """`parameters:` below one entry of `models:`."""
 
     density: Density | None = Field(None, description="Overrides the recipe's density.")
 
 
-class ModelEntry(_Strict):
+class ModelEntry(Strict):
     """One entry of `models:`: a folder, a Hub id, or a glob of folders."""
 
     model: Name
     parameters: ModelParameters = ModelParameters()
 
 
-class Parameters(_Strict):
+class Parameters(Strict):
     """`parameters:`, how checkpoints become experts (paper, section 3.2; DESIGN names)."""
 
     num_experts: StrictInt | None = Field(
@@ -121,134 +90,7 @@ class Parameters(_Strict):
     )
 
 
-class ByColumn(_Strict):
-    """`assign: {column: NAME}`: the data says which expert a sample belongs to."""
-
-    column: Name = Field(description="Column of the seed data with every sample's expert.")
-    experts: dict[StrictStr | StrictInt, Annotated[StrictInt, Field(ge=0)]] | None = Field(
-        None, description="Number of the expert for each value; without it the values are numbers."
-    )
-
-
-def _assignment(value: Any) -> Any:
-    """`column: NAME` may be written as one text too, as on the command line."""
-    if isinstance(value, str) and (found := re.fullmatch(r"column:\s*(\S.*)", value.strip())):
-        return {"column": found[1]}
-    return value
-
-
-class UpitObjective(_Strict):
-    """`upit:` in the `router:` block, the paper's own training (section 3.3)."""
-
-    train_experts: StrictBool = Field(
-        False, description="Train each expert's FFN together with its routing vectors."
-    )
-    alpha: Annotated[Number, BeforeValidator(_number), Field(ge=0, le=1)] = Field(
-        0.5, description="Weight of the language-modelling loss; the rest is the router's."
-    )
-    epochs: StrictInt = Field(4, ge=1, description="Passes over every expert's samples.")
-    lr: PositiveNumber | None = Field(
-        None, description="Learning rate: 2e-4, but 2e-5 where whole FFNs are trained (paper)."
-    )
-    batch_size: StrictInt = Field(16, ge=1, description="Samples per step.")
-    lora_rank: Annotated[StrictInt, Field(ge=1)] | None = Field(
-        None, description="Train the FFNs through LoRA of this rank, which takes less memory."
-    )
-
-    @property
-    def learning_rate(self) -> float:
-        if self.lr is not None:
-            return float(self.lr)
-        return 2e-5 if self.train_experts and self.lora_rank is None else 2e-4
-
-
-class Refinement(_Strict):
-    """`refine:` in the `router:` block: the gates trained on the loss of the whole MoE."""
-
-    steps: StrictInt = Field(ge=1, description="Optimiser steps.")
-    lr: PositiveNumber = Field(
-        0.02, description="Learning rate, relative to the size of the gates' entries."
-    )
-    tokens: StrictInt = Field(8192, ge=2, description="Seed tokens per step.")
-    balance: Annotated[
-        StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)],
-        BeforeValidator(_number),
-        Field(ge=0),
-    ] = Field(0.01, description="Weight of the load-balancing loss.")
-
-
-class RouterSettings(_Strict):
-    """`router:`, the pre-training of the gates (paper, section 3.3)."""
-
-    data: Name = Field(description="jsonl, parquet or txt, a folder of them, or a dataset id.")
-    subset: Name | None = Field(None, description="Configuration name of a dataset id.")
-    split: Name = Field("train", description="Split of a dataset id.")
-    sample: Annotated[
-        Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, le=1)] | None,
-        BeforeValidator(_number),
-    ] = Field(None, description="Samples to use: a count, or a fraction such as 0.01.")
-    max_length: StrictInt = Field(
-        512, ge=2, description="Tokens of a sample that are used, never above the model's context."
-    )
-    assign: Annotated[
-        Literal["lowest", "balanced", "shuffled"] | ByColumn, BeforeValidator(_assignment)
-    ] = Field(
-        "lowest",
-        description="Who gets a sample: the expert with the lowest loss (paper), balanced (in "
-        "equal buckets), column:NAME of the data, or shuffled, a control.",
-    )
-    objective: Literal["one_vs_rest", "softmax", "ridge", "hidden", "upit", "random"] = Field(
-        "one_vs_rest", description="What the gates are fitted to."
-    )
-    stream: Literal["mean", "expert"] | None = Field(
-        None,
-        description="Router inputs come from the mean of all experts, or from the sample's own "
-        "expert; mean, but expert for upit.",
-    )
-    temperature: PositiveNumber = Field(
-        1.0, description="Divides the gate logits: higher mixes the chosen experts more evenly."
-    )
-    batch_tokens: StrictInt = Field(
-        8192, ge=1, description="Tokens pushed through a layer at a time."
-    )
-    memory_gb: PositiveNumber = Field(
-        4.0, description="GiB of hidden states kept in memory; more than that go to disk."
-    )
-    upit: UpitObjective | None = Field(None, description="Settings of objective: upit.")
-    refine: Refinement | None = Field(
-        None, description="Train the gates end to end after they are fitted."
-    )
-
-    @model_validator(mode="after")
-    def _expressible(self) -> RouterSettings:
-        if self.upit is not None and self.objective != "upit":
-            raise ValueError(
-                f"router: upit is given, but objective is {self.objective}; set objective: upit or "
-                "remove the upit: block"
-            )
-        return self
-
-    @property
-    def column(self) -> str | None:
-        """The column of the data that assigns its samples, if one does."""
-        return self.assign.column if isinstance(self.assign, ByColumn) else None
-
-    @property
-    def router_stream(self) -> Literal["mean", "expert"]:
-        """Whose hidden states the gates are fitted to."""
-        return self.stream or ("expert" if self.objective == "upit" else "mean")
-
-    @property
-    def upit_settings(self) -> UpitObjective:
-        return self.upit or UpitObjective()
-
-    @property
-    def trains_experts(self) -> bool:
-        """Whether the FFNs change too."""
-        return self.upit is not None and self.upit.train_experts
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole `merge_method: upit` document. Unknown keys are errors."""
 
     merge_method: Literal["upit"]

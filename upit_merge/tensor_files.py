@@ -17,6 +17,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -210,6 +211,22 @@ class SafetensorsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+class TensorSource(Protocol):
+    """What a model is computed from: its configuration and its tensors by name, read when asked."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor in its stored dtype, on the CPU."""
 
 
 def patch_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -22,12 +22,14 @@ from upit_merge.interrupt import ends_at_once
 from upit_merge.merging import Merger, measure_similarity
 from upit_merge.mixtral import expert_names, gate_tensor, moe_specs
 from upit_merge.pipeline import RunOptions, output_config, write_settings
-from upit_merge.recipe import Recipe, RouterSettings, load_recipe
+from upit_merge.recipe import Recipe, load_recipe
 from upit_merge.report.tables import show
 from upit_merge.resume import Saver
 from upit_merge.router.gate_files import InPlace, gates_digest, opened_moe, tensors_digest
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import RouterStage, load_seed_set, pretrain_router
+from upit_merge.router.pretrain import load_seed_set, pretrain_router
+from upit_merge.router.settings import RouterSettings
+from upit_merge.router.stage import RouterStage
 from upit_merge.staging import REPORT
 from upit_merge.tensor_files import TensorSpec
 from upit_merge.text_files import write_json

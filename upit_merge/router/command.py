@@ -19,7 +19,6 @@ from upit_merge.interrupt import ends_at_once
 from upit_merge.mixtral import expert_names, gate_tensor
 from upit_merge.preflight import router_needs
 from upit_merge.processes import Processes, joined
-from upit_merge.recipe import RouterSettings
 from upit_merge.recipe_errors import explain
 from upit_merge.report.card import router_sentence, with_router_sentence
 from upit_merge.report.tables import show_buckets
@@ -27,9 +26,11 @@ from upit_merge.resume import NO_MATTER, file_states
 from upit_merge.router.gate_files import PatchedCopies, named_gates, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.memory import router_memory, shape_of
-from upit_merge.router.pretrain import RouterResult, RouterStage, load_seed_set, pretrain_router
+from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
 from upit_merge.router.progress import Progress, has_begun
 from upit_merge.router.seed_tokens import SeedSet
+from upit_merge.router.settings import RouterSettings
+from upit_merge.router.stage import RouterStage
 from upit_merge.staging import (
     REPORT,
     ROUTER_STAGING,

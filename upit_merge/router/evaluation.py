@@ -14,8 +14,8 @@ from upit_merge.errors import UpitError, one_line
 from upit_merge.router.assembled import AssembledMoe
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.packed import Batch
-from upit_merge.router.pretrain import RouterStage
 from upit_merge.router.seed_tokens import TokenizedSample
+from upit_merge.router.stage import RouterStage
 
 ALL = "all"  # the name of the group of all samples, unless a group has it
 

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from upit_merge.blocks import progress_bar
-from upit_merge.checkpoints import TensorSource
 from upit_merge.errors import UpitError
 from upit_merge.mixtral import PROJECTIONS, expert_tensor, ffn_tensor, gate_tensor
-from upit_merge.recipe import UpitObjective
 from upit_merge.router.layerwise import LOGIT_ROWS
 from upit_merge.router.seed_tokens import TokenizedSample
+from upit_merge.router.settings import UpitObjective
+from upit_merge.tensor_files import TensorSource
 
 # How torchrun, `accelerate launch` and MPI tell a process that it is one of several.
 _LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "ACCELERATE_", "OMPI_", "PMI_", "MV2_")

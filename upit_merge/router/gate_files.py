@@ -14,10 +14,16 @@ from typing import Any
 
 import torch
 
-from upit_merge.checkpoints import Checkpoint, OpenOptions, TensorSource
+from upit_merge.checkpoints import Checkpoint, OpenOptions
 from upit_merge.mixtral import gate_tensor
 from upit_merge.staging import require_space
-from upit_merge.tensor_files import SafetensorsFile, TensorSpec, patch_tensors, raw_bytes
+from upit_merge.tensor_files import (
+    SafetensorsFile,
+    TensorSource,
+    TensorSpec,
+    patch_tensors,
+    raw_bytes,
+)
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upit_merge.blocks import map_in_order
-from upit_merge.checkpoints import TensorSource
 from upit_merge.errors import UpitError
 from upit_merge.mixtral import PROJECTIONS, check_moe, expert_tensor, gate_tensor
 from upit_merge.router.packed import MEAN, Batch, PackedStates, Stream
 from upit_merge.router.seed_tokens import TokenizedSample
+from upit_merge.tensor_files import TensorSource
 
 # Rows of logits computed at a time: 1,024 x a vocabulary of 128 K in float32 is half a gigabyte.
 LOGIT_ROWS = 1024

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from upit_merge.recipe import RouterSettings
 from upit_merge.router.layerwise import LOGIT_ROWS, LayerwiseMoe
 from upit_merge.router.objectives import CHUNK_BYTES
+from upit_merge.router.settings import RouterSettings
 
 # What the allocator loses, and Python's own objects; see benchmarks/router_memory.py.
 _MARGIN = 1.1
-_SMALL_THINGS = 32 << 20
+_SMALL_THINGS = 64 << 20
 
 
 @dataclass(frozen=True)

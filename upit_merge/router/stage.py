@@ -1,0 +1,286 @@
+"""Losses, buckets and gates: the parts of router pre-training that run the layers one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upit_merge.blocks import progress_bar
+from upit_merge.errors import UpitError
+from upit_merge.processes import ALONE, Processes
+from upit_merge.router import objectives
+from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
+from upit_merge.router.layerwise import LayerwiseMoe
+from upit_merge.router.objectives import GateData, Objective
+from upit_merge.router.packed import MEAN, PackedStates, Stream, token_batches
+from upit_merge.router.progress import Progress
+from upit_merge.router.seed_tokens import SeedSet
+from upit_merge.router.settings import ByColumn, RouterSettings
+from upit_merge.router.worth import SampleLosses, measure_worth
+from upit_merge.tensor_files import all_finite
+
+LOG = logging.getLogger(__name__)
+
+OBJECTIVES: dict[str, Objective] = {
+    "one_vs_rest": objectives.one_vs_rest,
+    "softmax": objectives.softmax,
+    "ridge": objectives.ridge,
+    "hidden": objectives.hidden,
+}
+
+
+@dataclass(frozen=True)
+class RouterStage:
+    """Fits the gates of a Mixtral folder to seed data, layer by layer; writes nothing to it.
+
+    First every sample's loss under every expert (as a dense model) sorts the samples into
+    buckets. Then the samples run through the layers once more, and at every layer the gate is
+    fitted to tell the buckets apart by what the gate sees there.
+
+    Args:
+        model: The Mixtral folder.
+        seeds: From `load_seed_set`.
+        settings: The recipe's `router:` block.
+        seed: Of whatever is random.
+        scratch: A folder of this process for hidden states that exceed the memory budget.
+        processes: Share the samples; all of them must call the same methods.
+        progress: What a killed run has done already.
+        quiet: No progress bars.
+    """
+
+    model: LayerwiseMoe
+    seeds: SeedSet
+    settings: RouterSettings
+    seed: int
+    scratch: Path
+    processes: Processes = ALONE
+    progress: Progress = field(default_factory=Progress)
+    quiet: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sample.input_ids) for sample in self.seeds.samples]
+
+    @property
+    def everything(self) -> range:
+        return range(len(self.seeds.samples))
+
+    def stream(self, expert: int, samples: Sequence[int]) -> Stream:
+        """This process's share of samples that go through an expert."""
+        batches = token_batches(samples, self.lengths, self.settings.batch_tokens)
+        return Stream(expert, tuple(batches)).share(self.processes)
+
+    @contextlib.contextmanager
+    def states(self, streams: Sequence[Stream]) -> Iterator[PackedStates]:
+        """Room for the hidden states of some streams; there may be two of them at a time."""
+        mine = {index for stream in streams for index in stream.samples}
+        lengths = [length if i in mine else 0 for i, length in enumerate(self.lengths)]
+        with contextlib.closing(
+            PackedStates(
+                lengths,
+                self.model.hidden_size,
+                self.model.dtype,
+                scratch=self.scratch,
+                budget_bytes=float(self.settings.memory_gb) * 2**30 / 2,
+            )
+        ) as states:
+            yield states
+
+    @contextlib.contextmanager
+    def measured(self, part: str) -> Iterator[None]:
+        """Add the time that is spent inside to that of a part of the stage."""
+        started = time.perf_counter()
+        yield
+        spent = time.perf_counter() - started
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + spent, 3)
+
+    def bar(self, total: int, description: str, unit: str = "tok") -> Any:
+        """A progress bar, of the first process."""
+        quiet = self.quiet or not self.processes.is_first
+        return progress_bar(total, description, quiet=quiet, unit=unit)
+
+    # ---- buckets ---------------------------------------------------------------------------
+
+    def losses(self) -> SampleLosses:
+        """Every sample's loss under every expert.
+
+        Raises:
+            UpitError: a loss is NaN or infinite.
+        """
+        stream = self.stream(0, self.everything)
+        tokens = sum(self.lengths[index] for index in stream.samples)
+        per_sweep = tokens * self.model.num_layers
+        found: list[Tensor] = []
+        # One expert at a time: hidden states of one stream, at the price of reading the attention
+        # weights once per expert, a fifth more than reading everything once.
+        with (
+            self.measured("losses"),
+            self.states([stream]) as states,
+            self.bar(per_sweep * self.model.num_experts, "losses of the experts") as bar,
+        ):
+            for expert in range(self.model.num_experts):
+                name = f"losses-{expert}"
+                if kept := self.progress.kept(name):
+                    found.append(kept[0]["sums"])
+                    bar.update(per_sweep)
+                    continue
+                layer, _gates = self.progress.states(name, states)
+                bar.update(tokens * layer)
+                self.model.sweep(
+                    self.seeds.samples,
+                    [Stream(expert, stream.batches)],
+                    states,
+                    first_layer=layer,
+                    after_layer=partial(self._after_layer, name, states, ()),
+                    on_progress=bar.update,
+                )
+                sums = self.processes.total(self.model.losses(self.seeds.samples, states))
+                if not sums.isfinite().all():
+                    raise UpitError(
+                        f"Expert {expert} gives NaN or infinite losses on the seed data; its "
+                        "checkpoint is broken, or its values overflow: use dtype: bfloat16."
+                    )
+                found.append(sums)
+                self.progress.keep(name, {"sums": sums})
+                self.progress.drop_states()
+        return SampleLosses.of(self.seeds.samples, found)
+
+    def _after_layer(
+        self, name: str, states: PackedStates, gates: Sequence[Tensor], layer: int
+    ) -> None:
+        if layer + 1 < self.model.num_layers:
+            self.progress.keep_states(name, layer + 1, states, gates)
+
+    def buckets(self) -> Buckets:
+        """Which expert gets which sample."""
+        rule = self.settings.assign
+        experts = self.model.num_experts
+        if isinstance(rule, ByColumn):
+            buckets = Buckets(by_column(self.seeds.samples, rule, experts), experts)
+        elif rule == "shuffled":
+            buckets = Buckets(shuffled(len(self.everything), experts, self.seed), experts)
+        else:
+            buckets = assign_by_loss(self.losses(), rule)
+        if self.processes.is_first:
+            self._warn(buckets)
+        return buckets
+
+    def _warn(self, buckets: Buckets) -> None:
+        if empty := [str(expert) for expert, size in enumerate(buckets.sizes) if size == 0]:
+            remedy = "give more samples"
+            if self.settings.assign == "lowest":
+                remedy += ", or use assign: balanced if you train the mixture further"
+            LOG.warning(
+                "No seed sample belongs to expert(s) %s, which the gates will avoid or know "
+                "nothing of; %s.",
+                ", ".join(empty),
+                remedy,
+            )
+        if buckets.losses is not None:
+            for sentence in measure_worth(buckets.losses).warnings():
+                LOG.warning("%s", sentence)
+
+    # ---- gates -----------------------------------------------------------------------------
+
+    def gates(self, buckets: Buckets, objective: Objective | None = None) -> list[Tensor]:
+        """Run the samples through their experts and fit every layer's gate on the way.
+
+        Args:
+            objective: Instead of the settings'.
+
+        Raises:
+            UpitError: a gate is NaN or infinite.
+        """
+        if self.settings.router_stream == "mean":
+            streams = [self.stream(MEAN, self.everything)]
+        else:
+            streams = [
+                self.stream(e, (buckets.assigned == e).nonzero().flatten().tolist())
+                for e in range(self.model.num_experts)
+            ]
+        fit = objective or self._objective()
+        tokens = sum(self.lengths[index] for stream in streams for index in stream.samples)
+        with (
+            self.measured("gates"),
+            self.states(streams) as states,
+            self.states(streams) as inputs,
+            self.bar(tokens * self.model.num_layers, "fitting the gates") as bar,
+        ):
+            if kept := self.progress.kept("fitted"):
+                return [kept[0][name] for name in sorted(kept[0])]
+            first, gates = self.progress.states("gates", states, with_gates=True)
+            bar.update(tokens * first)
+
+            def after_layer(layer: int) -> None:
+                with self.measured("fitting"):
+                    gates.append(self._fit(layer, fit, inputs, buckets))
+                self._after_layer("gates", states, gates, layer)
+
+            self.model.sweep(
+                self.seeds.samples,
+                streams,
+                states,
+                router_inputs=inputs,
+                first_layer=first,
+                after_layer=after_layer,
+                on_progress=bar.update,
+            )
+        # Kept whole: what follows may take long.
+        self.progress.keep("fitted", {f"{layer:05}": gate for layer, gate in enumerate(gates)})
+        self.progress.drop_states()
+        return gates
+
+    def _fit(self, layer: int, fit: Objective, inputs: PackedStates, buckets: Buckets) -> Tensor:
+        broken = torch.tensor(float(not all_finite(inputs.rows)))
+        if float(self.processes.total(broken)):
+            raise UpitError(
+                f"What the gate of layer {layer} sees is NaN or infinite; a checkpoint is broken, "
+                "or its values overflow: use dtype: bfloat16."
+            )
+        data = GateData(
+            inputs.rows,
+            [inputs.span(index) for index in self.everything],
+            self.lengths,
+            buckets.assigned,
+            self.model.num_experts,
+            self.model.device,
+            self.processes.total,
+        )
+        gate = objectives.normalise(fit(data), data, float(self.settings.temperature))
+        return self.checked(layer, gate)
+
+    def checked(self, layer: int, gate: Tensor) -> Tensor:
+        """The gate itself.
+
+        Raises:
+            UpitError: as it is stored, it is NaN or infinite.
+        """
+        if not gate.to(self.model.stored_dtype).isfinite().all():
+            raise UpitError(
+                f"The gate of layer {layer} is NaN or infinite; use a temperature nearer to 1, or "
+                "dtype: bfloat16."
+            )
+        return gate
+
+    def _objective(self) -> Objective:
+        if self.settings.objective == "upit":
+            upit = self.settings.upit_settings
+            return partial(
+                objectives.upit,
+                alpha=float(upit.alpha),
+                epochs=upit.epochs,
+                lr=upit.learning_rate,
+                batch_size=upit.batch_size,
+                seed=self.seed,
+            )
+        return OBJECTIVES[self.settings.objective]
