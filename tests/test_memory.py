@@ -99,14 +99,16 @@ def test_too_little_memory_is_told_before_the_work(shared_family, tmp_path, merg
 
     monkeypatch.setattr(preflight, "memory_limit", lambda: (500 << 20, "this container"))
     router = {"data": str(shared_family.seed_file()), "memory_gb": 0.001}
-    for stage, remedy, settings in (
-        ("merge", "use fewer threads (--num-threads)", {}),
-        ("router", "lower router.batch_tokens, max_length or memory_gb", {"router": router}),
+    for stage, gib, remedy, settings in (
+        ("merge", 0.6, "use fewer threads (--num-threads)", {}),
+        ("router", 0.7, "lower router.batch_tokens, max_length or memory_gb", {"router": router}),
     ):
         with pytest.raises(UpitError) as caught:
             merge(shared_family.recipe(**settings))
         message = caught.value.message
-        assert message.startswith(f"The {stage} needs about 0.6 GiB of memory, but this container")
+        assert message.startswith(
+            f"The {stage} needs about {gib} GiB of memory, but this container"
+        )
         assert f"has 0.5 GiB; {remedy}" in message
         assert not (tmp_path / "out").exists()
 
@@ -161,5 +163,5 @@ def test_commands_ask_for_memory_before_the_work(shared_family, merge, monkeypat
         words = [command, str(out), "--data", str(shared_family.seed_file())]
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 1
-        assert "The router needs about 0.6 GiB of memory" in result.stderr
+        assert "The router needs about 0.7 GiB of memory" in result.stderr
         assert not [path for path in out.iterdir() if path.name.startswith(".upit")]
