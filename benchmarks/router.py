@@ -1,7 +1,7 @@
 """The router's objectives: held-out perplexity before any post-training, time and memory.
 
 python benchmarks/router.py --folder F [--seeds 0 1 2] [--json FILE]
-python benchmarks/router.py --tables FILE [FILE ...]        # of runs that had some seeds each
+python benchmarks/router.py --tables FILE [FILE ...] [--timed FILE ...]      # of earlier runs
 
 Builds two kinds of models for every seed (benchmarks/router_models.py), checkpoints that
 specialised and checkpoints of a well-mixed run; those that are in F already are used again. Every
@@ -200,11 +200,12 @@ def table(results: list[Result], variants: list[str]) -> list[str]:
     row("random (mean of 3)", random, "0", "0", "")
     for variant in variants:
         fits = [result["fits"][variant] for result in results]
-        gates = [total(found["seconds"]) for found in fits]
+        timed = [result for result in results if result.get("timed", True)]
+        gates = [total(result["fits"][variant]["seconds"]) for result in timed]
         needs_losses = SETTINGS.get(variant, {}).get("assign") not in ("shuffled", "column")
         whole = [
             seconds + (result["fits"]["losses"]["seconds"]["losses"] if needs_losses else 0.0)
-            for seconds, result in zip(gates, results, strict=True)
+            for seconds, result in zip(gates, timed, strict=True)
         ]
         losses = max(result["fits"]["losses"]["peak"] for result in results)
         peak = max(losses * needs_losses, *(found["peak"] for found in fits))
@@ -225,6 +226,7 @@ def total(seconds: dict[str, float]) -> float:
 
 def shares(results: list[Result], variants: list[str]) -> list[str]:
     """Markdown: what fitting costs, in forward sweeps of the seed data."""
+    results = [result for result in results if result.get("timed", True)]
     lines = ["| objective | fitting / one forward sweep |", "|---|---|"]
     for variant in variants:
         ratios = [
@@ -255,6 +257,9 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, help="for the models; 100 MB a seed")
     parser.add_argument("--tables", type=Path, nargs="+", metavar="FILE", help="of earlier runs")
+    parser.add_argument(
+        "--timed", type=Path, nargs="+", metavar="FILE", help="those that nothing disturbed"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--post-training", type=int, default=0, metavar="STEPS", help="train some mixtures further"
@@ -266,7 +271,8 @@ def main() -> None:
     results: dict[str, list[Result]] = {"specialised": [], "mixed": []}
     for path in arguments.tables or ():
         for kind, found in json.loads(path.read_text(encoding="utf-8")).items():
-            results[kind] += found
+            timed = arguments.timed is None or path in arguments.timed
+            results[kind] += [{**result, "timed": timed} for result in found]
     if not arguments.tables:
         for kind, found in results.items():
             for seed in arguments.seeds:
