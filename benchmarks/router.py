@@ -29,7 +29,7 @@ from transformers.utils import logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.router_fits import CPU, FITS, SETTINGS  # noqa: E402
+from benchmarks.router_fits import CPU, FITS, SETTINGS, samples_of  # noqa: E402
 from benchmarks.router_models import build  # noqa: E402
 from upit_merge.demo.corpus import load_domains  # noqa: E402
 from upit_merge.demo.evaluation import perplexity, set_gates  # noqa: E402
@@ -39,7 +39,6 @@ from upit_merge.recipe import RouterSettings  # noqa: E402
 from upit_merge.router.evaluation import Evaluation, Groups, run_mixture  # noqa: E402
 from upit_merge.router.gate_files import opened_moe  # noqa: E402
 from upit_merge.router.layerwise import LayerwiseMoe  # noqa: E402
-from upit_merge.router.pretrain import load_seed_set  # noqa: E402
 from upit_merge.router.stage import RouterStage  # noqa: E402
 from upit_merge.router.worth import SampleLosses, measure_worth  # noqa: E402
 from upit_merge.tokenizer import load_tokenizer  # noqa: E402
@@ -69,14 +68,7 @@ def held_out_perplexity(folder: Path, variant: str) -> float:
     with opened_moe(model_folder) as moe, tempfile.TemporaryDirectory() as scratch:
         model = LayerwiseMoe(moe, CPU)
         settings = RouterSettings(data=str(folder / "held-out.jsonl"))
-        samples = load_seed_set(
-            settings,
-            load_tokenizer(folder / "moe"),
-            context=model.context,
-            vocab_size=model.vocab_size,
-            seed=0,
-            column="domain",
-        )
+        samples = samples_of(model, folder, settings, column="domain")
         stage = RouterStage(model, samples, settings, 0, Path(scratch), quiet=True)
         sums, routing = run_mixture(stage, [gates[str(i)] for i in range(model.num_layers)])
     groups = Groups.of(samples.samples)
@@ -112,13 +104,7 @@ def worth(folder: Path) -> dict[str, Any]:
     with opened_moe(folder / "moe") as moe:
         model = LayerwiseMoe(moe, CPU)
         settings = RouterSettings(data=str(folder / "seed.jsonl"))
-        seeds = load_seed_set(
-            settings,
-            load_tokenizer(folder / "moe"),
-            context=model.context,
-            vocab_size=model.vocab_size,
-            seed=0,
-        )
+        seeds = samples_of(model, folder, settings)
     sums = [
         load_file(folder / "fits" / "losses" / f"losses-{expert}.safetensors")["sums"]
         for expert in range(model.num_experts)

@@ -26,6 +26,7 @@ from upit_merge.router.gate_files import PatchedCopies, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.pretrain import load_seed_set, pretrain_router, training_free_gates
 from upit_merge.router.progress import Progress
+from upit_merge.router.seed_tokens import SeedSet
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 from upit_merge.tokenizer import load_tokenizer
@@ -59,15 +60,23 @@ def settings_of(folder: Path, variant: str) -> RouterSettings:
     return RouterSettings(data=str(folder / "seed.jsonl"), **changes)
 
 
-def stage_of(model: LayerwiseMoe, folder: Path, settings: RouterSettings, scratch: Path) -> Any:
-    """The stage; losses of the experts that `losses` has computed are found again."""
-    seeds = load_seed_set(
+def samples_of(
+    model: LayerwiseMoe, folder: Path, settings: RouterSettings, column: str | None = None
+) -> SeedSet:
+    """The samples that some settings name, in tokens of the folder's tokenizer."""
+    return load_seed_set(
         settings,
         load_tokenizer(folder / "moe"),
         context=model.context,
         vocab_size=model.vocab_size,
         seed=0,
+        column=column,
     )
+
+
+def stage_of(model: LayerwiseMoe, folder: Path, settings: RouterSettings, scratch: Path) -> Any:
+    """The stage; losses of the experts that `losses` has computed are found again."""
+    seeds = samples_of(model, folder, settings)
     kept = folder / "fits" / "losses"
     if kept.exists():  # a copy, so that no fit finds another one's gates
         shutil.copytree(kept, scratch / "losses")
