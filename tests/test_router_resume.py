@@ -24,6 +24,16 @@ from upit_merge.router.progress import Progress
 from upit_merge.router.refine import GateTrainer
 from upit_merge.staging import ROUTER_STAGING
 
+TRAIN_EXPERTS = [
+    "--objective",
+    "upit",
+    "--upit-train-experts",
+    "--upit-epochs",
+    "1",
+    "--upit-lr",
+    "1e-3",
+]
+
 
 class CutOff(BaseException):
     """Stands for a kill: nothing catches it, and what it interrupts is not tidied up."""
@@ -192,17 +202,8 @@ def test_refinement_goes_on(out, shared_family, tmp_path, monkeypatch, name: str
 
 def test_training_of_experts_goes_on(out, shared_family, tmp_path, monkeypatch) -> None:
     data = shared_family.seed_file()
-    more = (
-        "--objective",
-        "upit",
-        "--upit-train-experts",
-        "--upit-epochs",
-        "1",
-        "--upit-lr",
-        "1e-3",
-    )
     whole = copied(out, tmp_path / "whole")
-    run(command(whole, data, *more))
+    run(command(whole, data, *TRAIN_EXPERTS))
     trained = load_model(whole)
     before = load_model(out)
     changed = {name for name, tensor in trained.items() if not torch.equal(tensor, before[name])}
@@ -213,9 +214,9 @@ def test_training_of_experts_goes_on(out, shared_family, tmp_path, monkeypatch) 
     # The third expert is trained, but not written yet; and the last step, many files' renaming.
     for owner, name, count in ((PatchedCopies, "write", 2), (Progress, "keep", 9)):
         copy = copied(out, tmp_path / f"{name}-{count}")
-        assert cut_off(monkeypatch, owner, name, count, command(copy, data, *more))
+        assert cut_off(monkeypatch, owner, name, count, command(copy, data, *TRAIN_EXPERTS))
         assert contents(copy) == files
-        run(command(copy, data, *more))
+        run(command(copy, data, *TRAIN_EXPERTS))
         assert contents(copy) == contents(whole)
 
 
@@ -224,23 +225,14 @@ def test_experts_that_another_process_trained_first_are_kept(
 ) -> None:
     """The first process may be the last to finish: what is kept need not begin with expert 0."""
     data = shared_family.seed_file()
-    words = (
-        "--objective",
-        "upit",
-        "--upit-train-experts",
-        "--upit-epochs",
-        "1",
-        "--upit-lr",
-        "1e-3",
-    )
     whole = copied(out, tmp_path / "whole")
-    run(command(whole, data, *words))
+    run(command(whole, data, *TRAIN_EXPERTS))
     # As if there were two: expert 1 is done, expert 0 is not.
-    assert cut_off(monkeypatch, Progress, "keep", 8, command(out, data, *words))
+    assert cut_off(monkeypatch, Progress, "keep", 8, command(out, data, *TRAIN_EXPERTS))
     kept = out / ROUTER_STAGING / "progress"
     assert (kept / "tuned-1.safetensors").is_file()
     (kept / "tuned-0.safetensors").unlink()
-    run(command(out, data, *words))
+    run(command(out, data, *TRAIN_EXPERTS))
     assert contents(out) == contents(whole)
 
 

@@ -16,7 +16,7 @@ from upit_merge.checkpoints import read_json
 from upit_merge.device import resolve_devices
 from upit_merge.errors import UpitError
 from upit_merge.interrupt import ends_at_once
-from upit_merge.preflight import router_needs
+from upit_merge.preflight import require_router_memory
 from upit_merge.processes import Processes, joined
 from upit_merge.report.heatmap import check_format, draw_routing
 from upit_merge.report.tables import show
@@ -24,10 +24,10 @@ from upit_merge.router.buckets import assign_by_loss
 from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
 from upit_merge.router.gate_files import opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.memory import router_memory, shape_of
 from upit_merge.router.pretrain import load_seed_set, refined_gates
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
+from upit_merge.router.worth import measure_worth
 from upit_merge.staging import REPORT, explained_failures
 from upit_merge.text_files import write_json
 from upit_merge.tokenizer import load_tokenizer
@@ -112,11 +112,7 @@ def _evaluate(
         with processes.together():
             control = _control(stage, out) if options.control else None
             held_out = stage(settings, options.seed, options.group_by)
-            cpu = model.device.type == "cpu"
-            memory = router_memory(
-                shape_of(model), held_out.lengths, settings, cpu=cpu, evaluated=True
-            )
-            router_needs(memory, model.device).require(out)
+            require_router_memory(model, held_out.lengths, settings, out, evaluated=True)
         sums, routing = run_mixture(held_out)
         samples = held_out.seeds.samples
         evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
@@ -183,9 +179,9 @@ def _print(evaluation: Evaluation) -> None:
             f"{agreement['first']:.0%} of its tokens (chance: {agreement['chance']:.0%}), and "
             f"among the chosen for {agreement['chosen']:.0%}."
         )
-        buckets = evaluation.buckets
-        assert buckets is not None
-        print(buckets.to_report()["worth"]["verdict"])
+        assert evaluation.buckets is not None
+        assert evaluation.buckets.losses is not None
+        print(measure_worth(evaluation.buckets.losses).verdict())
 
 
 def _perplexities(evaluation: Evaluation) -> Table:

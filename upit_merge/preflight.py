@@ -13,8 +13,10 @@ import torch
 from upit_merge.errors import UpitError
 from upit_merge.inputs import Inputs
 from upit_merge.merging import Merger
-from upit_merge.router.memory import ModelShape, RouterMemory, router_memory
+from upit_merge.router.layerwise import LayerwiseMoe
+from upit_merge.router.memory import ModelShape, RouterMemory, router_memory, shape_of
 from upit_merge.router.seed_tokens import SeedSet
+from upit_merge.router.settings import RouterSettings
 from upit_merge.shards import Shard
 from upit_merge.staging import free_bytes, missing_space
 
@@ -130,6 +132,28 @@ def needs(merger: Merger, seeds: SeedSet | None, shards: Sequence[Shard]) -> Nee
         router=router.router,
         device=None if cpu else max(merge.device or 0, router.device or 0),
     )
+
+
+def require_router_memory(
+    model: LayerwiseMoe,
+    lengths: Sequence[int],
+    settings: RouterSettings,
+    out: Path,
+    *,
+    evaluated: bool = False,
+) -> None:
+    """Refuse training or evaluating a folder's router on a machine that is too small for it.
+
+    Args:
+        lengths: Tokens of the samples.
+        evaluated: The mixture is only evaluated.
+
+    Raises:
+        UpitError: naming what is needed and what there is.
+    """
+    cpu = model.device.type == "cpu"
+    memory = router_memory(shape_of(model), lengths, settings, cpu=cpu, evaluated=evaluated)
+    router_needs(memory, model.device).require(out)
 
 
 def router_needs(memory: RouterMemory, device: torch.device) -> Needs:

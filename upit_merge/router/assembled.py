@@ -92,10 +92,11 @@ class AssembledMoe:
         return module.eval().requires_grad_(False)
 
     def _gate(self, layer: int) -> Tensor:
-        gate = self.model.moe.tensor(gate_tensor(layer))
-        if self._gates is not None:
-            gate = self._gates[layer].to(gate.dtype)  # rounded, as the stored model will have it
-        return gate.to(self.model.device, self.model.dtype)
+        if self._gates is None:
+            return self.model.load(gate_tensor(layer))
+        # Rounded, as the stored model will have it.
+        stored = self.model.moe.specs[gate_tensor(layer)].dtype
+        return self._gates[layer].to(stored).to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
     def sweep(

@@ -17,7 +17,7 @@ from upit_merge.device import resolve_devices
 from upit_merge.errors import ResumableError, UpitError
 from upit_merge.interrupt import ends_at_once
 from upit_merge.mixtral import expert_names, gate_tensor
-from upit_merge.preflight import router_needs
+from upit_merge.preflight import require_router_memory
 from upit_merge.processes import Processes, joined
 from upit_merge.recipe_errors import explain
 from upit_merge.report.card import router_sentence, with_router_sentence
@@ -25,7 +25,6 @@ from upit_merge.report.tables import show_buckets
 from upit_merge.resume import NO_MATTER, file_states
 from upit_merge.router.gate_files import PatchedCopies, named_gates, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.memory import router_memory, shape_of
 from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
 from upit_merge.router.progress import Progress, has_begun
 from upit_merge.router.seed_tokens import SeedSet
@@ -124,9 +123,7 @@ def train_router(
                 seed=seed,
             )
             lengths = [len(sample.input_ids) for sample in seeds.samples]
-            cpu = model.device.type == "cpu"
-            memory = router_memory(shape_of(model), lengths, settings, cpu=cpu)
-            router_needs(memory, model.device).require(out)
+            require_router_memory(model, lengths, settings, out)
 
         wanted = _identity(seeds, settings, seed)
         if processes.gather(finished)[0] == wanted:

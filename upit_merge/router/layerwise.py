@@ -62,7 +62,6 @@ class LayerwiseMoe:
             ) from None
         self.num_layers: int = config.num_hidden_layers
         self.num_experts: int = config.num_local_experts
-        self.top_k: int = config.num_experts_per_tok
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.context: int = config.max_position_embeddings

@@ -101,6 +101,15 @@ class Progress:
         except (OSError, SafetensorError):
             return None
 
+    def keep_gates(self, name: str, gates: Sequence[Tensor]) -> None:
+        """Keep gates under a name, in layer order."""
+        self.keep(name, {f"{layer:05}": gate for layer, gate in enumerate(gates)})
+
+    def kept_gates(self, name: str) -> list[Tensor]:
+        """The gates that were kept under a name; none if there are none."""
+        kept = self.kept(name)
+        return [] if kept is None else [kept[0][layer] for layer in sorted(kept[0])]
+
     def has(self, prefix: str) -> bool:
         """Whether any process has kept something under a name that begins so."""
         return self._folder is not None and any(self._folder.glob(f"{prefix}*.safetensors"))
@@ -138,7 +147,7 @@ class Progress:
             file.write(tensor_memory(states.rows) if size else b"")
         _flush(path)
         if gates:
-            self.keep("gates", {f"{index:05}": gate for index, gate in enumerate(gates)})
+            self.keep_gates("gates", gates)
         write_json(record, self._record(name, states) | {"layer": layer, "file": path.name})
         if old and old != path.name:
             (self._folder / old).unlink(missing_ok=True)
@@ -169,8 +178,7 @@ class Progress:
         wanted = self._record(name, into)
         fits = {key: record.get(key) for key in wanted} == wanted and path.is_file()
         layer = int(record["layer"]) if fits else 0
-        kept = self.kept("gates") if with_gates else None
-        gates = [] if kept is None else [kept[0][key] for key in sorted(kept[0])][:layer]
+        gates = self.kept_gates("gates")[:layer] if with_gates else []
         if with_gates and len(gates) < layer:
             layer = 0
         # A kill may come between two processes' records: then there is no layer all can go on at.

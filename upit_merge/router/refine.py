@@ -211,7 +211,7 @@ def sample_order(lengths: Sequence[int], tokens: int, steps: int, seed: int) -> 
     while len(order) < steps:
         if not waiting:
             waiting = torch.randperm(len(lengths), generator=generator).tolist()
-        chosen, size = [waiting.pop()], 0
+        chosen = [waiting.pop()]
         size = lengths[chosen[0]]
         while waiting and size + lengths[waiting[-1]] <= tokens:
             size += lengths[waiting[-1]]

@@ -201,6 +201,8 @@ class RouterStage:
         Raises:
             UpitError: a gate is NaN or infinite.
         """
+        if fitted := self.progress.kept_gates("fitted"):
+            return fitted
         if self.settings.router_stream == "mean":
             streams = [self.stream(MEAN, self.everything)]
         else:
@@ -216,8 +218,6 @@ class RouterStage:
             self.states(streams) as inputs,
             self.bar(tokens * self.model.num_layers, "fitting the gates") as bar,
         ):
-            if kept := self.progress.kept("fitted"):
-                return [kept[0][name] for name in sorted(kept[0])]
             first, gates = self.progress.states("gates", states, with_gates=True)
             bar.update(tokens * first)
 
@@ -236,7 +236,7 @@ class RouterStage:
                 on_progress=bar.update,
             )
         # Kept whole: what follows may take long.
-        self.progress.keep("fitted", {f"{layer:05}": gate for layer, gate in enumerate(gates)})
+        self.progress.keep_gates("fitted", gates)
         self.progress.drop_states()
         return gates
 
