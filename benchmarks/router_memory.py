@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from upit_merge.mixtral import PROJECTIONS, expert_tensor, gate_tensor
+from upit_merge.formats import FORMATS, PROJECTIONS
 from upit_merge.router.gate_files import InPlace, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.memory import ModelShape, router_memory
@@ -29,6 +29,8 @@ from upit_merge.router.pretrain import pretrain_router
 from upit_merge.router.seed_tokens import SeedSet, TokenizedSample
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
+
+mixtral = FORMATS["mixtral"]
 
 # hidden, intermediate, heads, key-value heads, vocabulary, layers, experts
 SHAPES = {
@@ -78,12 +80,12 @@ def write_mixtral(folder: Path, name: str) -> None:
             f"{prefix}self_attn.k_proj.weight": random(keys * head, hidden),
             f"{prefix}self_attn.v_proj.weight": random(keys * head, hidden),
             f"{prefix}self_attn.o_proj.weight": random(hidden, hidden),
-            gate_tensor(layer): random(experts, hidden),
+            mixtral.gate_tensor(layer): random(experts, hidden),
         }
         for expert in range(experts):
             for projection in PROJECTIONS:
                 shape = (hidden, inner) if projection == "down_proj" else (inner, hidden)
-                tensors[expert_tensor(layer, expert, projection)] = random(*shape)
+                tensors[mixtral.expert_tensor(layer, expert, projection)] = random(*shape)
         save(f"layer-{layer}.safetensors", tensors)
     save(
         "rest.safetensors",

@@ -19,13 +19,7 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -100,20 +94,22 @@ def build_family(
     *,
     count: int = 3,
     dtype: torch.dtype = torch.float32,
-    mistral: bool = False,
+    kind: str = "llama",
     seed: int = 0,
     noise: float = 0.02,
     shard_size: str = "5GB",
     **config: Any,
 ) -> Family:
-    """Make a base and `count` checkpoints, each the one before it plus noise."""
+    """Make a base and `count` checkpoints, each the one before it plus noise.
+
+    Args:
+        kind: `llama`, `mistral` or `qwen3`.
+    """
     torch.manual_seed(seed)
     settings = {**TINY, **config}
-    model: Any
-    if mistral:
-        model = MistralForCausalLM(MistralConfig(**settings))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**settings))
+    if kind == "qwen3":
+        settings = {"head_dim": 8, **settings}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -140,7 +136,8 @@ def shared_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 def family(shared_family: Family, tmp_path: Path) -> Family:
     """The same, in a folder that a test may change."""
     root = tmp_path / "family"
-    shutil.copytree(shared_family.root, root)
+    # Without what other tests have put beside the models.
+    shutil.copytree(shared_family.root, root, ignore=shutil.ignore_patterns("*.jsonl", "*.yml"))
     checkpoints = [
         root / path.relative_to(shared_family.root) for path in shared_family.checkpoints
     ]

@@ -192,7 +192,7 @@ RECIPE_CASES = [
     Case(
         "unknown key",
         recipe(flavour=3),
-        "recipe.yml: unknown key flavour (known here: base_model, …, tokenizer_source).",
+        "recipe.yml: unknown key flavour (known here: architecture, …, tokenizer_source).",
     ),
     Case(
         "misspelled key",
@@ -303,17 +303,17 @@ FOLDER_CASES = [
     Case(
         "other architecture",
         config(SECOND, model_type="qwen2"),
-        "Checkpoint sft/checkpoint-1000 has model_type 'qwen2'; Mixtral output needs llama "
-        "or mistral checkpoints.",
+        "Checkpoint sft/checkpoint-1000 has model_type 'qwen2'; use llama, mistral "
+        "or qwen3 checkpoints.",
     ),
     Case(
         "no model_type",
         config(BASE, model_type=None),
-        "Checkpoint base has model_type None; Mixtral output needs llama or mistral checkpoints.",
+        "Checkpoint base has model_type None; use llama, mistral or qwen3 checkpoints.",
     ),
     Case(
         "Llama and Mistral",
-        other_family(LAST, mistral=True),
+        other_family(LAST, kind="mistral"),
         "Checkpoint sft/checkpoint-1500 is a mistral model, the base base a llama; all must "
         "come from one base.",
     ),
@@ -345,13 +345,13 @@ FOLDER_CASES = [
         "attention_bias",
         config(LAST, attention_bias=True),
         "Checkpoint sft/checkpoint-1500 sets attention_bias, which Mixtral cannot express; "
-        "use a model without biases.",
+        "use a model without it.",
     ),
     Case(
         "mlp_bias",
         config(LAST, mlp_bias=True),
         "Checkpoint sft/checkpoint-1500 sets mlp_bias, which Mixtral cannot express; use a "
-        "model without biases.",
+        "model without it.",
     ),
     Case(
         "quantised",
@@ -484,8 +484,8 @@ WEIGHT_CASES = [
         "bias tensors",
         weights(SECOND, lambda t: t.update({QUERY.replace("weight", "bias"): torch.zeros(32)})),
         "Checkpoint sft/checkpoint-1000 has the tensor model.layers.0.self_attn.q_proj.bias, "
-        "which Mixtral has no place for; use a plain Llama or Mistral checkpoint without "
-        "biases or adapters.",
+        "which Mixtral has no place for; use a plain checkpoint without biases or "
+        "adapters.",
     ),
     Case(
         "int8 tensors",

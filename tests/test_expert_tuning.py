@@ -181,11 +181,12 @@ def test_loss_and_gradients_are_those_of_the_definition(
     assert (expected["model.layers.1.mlp.up_proj.weight"].abs().max() > 1e-4) == (alpha > 0)
 
 
-@pytest.mark.parametrize("variant", ["tied", "sliding window", "padding id"])
+@pytest.mark.parametrize("variant", ["tied", "sliding window", "qwen3", "padding id"])
 def test_other_models(tmp_path, merge, variant: str) -> None:
     config: dict[str, Any] = {
         "tied": {"tie_word_embeddings": True},
-        "sliding window": {"mistral": True, "sliding_window": 5},
+        "sliding window": {"kind": "mistral", "sliding_window": 5},
+        "qwen3": {"kind": "qwen3"},
         "padding id": {"attention_dropout": 0.5, "pad_token_id": None},
     }[variant]
     family = build_family(tmp_path, count=3, **config)

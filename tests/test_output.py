@@ -32,8 +32,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "explicit head_dim": {"head_dim": 12},
     "llama3 rope": {"rope_parameters": LLAMA3_ROPE},
     "sharded input": {"shard_size": "30KB"},
-    "mistral": {"mistral": True, "sliding_window": None},
-    "mistral sliding window": {"mistral": True, "sliding_window": 5},
+    "mistral": {"kind": "mistral", "sliding_window": None},
+    "mistral sliding window": {"kind": "mistral", "sliding_window": 5},
+    "qwen3": {"kind": "qwen3"},
+    "qwen3 tied": {"kind": "qwen3", "tie_word_embeddings": True, "head_dim": 12},
     "one layer": {"num_hidden_layers": 1},
     "odd eps and activation": {"rms_norm_eps": 1e-3, "hidden_act": "gelu"},
 }
@@ -69,6 +71,7 @@ def test_identical_checkpoints_make_the_dense_model(tmp_path, merge, variant: st
     out = merge(family.recipe(models=models))
     moe, dense = load(out), load(family.checkpoints[0])
     assert moe.config.num_local_experts == 3
+    assert moe.config.model_type == ("qwen3_moe" if "qwen3" in variant else "mixtral")
     assert moe.config.tie_word_embeddings == dense.config.tie_word_embeddings
     torch.testing.assert_close(logits(moe), logits(dense), rtol=0, atol=1e-5)
 
@@ -92,7 +95,7 @@ def test_one_checkpoint_makes_an_moe_of_one(family, merge) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("variant", ["llama", "tied embeddings", "mistral sliding window"])
+@pytest.mark.parametrize("variant", ["llama", "tied embeddings", "mistral sliding window", "qwen3"])
 def test_expanded_output_loads_and_generates(tmp_path, merge, variant: str, dtype: str) -> None:
     family = build_family(tmp_path, count=2, dtype=getattr(torch, dtype), **VARIANTS[variant])
     out = merge(family.recipe(parameters={"num_experts": 4}), max_shard_bytes=60_000)

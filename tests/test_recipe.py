@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from upit_merge.architecture import DenseArchitecture
 from upit_merge.errors import UpitError
 from upit_merge.expansion.density import resolve_densities
-from upit_merge.mixtral import DenseArchitecture
+from upit_merge.formats import FORMATS
 from upit_merge.recipe import (
     FilteredDensity,
     Parameters,
@@ -95,6 +96,8 @@ WRONG_VALUES: list[tuple[Document, str, str, str]] = [
     (entry(model=""), "models.1.model", "''", NOT_EMPTY),
     (entry(parameters=None), "models.1.parameters", "None", MAPPING),
     (entry(parameters={"density": 0}), "models.1.parameters.density", "0", DENSITY),
+    (document(architecture="gpt"), "architecture", "'gpt'", "auto, mixtral, qwen3_moe"),
+    (document(architecture=8), "architecture", "8", "a text"),
     (document(dtype="int8"), "dtype", "'int8'", DTYPES),
     (document(dtype=16), "dtype", "16", DTYPES),
     (document(out_dtype="fp16"), "out_dtype", "'fp16'", DTYPES),
@@ -279,7 +282,7 @@ MISSPELLED = [
     (
         document(flavour=1),
         "flavour",
-        "known here: base_model, chat_template, dtype, merge_method, models, out_dtype, "
+        "known here: architecture, base_model, chat_template, dtype, merge_method, models, out_dtype, "
         "parameters, router, tokenizer_source",
     ),
     (
@@ -498,7 +501,7 @@ def densities(layers: int, shared: Any, *per_model: Any) -> list[list[float]]:
         {"model": "m", "parameters": {} if own is None else {"density": own}} for own in settings
     ]
     recipe = parse_recipe(document(models=models, parameters={"density": shared}))
-    architecture = DenseArchitecture({"num_hidden_layers": layers}, {})
+    architecture = DenseArchitecture(FORMATS["mixtral"], {"num_hidden_layers": layers}, {})
     assert [p for _, p, _ in architecture.ffn_names()] == [*GATE_DOWN_UP] * layers
     resolved = resolve_densities(
         architecture,

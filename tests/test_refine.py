@@ -53,13 +53,14 @@ def sample_losses(model, sample: TokenizedSample) -> tuple[torch.Tensor, list[to
     )
 
 
-@pytest.mark.parametrize("variant", ["llama", "tied", "sliding window"])
+@pytest.mark.parametrize("variant", ["llama", "tied", "sliding window", "qwen3"])
 def test_mixture_is_the_whole_model_s(tmp_path, merge, variant: str) -> None:
     """Losses and routing, packed and batched, against one sample at a time in memory."""
     config = {
         "llama": {},
         "tied": {"tie_word_embeddings": True},
-        "sliding window": {"mistral": True, "sliding_window": 5},
+        "sliding window": {"kind": "mistral", "sliding_window": 5},
+        "qwen3": {"kind": "qwen3"},
     }[variant]
     family = build_family(tmp_path / "family", **config)
     out = merge(family.recipe(parameters={"num_experts": 5}))

@@ -35,13 +35,14 @@ def some_samples(count: int = 9) -> list[TokenizedSample]:
     return samples
 
 
-@pytest.mark.parametrize("variant", ["llama", "tied", "sliding window", "bfloat16"])
+@pytest.mark.parametrize("variant", ["llama", "tied", "sliding window", "qwen3", "bfloat16"])
 def test_losses_are_those_of_the_dense_models(tmp_path, merge, variant: str) -> None:
     """Layer by layer, packed and batched, against AutoModelForCausalLM one sample at a time."""
     config = {
         "llama": {},
         "tied": {"tie_word_embeddings": True},
-        "sliding window": {"mistral": True, "sliding_window": 5},
+        "sliding window": {"kind": "mistral", "sliding_window": 5},
+        "qwen3": {"kind": "qwen3"},
         "bfloat16": {"dtype": torch.bfloat16},
     }[variant]
     # With the backbone of the base everywhere, expert i's stream is checkpoint i on that backbone.

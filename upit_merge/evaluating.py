@@ -61,7 +61,7 @@ class EvaluateOptions:
 
 
 def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOptions) -> Evaluation:
-    """Evaluate the Mixtral folder `out`, layer by layer; prints tables, changes nothing.
+    """Evaluate the MoE folder `out`, layer by layer; prints tables, changes nothing.
 
     Under torchrun or `accelerate launch` all processes must call this; they share the samples.
 
@@ -69,7 +69,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
         settings: Of these, what says which data, how much of it, and in which batches.
 
     Raises:
-        UpitError: `out` is no Mixtral folder with a tokenizer, the data does not fit, or a file
+        UpitError: `out` is no MoE folder with a tokenizer, the data does not fit, or a file
             cannot be written.
     """
     if not out.is_dir():

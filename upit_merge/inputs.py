@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from upit_merge.checkpoints import Checkpoint, OpenOptions, open_checkpoint
-from upit_merge.errors import UpitError
-from upit_merge.expansion.density import resolve_densities
-from upit_merge.mixtral import (
+from upit_merge.architecture import (
     DenseArchitecture,
     default_dtype,
     inspect_models,
     moe_specs,
     stored_dtype,
 )
+from upit_merge.checkpoints import Checkpoint, OpenOptions, open_checkpoint
+from upit_merge.errors import UpitError
+from upit_merge.expansion.density import resolve_densities
 from upit_merge.recipe import Recipe, expand_models
 from upit_merge.shards import Shard, plan_shards
 from upit_merge.tokenizer import (
@@ -80,7 +80,7 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
 
         base = open_model(recipe.base_model, "base_model")
         checkpoints = tuple(open_model(entry.model) for entry in entries)
-        architecture = inspect_models(base, checkpoints)
+        architecture = inspect_models(base, checkpoints, recipe.architecture)
         num_experts = recipe.parameters.num_experts or len(checkpoints)
         experts_per_token = recipe.parameters.experts_per_token or min(2, num_experts)
         if num_experts < experts_per_token:

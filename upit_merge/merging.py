@@ -15,7 +15,6 @@ from upit_merge.expansion.experts import ExpertBuilder, Sink, block_bytes, write
 from upit_merge.expansion.lineage import Lineage, needs_gram, plan_lineage
 from upit_merge.expansion.similarity import delta_gram
 from upit_merge.inputs import Inputs
-from upit_merge.mixtral import expert_tensor, gate_tensor
 from upit_merge.processes import Processes
 from upit_merge.resume import Journal, Saver
 from upit_merge.router.pretrain import training_free_gates
@@ -114,7 +113,7 @@ class Merger:
             quiet=self.quiet,
             description=description,
         )
-        gates = [gate_tensor(layer) for layer in range(inputs.architecture.num_layers)]
+        gates = inputs.architecture.format.gate_names(inputs.architecture.num_layers)
         if any(map(sink.wants, gates)):
             fresh = training_free_gates(
                 inputs.settings_donor, len(gates), inputs.num_experts, inputs.recipe.seed
@@ -200,10 +199,11 @@ def merge(
 def _first_experts(merger: Merger, shards: Iterable[Shard]) -> list[int]:
     """FFN tensors whose first expert is in these shards: exactly one process has each."""
     names = {spec.name for shard in shards for spec in shard.tensors}
+    architecture = merger.inputs.architecture
     return [
         index
-        for index, (layer, projection, _name) in enumerate(merger.inputs.architecture.ffn_names())
-        if expert_tensor(layer, 0, projection) in names
+        for index, (layer, projection, _name) in enumerate(architecture.ffn_names())
+        if architecture.format.expert_tensor(layer, 0, projection) in names
     ]
 
 

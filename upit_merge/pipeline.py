@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from upit_merge.architecture import context_length, moe_config
 from upit_merge.checkpoints import WEIGHT_INDEX, OpenOptions
 from upit_merge.device import resolve_devices
 from upit_merge.expansion.lineage import Lineage
 from upit_merge.inputs import Inputs, opened
 from upit_merge.interrupt import ends_at_once
 from upit_merge.merging import Clock, Merged, Merger, merge
-from upit_merge.mixtral import context_length, moe_config
 from upit_merge.preflight import needs
 from upit_merge.processes import Processes, joined
 from upit_merge.recipe import Recipe
@@ -195,7 +195,7 @@ class _Run:
             output = InPlace(moe)
             router = pretrain_router(stage, output)
             if processes.is_first:
-                output.write(named_gates(router.gates))
+                output.write(named_gates(inputs.architecture.format, router.gates))
         processes.gather(None)  # nobody uses the scratch folders any more
         return router
 
@@ -245,6 +245,7 @@ class _Run:
                 self.source,
                 router_sentence(record["router"]),
                 inputs.experts_per_token,
+                inputs.architecture.format,
             )
             (folder / "README.md").write_text(card, encoding="utf-8")
         names = (path.name for path in folder.iterdir())

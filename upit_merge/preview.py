@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from upit_merge.architecture import ffn_tensor, moe_config, moe_specs
+from upit_merge.formats import PROJECTIONS
 from upit_merge.inputs import Inputs
-from upit_merge.mixtral import PROJECTIONS, expert_tensor, ffn_tensor, moe_config, moe_specs
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.seed_tokens import SeedSet
 from upit_merge.router.settings import RouterSettings
@@ -20,7 +21,7 @@ from upit_merge.tensor_files import TensorSpec
 
 
 class PlannedMoe:
-    """The checkpoints as the experts of a Mixtral: their FFNs on the recipe's backbone.
+    """The checkpoints as the experts of a mixture: their FFNs on the recipe's backbone.
 
     Children of the expansion are not among them: they are mixtures of what is.
     """
@@ -30,9 +31,9 @@ class PlannedMoe:
     def __init__(self, inputs: Inputs) -> None:
         count, layers = len(inputs.checkpoints), inputs.architecture.num_layers
         body, gates = moe_specs(inputs.architecture, count, inputs.dtype)
-        self._inputs = inputs
+        self._inputs, form = inputs, inputs.architecture.format
         self._ffn = {
-            expert_tensor(layer, expert, projection): (expert, ffn_tensor(layer, projection))
+            form.expert_tensor(layer, expert, projection): (expert, ffn_tensor(layer, projection))
             for layer in range(layers)
             for expert in range(count)
             for projection in PROJECTIONS

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -23,6 +24,7 @@ from pydantic import (
 )
 
 from upit_merge.errors import UpitError, first_line, one_line, shown
+from upit_merge.formats import FORMATS
 from upit_merge.recipe_errors import explain, refuse_monster
 from upit_merge.router.settings import ByColumn, Refinement, RouterSettings, UpitObjective
 from upit_merge.settings import Name, Number, Strict, as_number
@@ -90,6 +92,12 @@ class Parameters(Strict):
     )
 
 
+def _known_format(name: str) -> str:
+    if name not in (known := ["auto", *FORMATS]):
+        raise ValueError(f"architecture is {shown(name)}, expected {', '.join(known)}")
+    return name
+
+
 class Recipe(Strict):
     """A whole `merge_method: upit` document. Unknown keys are errors."""
 
@@ -98,6 +106,9 @@ class Recipe(Strict):
         description="The pre-trained dense model: what deltas are measured against."
     )
     models: list[ModelEntry] = Field(min_length=1)
+    architecture: Annotated[StrictStr, AfterValidator(_known_format)] = Field(
+        "auto", description="Of the output: what the models become, or the name of a format."
+    )
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="Of the output; the base's if not given."
     )

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from upit_merge import __version__
+from upit_merge.architecture import moe_specs
 from upit_merge.checkpoints import Checkpoint, read_json
 from upit_merge.device import resolve_devices
 from upit_merge.errors import UpitError
@@ -20,7 +21,6 @@ from upit_merge.expansion.lineage import Lineage
 from upit_merge.inputs import Inputs, opened
 from upit_merge.interrupt import ends_at_once
 from upit_merge.merging import Merger, measure_similarity
-from upit_merge.mixtral import expert_names, gate_tensor, moe_specs
 from upit_merge.pipeline import RunOptions, output_config, write_settings
 from upit_merge.recipe import Recipe, load_recipe
 from upit_merge.report.tables import show
@@ -132,6 +132,7 @@ def _findings(
                 f"({', '.join(report['checkpoints'])}), but its recipe now finds "
                 f"{', '.join(inputs.labels)}; restore the models it was made from."
             )
+        architecture = inputs.architecture
         merger = Merger(inputs, devices, quiet=options.quiet)
         body, gate_specs = moe_specs(inputs.architecture, inputs.num_experts, inputs.dtype)
         expected = {spec.name: spec for spec in [*body, *gate_specs]}
@@ -144,7 +145,8 @@ def _findings(
             names -= {spec.name for spec in gate_specs}
         trained = (report["router"] or {}).get("experts_sha256")
         if trained:
-            names -= set(expert_names(inputs.architecture.num_layers, range(inputs.num_experts)))
+            experts = range(inputs.num_experts)
+            names -= set(architecture.format.expert_names(architecture.num_layers, experts))
         comparison = Comparison(moe, names)
         with Saver(None) as saver:
             merger.write(comparison, lineage, saver, description="verifying")
@@ -214,11 +216,11 @@ def _lineage_faults(lineage: Lineage, report: Mapping[str, Any]) -> Iterator[str
 def _weight_findings(
     inputs: Inputs, names: Collection[str], differing: Collection[str]
 ) -> Iterator[Finding]:
-    layers = range(inputs.architecture.num_layers)
+    form, num_layers = inputs.architecture.format, inputs.architecture.num_layers
     parts = {"backbone": set(inputs.architecture.backbone_names())}
     for expert in range(inputs.num_experts):
-        parts[f"expert {expert}"] = set(expert_names(len(layers), [expert]))
-    parts["gates"] = {gate_tensor(layer) for layer in layers}
+        parts[f"expert {expert}"] = set(form.expert_names(num_layers, [expert]))
+    parts["gates"] = set(form.gate_names(num_layers))
     for part, members in parts.items():
         compared = members & set(names)
         faults = [f"{name} differs" for name in sorted(members & set(differing))]
@@ -228,10 +230,10 @@ def _weight_findings(
 
 def _trained_finding(moe: Checkpoint, told: Sequence[str], inputs: Inputs) -> Finding:
     """Experts that were trained after the merge, against their recorded digests."""
-    layers = inputs.architecture.num_layers
+    form, num_layers = inputs.architecture.format, inputs.architecture.num_layers
     faults = []
     for expert, digest in enumerate(told):
-        names = sorted(expert_names(layers, [expert]))
+        names = sorted(form.expert_names(num_layers, [expert]))
         if tensors_digest(moe.tensor(name) for name in names) != digest:
             faults.append(f"expert {expert} is not the one the report speaks of")
     note = "" if faults else "as recorded after their training"
@@ -246,9 +248,9 @@ def _gate_finding(
     *,
     refit: bool,
 ) -> Finding:
-    stored = [
-        moe.tensor(gate_tensor(layer)) for layer in range(merger.inputs.architecture.num_layers)
-    ]
+    architecture = merger.inputs.architecture
+    gate_names = architecture.format.gate_names(architecture.num_layers)
+    stored = [moe.tensor(name) for name in gate_names]
     looked_at = f"{len(stored)} tensors"
     recorded = told.get("gates_sha256")
     if recorded is None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from upit_merge.architecture import DenseArchitecture
 from upit_merge.errors import UpitError
-from upit_merge.mixtral import DenseArchitecture
 from upit_merge.recipe import Density, FilteredDensity, Parameters
 
 _DEFAULT = Parameters.model_fields["density"].default

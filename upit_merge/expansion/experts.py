@@ -8,13 +8,13 @@ from typing import Protocol
 
 import torch
 
+from upit_merge.architecture import DenseArchitecture
 from upit_merge.blocks import map_in_order, progress_bar, row_blocks
 from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
 from upit_merge.expansion.dare import dare, index_hash, mask_key
 from upit_merge.expansion.lineage import Lineage
 from upit_merge.expansion.similarity import block_gram
-from upit_merge.mixtral import DenseArchitecture, expert_tensor
 from upit_merge.resume import Saver
 from upit_merge.tensor_files import TensorSpec, all_finite
 
@@ -264,12 +264,13 @@ def _jobs(
         name: (index, layer, projection)
         for index, (layer, projection, name) in enumerate(architecture.ffn_names())
     }
+    name_of = architecture.format.expert_tensor
     size = block_elements(devices[0], lineage.mutation, len(lineage))
     for count, (name, spec) in enumerate(architecture.specs.items()):
         index, layer, projection = ffn.get(name, (None, 0, ""))
         targets = {0: name}
         if index is not None:
-            targets = {e: expert_tensor(layer, e, projection) for e in range(len(lineage))}
+            targets = {e: name_of(layer, e, projection) for e in range(len(lineage))}
         targets = {expert: target for expert, target in targets.items() if sink.wants(target)}
         with_gram = index is not None and index in grams
         if not targets and not with_gram:

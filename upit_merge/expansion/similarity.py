@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from upit_merge.architecture import DenseArchitecture
 from upit_merge.blocks import map_in_order, progress_bar, row_blocks
 from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
-from upit_merge.mixtral import DenseArchitecture
 from upit_merge.resume import Saver
 from upit_merge.tensor_files import all_finite
 

@@ -10,6 +10,7 @@ import yaml
 
 from upit_merge.checkpoints import Checkpoint, looks_like_path
 from upit_merge.expansion.lineage import Lineage
+from upit_merge.formats import MoeFormat
 
 _ROUTER_HEADING = "## Router"
 _USE_HEADING = "## Use"
@@ -48,13 +49,14 @@ def model_card(
     recipe_source: str,
     router_sentence: str,
     experts_per_token: int,
+    form: MoeFormat,
 ) -> str:
     """The card's Markdown, with metadata the Hub understands."""
     metadata: dict[str, Any] = {
         **_base_card_metadata(base),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["mergekit", "merge", "moe", "mixtral", "upit"],
+        "tags": ["mergekit", "merge", "moe", form.name, "upit"],
     }
     if ids := _hub_ids([base, *checkpoints]):
         metadata |= {"base_model": ids, "base_model_relation": "merge"}
@@ -65,7 +67,7 @@ def model_card(
         f"# {name}",
         "",
         f"A mixture of {len(lineage)} experts per layer, {experts_per_token} of them per token, in "
-        "Mixtral format. It was grown from the checkpoints of an instruction-tuning run with "
+        f"{form.title} format. It was grown from the checkpoints of an instruction-tuning run with "
         "upit-merge, an implementation of [UpIT](https://arxiv.org/abs/2410.01610), and "
         "[mergekit](https://github.com/arcee-ai/mergekit).",
         "",

@@ -1,11 +1,12 @@
 """The whole mixture, layer by layer: memory holds one layer with all its experts, and the next.
 
-Computed with transformers' own Mixtral decoder layer.
+Computed with transformers' own decoder layer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Generator, Iterable, Sequence
 
 import torch
@@ -13,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upit_merge.blocks import map_in_order
-from upit_merge.mixtral import expert_tensor, gate_tensor
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.packed import Batch, PackedStates
 from upit_merge.router.seed_tokens import TokenizedSample
@@ -24,7 +24,7 @@ RoutingCallback = Callable[[int, Batch, Tensor, Tensor], None]
 
 
 class AssembledMoe:
-    """A Mixtral whose layers are loaded one at a time.
+    """A mixture whose layers are loaded one at a time.
 
     Args:
         model: The folder.
@@ -35,11 +35,9 @@ class AssembledMoe:
     def __init__(
         self, model: LayerwiseMoe, gates: Sequence[Tensor] | None = None, *, keep_bytes: float = 0
     ) -> None:
-        from transformers import MixtralConfig
-
         self.model = model
         self._gates = gates
-        self._config = MixtralConfig.from_dict(dict(model.moe.config))
+        self._config = copy.deepcopy(model.architecture.config)
         self._config._attn_implementation = "sdpa"
         self._config._experts_implementation = "eager"
         self._keep = self.layer_bytes * model.num_layers <= keep_bytes
@@ -70,32 +68,30 @@ class AssembledMoe:
             yield self._kept[layer]
 
     def _read(self, layer: int) -> nn.Module:
-        from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
-
-        model = self.model
+        model, name_of = self.model, self.model.format.expert_tensor
         with torch.device("meta"):
-            module = MixtralDecoderLayer(self._config, layer)
+            module = model.format.modules().moe_layer(self._config, layer)
         state = model.backbone(layer)
         up = "mlp.experts.gate_up_proj"
         down = "mlp.experts.down_proj"
         for name in (up, down):
             shape = module.get_parameter(name).shape
             state[name] = torch.empty(shape, dtype=model.dtype, device=model.device)
-        inner = self._config.intermediate_size
+        inner = model.architecture.intermediate_size
         for expert in range(model.num_experts):
             # transformers keeps the two input projections of an expert as one matrix.
-            state[up][expert, :inner] = model.load(expert_tensor(layer, expert, "gate_proj"))
-            state[up][expert, inner:] = model.load(expert_tensor(layer, expert, "up_proj"))
-            state[down][expert] = model.load(expert_tensor(layer, expert, "down_proj"))
+            state[up][expert, :inner] = model.load(name_of(layer, expert, "gate_proj"))
+            state[up][expert, inner:] = model.load(name_of(layer, expert, "up_proj"))
+            state[down][expert] = model.load(name_of(layer, expert, "down_proj"))
         state["mlp.gate.weight"] = self._gate(layer)
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 
     def _gate(self, layer: int) -> Tensor:
         if self._gates is None:
-            return self.model.load(gate_tensor(layer))
+            return self.model.load(self.model.format.gate_tensor(layer))
         # Rounded, as the stored model will have it.
-        stored = self.model.moe.specs[gate_tensor(layer)].dtype
+        stored = self.model.moe.specs[self.model.format.gate_tensor(layer)].dtype
         return self._gates[layer].to(stored).to(self.model.device, self.model.dtype)
 
     @torch.no_grad()

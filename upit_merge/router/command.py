@@ -16,7 +16,6 @@ from upit_merge import __version__
 from upit_merge.device import resolve_devices
 from upit_merge.errors import ResumableError, UpitError
 from upit_merge.interrupt import ends_at_once
-from upit_merge.mixtral import expert_names, gate_tensor
 from upit_merge.preflight import require_router_memory
 from upit_merge.processes import Processes, joined
 from upit_merge.recipe_errors import explain
@@ -95,13 +94,13 @@ def train_router(
     trust_remote_code: bool,
     quiet: bool,
 ) -> None:
-    """Replace the gates of the Mixtral folder `out` by ones fitted to seed data.
+    """Replace the gates of the MoE folder `out` by ones fitted to seed data.
 
     Under torchrun or `accelerate launch` all processes must call this; they share the samples.
     A call that was cut off goes on where it stopped, if it is repeated.
 
     Raises:
-        UpitError: `out` is no Mixtral folder with a tokenizer, or the data does not fit.
+        UpitError: `out` is no MoE folder with a tokenizer, or the data does not fit.
     """
     if not out.is_dir():
         raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
@@ -152,6 +151,7 @@ def train_router(
                 result = pretrain_router(stage, copies)
             processes.gather(None)  # nobody looks into the folders any more
             if processes.is_first:
+                copies.write(named_gates(model.format, result.gates))
                 _put_into_place(out, root, copies, result, wanted)
         except UpitError as error:
             # Else the same command would fail again, or there is nothing to go on with.
@@ -186,16 +186,16 @@ def _prepare(
         if not progress.has("tuned-"):
             shutil.rmtree(copies.folder, ignore_errors=True)
         copies.folder.mkdir(parents=True, exist_ok=True)
-        copies.prepare(map(gate_tensor, range(model.num_layers)))
+        copies.prepare(model.format.gate_names(model.num_layers))
         if settings.trains_experts:
-            copies.prepare(expert_names(model.num_layers, range(model.num_experts)))
+            experts = range(model.num_experts)
+            copies.prepare(model.format.expert_names(model.num_layers, experts))
 
 
 def _put_into_place(
     out: Path, root: Path, copies: PatchedCopies, result: RouterResult, wanted: Mapping[str, Any]
 ) -> None:
     """Let the new gates, and card and report that speak of them, become those of the model."""
-    copies.write(named_gates(result.gates))
     folder = copies.folder
     card = out / "README.md"
     if card.is_file():

@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from upit_merge.architecture import MoeArchitecture, ffn_tensor, inspect_moe
 from upit_merge.blocks import progress_bar
 from upit_merge.errors import UpitError
-from upit_merge.mixtral import PROJECTIONS, expert_tensor, ffn_tensor, gate_tensor
+from upit_merge.formats import PROJECTIONS
 from upit_merge.router.layerwise import LOGIT_ROWS
 from upit_merge.router.seed_tokens import TokenizedSample
 from upit_merge.router.settings import UpitObjective
@@ -41,7 +42,7 @@ _LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "ACCELERATE_", "OMPI_", "PMI_", "MV
 class TunedExpert:
     """What the training of one expert gives, on the CPU.
 
-    `ffn` has its FFN weights by canonical Mixtral name, in the folder's dtypes. `vectors` are its
+    `ffn` has its FFN weights by their names in the folder, in the folder's dtypes. `vectors` are its
     routing vectors, float32, (num_layers, hidden_size). `loss`, in nats, is the mean over the
     steps of the last epoch; NaN where nothing was trained.
     """
@@ -72,7 +73,7 @@ class ExpertModel(nn.Module):
     """A dense model with a routing vector per layer, zero at first, and the loss of both.
 
     Args:
-        dense: A MistralForCausalLM.
+        dense: A causal language model of transformers.
         alpha: Weight of the language-modelling loss; the routing loss has 1 - alpha.
     """
 
@@ -119,16 +120,16 @@ class ExpertModel(nn.Module):
         return {"loss": self.alpha * language / len(wanted) + (1 - self.alpha) * routing}
 
 
-def _ffn_names(moe: TensorSource, expert: int) -> dict[str, str]:
-    """The canonical Mixtral name of each FFN tensor, by its name in the dense model."""
-    layers = range(int(moe.config["num_hidden_layers"]))
-    return {ffn_tensor(n, p): expert_tensor(n, expert, p) for n in layers for p in PROJECTIONS}
+def _ffn_names(architecture: MoeArchitecture, expert: int) -> dict[str, str]:
+    """The name of each FFN tensor of an expert, by its name in the dense model."""
+    name_of, layers = architecture.format.expert_tensor, range(architecture.num_layers)
+    return {ffn_tensor(n, p): name_of(n, expert, p) for n in layers for p in PROJECTIONS}
 
 
 def load_expert(
     moe: TensorSource, expert: int, settings: UpitObjective, device: torch.device
 ) -> ExpertModel:
-    """Load one expert of a Mixtral folder as a dense model with routing vectors of zero.
+    """Load one expert of a MoE folder as a dense model with routing vectors of zero.
 
     On a GPU, frozen weights and all matrix products of a half-precision folder are bfloat16;
     float16 would need its loss scaled. All else, and whatever is trained, is float32.
@@ -138,21 +139,22 @@ def load_expert(
         settings: `lora_rank` adds factors whose first values torch's global generator draws.
     """
     from peft import LoraConfig, inject_adapter_in_model
-    from transformers import MistralConfig, MistralForCausalLM, MixtralConfig
-    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
-    fields = MixtralConfig.from_dict(dict(moe.config)).to_dict()
+    architecture = inspect_moe(moe)
+    modules = architecture.format.modules()
     # Without the padding id, which need not be in the embedding table and is of no use here, and
     # without dropout, which did not act on the losses that chose the samples either.
-    left_out = ("model_type", "dtype", "pad_token_id", "attention_dropout")
-    config = MistralConfig(**{k: v for k, v in fields.items() if k not in left_out})
+    config = architecture.dense_config(pad_token_id=None, attention_dropout=0.0)
     # Makes no (tokens, tokens) matrix for a causal mask, and takes float32 as well as bfloat16.
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        dense = MistralForCausalLM(config)
-    half = device.type == "cuda" and moe.specs[gate_tensor(0)].dtype != torch.float32
+        dense = modules.dense_model(config)
+    half = (
+        device.type == "cuda"
+        and moe.specs[architecture.format.gate_tensor(0)].dtype != torch.float32
+    )
     frozen = torch.bfloat16 if half and torch.cuda.is_bf16_supported() else torch.float32
-    ffn = _ffn_names(moe, expert)
+    ffn = _ffn_names(architecture, expert)
     state = {}
     for name in dense.state_dict():
         dtype = torch.float32 if name in ffn and settings.lora_rank is None else frozen
@@ -161,7 +163,7 @@ def load_expert(
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     dense.load_state_dict(state, assign=True)
     # Its tables are computed, not loaded: on the meta device there were none.
-    dense.model.rotary_emb = MistralRotaryEmbedding(config=config).to(device)
+    dense.model.rotary_emb = modules.rotary(config=config).to(device)
     for name, parameter in dense.named_parameters():
         parameter.requires_grad_(name in ffn)
     if rank := settings.lora_rank:
@@ -202,7 +204,7 @@ def tune_expert(
     Raises:
         UpitError: the loss, a weight or a routing vector is NaN or infinite after the training.
     """
-    names = _ffn_names(moe, expert)
+    names = _ffn_names(inspect_moe(moe), expert)
     if not samples:
         vectors = torch.zeros(len(names) // len(PROJECTIONS), int(moe.config["hidden_size"]))
         return TunedExpert({name: moe.tensor(name) for name in names.values()}, vectors, math.nan)

@@ -1,4 +1,4 @@
-"""Tensors of a Mixtral folder, opened and replaced: gates, and experts that were trained."""
+"""Tensors of a MoE folder, opened and replaced: gates, and experts that were trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from upit_merge.checkpoints import Checkpoint, OpenOptions
-from upit_merge.mixtral import gate_tensor
+from upit_merge.formats import MoeFormat
 from upit_merge.staging import require_space
 from upit_merge.tensor_files import (
     SafetensorsFile,
@@ -32,7 +32,7 @@ Tensors = Mapping[str, torch.Tensor]
 def opened_moe(
     folder: Path, label: str = "the output", config: dict[str, Any] | None = None
 ) -> Iterator[Checkpoint]:
-    """Open a Mixtral folder for reading; closes it again.
+    """Open a MoE folder for reading; closes it again.
 
     Args:
         config: The content of its `config.json`, if that is not written yet.
@@ -41,9 +41,9 @@ def opened_moe(
         yield moe
 
 
-def named_gates(gates: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gates by their canonical names, in layer order."""
-    return {gate_tensor(layer): gate for layer, gate in enumerate(gates)}
+def named_gates(form: MoeFormat, gates: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gates by their names in a format, in layer order."""
+    return dict(zip(form.gate_names(len(gates)), gates, strict=True))
 
 
 def gates_digest(gates: Sequence[torch.Tensor], dtype: torch.dtype) -> str:

@@ -1,13 +1,12 @@
-"""A Mixtral on disk, run layer by layer: memory holds one layer, the next, and the hidden states.
+"""A mixture on disk, run layer by layer: memory holds one layer, the next, and the hidden states.
 
 The dense stream of expert e is the shared backbone with expert e's FFN in every layer. It is
-computed with transformers' own Mistral decoder layer, whose attention is Mixtral's.
+computed with transformers' own layer of the dense model whose attention is the mixture's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upit_merge.architecture import inspect_moe
 from upit_merge.blocks import map_in_order
-from upit_merge.errors import UpitError
-from upit_merge.mixtral import PROJECTIONS, check_moe, expert_tensor, gate_tensor
+from upit_merge.formats import PROJECTIONS
 from upit_merge.router.packed import MEAN, Batch, PackedStates, Stream
 from upit_merge.router.seed_tokens import TokenizedSample
 from upit_merge.tensor_files import TensorSource
@@ -27,49 +26,33 @@ LOGIT_ROWS = 1024
 
 Weights = dict[str, Tensor]
 
-# Of a layer's tensors: the experts, which are read one by one, and tables that old folders hold.
-_DERIVED = re.compile(r"\.block_sparse_moe\.|rotary_emb\.inv_freq$")
-
 
 class LayerwiseMoe:
-    """A Mixtral folder whose layers are loaded one at a time.
+    """A MoE folder whose layers are loaded one at a time.
 
     Args:
-        moe: An open folder with canonical Mixtral names, or what will be one.
+        moe: An open folder in one of the formats, or what will be one.
         device: Where a layer is computed. On the CPU in float32, else in the stored dtype.
 
     Raises:
-        UpitError: the folder is not a Mixtral, or a tensor is missing or has another shape.
+        UpitError: the folder is not a mixture, or a tensor is missing or has another shape.
     """
 
     def __init__(self, moe: TensorSource, device: torch.device) -> None:
-        from transformers import MistralConfig, MixtralConfig
-
-        if moe.config.get("model_type") != "mixtral":
-            raise UpitError(
-                f"{moe.label} has model_type {moe.config.get('model_type')!r}; the router needs a "
-                "Mixtral folder, such as the output of a upit recipe."
-            )
+        self.architecture = inspect_moe(moe)
+        self.format = self.architecture.format
         self.moe = moe
         self.device = device
-        try:
-            config = MixtralConfig.from_dict(dict(moe.config))
-        except Exception as error:  # validation errors of transformers and of huggingface_hub
-            reason = " ".join(str(error).split())
-            raise UpitError(
-                f"The config.json of {moe.label} is not a valid Mixtral configuration ({reason}); "
-                "make the model again."
-            ) from None
-        self.num_layers: int = config.num_hidden_layers
-        self.num_experts: int = config.num_local_experts
+        config = self.architecture.config
+        self.num_layers = self.architecture.num_layers
+        self.num_experts = self.architecture.num_experts
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.context: int = config.max_position_embeddings
-        check_moe(moe, config)
-        self.stored_dtype = moe.specs[gate_tensor(0)].dtype
+        self.stored_dtype = moe.specs[self.format.gate_tensor(0)].dtype
         self.dtype = torch.float32 if device.type == "cpu" else self.stored_dtype
-        fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "dtype")}
-        self._config = MistralConfig(**fields)
+        self._modules = self.format.modules()
+        self._config = self.architecture.dense_config()
         self._config._attn_implementation = "sdpa"
         self._tied: bool = bool(config.tie_word_embeddings)
 
@@ -79,13 +62,14 @@ class LayerwiseMoe:
 
     def ffn(self, layer: int, expert: int) -> Weights:
         """The FFN weights of an expert, or of the mean of all, by projection."""
+        name_of = self.format.expert_tensor
         if expert != MEAN:
-            return {p: self.load(expert_tensor(layer, expert, p)) for p in PROJECTIONS}
+            return {p: self.load(name_of(layer, expert, p)) for p in PROJECTIONS}
         means = {}
         for projection in PROJECTIONS:
-            total = self.moe.tensor(expert_tensor(layer, 0, projection)).float()
+            total = self.moe.tensor(name_of(layer, 0, projection)).float()
             for other in range(1, self.num_experts):
-                total += self.moe.tensor(expert_tensor(layer, other, projection)).float()
+                total += self.moe.tensor(name_of(layer, other, projection)).float()
             means[projection] = (total / self.num_experts).to(self.device, self.dtype)
         return means
 
@@ -95,15 +79,16 @@ class LayerwiseMoe:
         return {
             name.removeprefix(prefix): self.load(name)
             for name in self.moe.specs
-            if name.startswith(prefix) and not _DERIVED.search(name)
+            # Old folders hold tables that are computed.
+            if name.startswith(prefix)
+            and self.format.is_backbone(name)
+            and not name.endswith("rotary_emb.inv_freq")
         }
 
     def dense_layer(self, layer: int, backbone: Weights) -> nn.Module:
         """A dense decoder layer with this attention and these norms; its FFN is still empty."""
-        from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-
         with torch.device("meta"):
-            module = MistralDecoderLayer(self._config, layer)
+            module = self._modules.dense_layer(self._config, layer)
         missing, unexpected = module.load_state_dict(backbone, strict=False, assign=True)
         # The FFN comes per expert; anything else that is not there would be uninitialised memory.
         if unexpected or any(not name.startswith("mlp.") for name in missing):
@@ -124,7 +109,6 @@ class LayerwiseMoe:
             create_causal_mask,
             create_sliding_window_causal_mask,
         )
-        from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
         positions = torch.arange(batch.shape[1], device=self.device).unsqueeze(0)
         make_mask = (
@@ -139,7 +123,7 @@ class LayerwiseMoe:
             past_key_values=None,
             position_ids=positions,
         )
-        rotary = MistralRotaryEmbedding(config=self._config).to(self.device)
+        rotary = self._modules.rotary(config=self._config).to(self.device)
         return {
             "attention_mask": mask,
             "position_ids": positions,
@@ -156,9 +140,7 @@ class LayerwiseMoe:
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """Final norm and output head: (tokens, hidden_size) -> logits, float32."""
-        from transformers.models.mistral.modeling_mistral import MistralRMSNorm
-
-        norm = MistralRMSNorm(self.hidden_size, eps=self._config.rms_norm_eps)
+        norm = self._modules.norm(self.hidden_size, eps=self._config.rms_norm_eps)
         norm.weight = nn.Parameter(self.load("model.norm.weight"), requires_grad=False)
         head = self.load("model.embed_tokens.weight" if self._tied else "lm_head.weight")
         return lambda rows: F.linear(norm(rows), head).float()

@@ -16,7 +16,7 @@ _SMALL_THINGS = 64 << 20
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a Mixtral, in elements unless said otherwise.
+    """The sizes of a mixture, in elements unless said otherwise.
 
     Attributes:
         hidden_size, intermediate_size, vocab_size, num_layers, num_experts: Of its configuration.
@@ -44,12 +44,12 @@ class ModelShape:
 
 def shape_of(model: LayerwiseMoe) -> ModelShape:
     """The sizes of a folder."""
-    specs, config = model.moe.specs, model.moe.config
+    specs = model.moe.specs
     first = "model.layers.0."
-    own = (n for n in specs if n.startswith(first) and ".block_sparse_moe." not in n)
+    own = (n for n in specs if n.startswith(first) and model.format.is_backbone(n))
     return ModelShape(
         hidden_size=model.hidden_size,
-        intermediate_size=int(config["intermediate_size"]),
+        intermediate_size=model.architecture.intermediate_size,
         vocab_size=model.vocab_size,
         num_layers=model.num_layers,
         num_experts=model.num_experts,

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from upit_merge.architecture import norm_tensor
 from upit_merge.errors import UpitError
-from upit_merge.mixtral import norm_tensor
 from upit_merge.router import objectives
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.expert_tuning import tune_expert

@@ -58,7 +58,7 @@ class GateTrainer:
     """Differentiates the mixture's loss by its gates.
 
     Args:
-        model: The Mixtral; its own gates are not looked at.
+        model: The mixture; its own gates are not looked at.
         samples: All samples.
         settings: `batch_tokens`, `memory_gb` and `refine.balance` are used.
         scratch: A folder for hidden states that exceed the memory budget.

@@ -40,14 +40,14 @@ OBJECTIVES: dict[str, Objective] = {
 
 @dataclass(frozen=True)
 class RouterStage:
-    """Fits the gates of a Mixtral folder to seed data, layer by layer; writes nothing to it.
+    """Fits the gates of a MoE folder to seed data, layer by layer; writes nothing to it.
 
     First every sample's loss under every expert (as a dense model) sorts the samples into
     buckets. Then the samples run through the layers once more, and at every layer the gate is
     fitted to tell the buckets apart by what the gate sees there.
 
     Args:
-        model: The Mixtral folder.
+        model: The MoE folder.
         seeds: From `load_seed_set`.
         settings: The recipe's `router:` block.
         seed: Of whatever is random.

@@ -1,8 +1,8 @@
-"""The output format: Mixtral's configuration and tensor names, from a dense Llama or Mistral."""
+"""What dense models have in common, and the mixture that is made of them, in either format."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,8 @@ import torch
 
 from upit_merge.checkpoints import Checkpoint, check_same_tensors
 from upit_merge.errors import UpitError
+from upit_merge.formats import DENSE_TYPES, FORMATS, PROJECTIONS, MoeFormat, format_of_dense
 from upit_merge.tensor_files import TensorSource, TensorSpec
-
-MODEL_TYPES = ("llama", "mistral")
-
-# A dense FFN projection and what Mixtral's published checkpoints call it: transformers, vLLM and
-# llama.cpp read these names; transformers 5 fuses them in memory only.
-PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 # Settings that shape the computation, hence must be the same in every model.
 _SHARED_FIELDS = (
@@ -37,26 +32,6 @@ _CARRIED_FIELDS = ("initializer_range", "max_position_embeddings", "use_cache")
 _TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def expert_tensor(layer: int, expert: int, projection: str) -> str:
-    """Canonical Mixtral name of an expert's projection (`gate_proj`, `up_proj`, `down_proj`)."""
-    return (
-        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{PROJECTIONS[projection]}.weight"
-    )
-
-
-def expert_names(num_layers: int, experts: Iterable[int]) -> Iterator[str]:
-    """Canonical names of all tensors of some experts."""
-    for expert in experts:
-        for layer in range(num_layers):
-            for projection in PROJECTIONS:
-                yield expert_tensor(layer, expert, projection)
-
-
-def gate_tensor(layer: int) -> str:
-    """Canonical Mixtral name of a layer's gate, shape (num_experts, hidden_size)."""
-    return f"model.layers.{layer}.block_sparse_moe.gate.weight"
-
-
 def norm_tensor(layer: int) -> str:
     """Name of the norm before a layer's gate, shape (hidden_size,)."""
     return f"model.layers.{layer}.post_attention_layernorm.weight"
@@ -72,10 +47,12 @@ class DenseArchitecture:
     """What all models of a merge have in common.
 
     Attributes:
+        format: Of the mixture they become.
         settings: Values of the configuration that shape the computation.
         specs: Every tensor of the base that the output needs, by dense name.
     """
 
+    format: MoeFormat
     settings: Mapping[str, Any]
     specs: Mapping[str, TensorSpec]
 
@@ -99,8 +76,10 @@ class DenseArchitecture:
         return [name for name in self.specs if name not in ffn]
 
 
-def _expected_shapes(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The tensors of a dense Llama or Mistral without biases, in model order."""
+def _expected_shapes(
+    form: MoeFormat, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors of a dense model without biases, in model order."""
     hidden, inner, head = (settings[f] for f in ("hidden_size", "intermediate_size", "head_dim"))
     queries, keys = (settings[f"num_{f}_heads"] * head for f in ("attention", "key_value"))
     yield "model.embed_tokens.weight", (settings["vocab_size"], hidden)
@@ -111,63 +90,67 @@ def _expected_shapes(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[i
         yield f"{prefix}self_attn.k_proj.weight", (keys, hidden)
         yield f"{prefix}self_attn.v_proj.weight", (keys, hidden)
         yield f"{prefix}self_attn.o_proj.weight", (hidden, queries)
+        for name, shape in form.attention_norms(head).items():
+            yield f"{prefix}self_attn.{name}.weight", shape
         yield f"{prefix}post_attention_layernorm.weight", (hidden,)
-        yield f"{prefix}mlp.gate_proj.weight", (inner, hidden)
-        yield f"{prefix}mlp.down_proj.weight", (hidden, inner)
-        yield f"{prefix}mlp.up_proj.weight", (inner, hidden)
+        for projection in PROJECTIONS:
+            shape = (hidden, inner) if projection == "down_proj" else (inner, hidden)
+            yield ffn_tensor(layer, projection), shape
     yield "model.norm.weight", (hidden,)
     if not settings["tie_word_embeddings"]:
         yield "lm_head.weight", (settings["vocab_size"], hidden)
+
+
+def _format_of(checkpoint: Checkpoint) -> MoeFormat:
+    """What a dense checkpoint becomes.
+
+    Raises:
+        UpitError: nothing, as it is of a kind that is not known.
+    """
+    model_type = checkpoint.config.get("model_type")
+    form = format_of_dense(model_type)
+    if form is None:
+        raise UpitError(
+            f"Checkpoint {checkpoint.label} has model_type {model_type!r}; use "
+            f"{', '.join(DENSE_TYPES[:-1])} or {DENSE_TYPES[-1]} checkpoints."
+        )
+    return form
 
 
 def _dense_config(checkpoint: Checkpoint) -> Any:
     """transformers' view of a dense configuration, with its defaults filled in.
 
     Raises:
-        UpitError: it is not a Llama or Mistral, or uses something Mixtral cannot express.
+        UpitError: it is of another kind, or uses something the output cannot express.
     """
-    from transformers import LlamaConfig, MistralConfig, MixtralConfig
     from transformers.activations import ACT2FN
 
-    raw = checkpoint.config
-    model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise UpitError(
-            f"Checkpoint {checkpoint.label} has model_type {model_type!r}; Mixtral output needs "
-            f"{' or '.join(MODEL_TYPES)} checkpoints."
-        )
-    for field in ("attention_bias", "mlp_bias"):
-        if raw.get(field):
-            raise UpitError(
-                f"Checkpoint {checkpoint.label} sets {field}, which Mixtral cannot express; use a "
-                "model without biases."
-            )
+    raw, form = checkpoint.config, _format_of(checkpoint)
+    if unfit := form.unfit_dense(raw):
+        raise UpitError(f"Checkpoint {checkpoint.label} {unfit}; use a model without it.")
     if "quantization_config" in raw:
         raise UpitError(
             f"Checkpoint {checkpoint.label} is quantised (quantization_config); use the "
             "unquantised checkpoint."
         )
     try:
-        dense = LlamaConfig if model_type == "llama" else MistralConfig
-        config = dense.from_dict(dict(raw))
+        config = form.read_dense(raw)
         # What the output could not be loaded with must show now, not after the merge.
-        MixtralConfig.from_dict(_settings(config) | _carried(config))
+        fields = _settings(config) | _carried(config) | form.own_fields(_settings(config), 1)
+        form.modules().moe_config.from_dict(fields)
         if config.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {config.hidden_act!r} is unknown")
         return config
     except Exception as error:  # validation errors of transformers and of huggingface_hub
         reason = " ".join(str(error).split())
         raise UpitError(
-            f"The config.json of checkpoint {checkpoint.label} is not a valid {model_type} "
+            f"The config.json of checkpoint {checkpoint.label} is not a valid {raw['model_type']} "
             f"configuration ({reason}); copy or download it again."
         ) from None
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    settings = {field: getattr(config, field, None) for field in _SHARED_FIELDS}
-    if config.model_type == "llama":  # keeps the key if it is there but does not act on it
-        settings["sliding_window"] = None
-    return settings
+    return {field: getattr(config, field, None) for field in _SHARED_FIELDS}
 
 
 def _carried(config: Any) -> dict[str, Any]:
@@ -180,12 +163,25 @@ def context_length(checkpoint: Checkpoint) -> int:
     return int(_dense_config(checkpoint).max_position_embeddings)
 
 
-def inspect_models(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> DenseArchitecture:
-    """Check that the models fit together and can become one Mixtral.
+def inspect_models(
+    base: Checkpoint, checkpoints: Sequence[Checkpoint], wanted: str = "auto"
+) -> DenseArchitecture:
+    """Check that the models fit together and can become one mixture.
+
+    Args:
+        wanted: The recipe's `architecture`: the name of a format, or `auto`.
 
     Raises:
         UpitError: naming the checkpoint and the field or tensor that does not fit.
     """
+    form = _format_of(base)
+    if wanted not in ("auto", form.name):
+        kinds = " or ".join(FORMATS[wanted].dense_types)
+        raise UpitError(
+            f"architecture: {wanted} is made from {kinds} checkpoints, but {base.label} has "
+            f"model_type {base.config['model_type']!r}, which becomes {form.name}; leave "
+            "architecture out."
+        )
     config = _dense_config(base)
     settings = _settings(config)
     for checkpoint in checkpoints:
@@ -208,7 +204,7 @@ def inspect_models(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> Dense
                     f"{settings[field]}; {remedy}."
                 )
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in _expected_shapes(settings):
+    for name, shape in _expected_shapes(form, settings):
         spec = base.specs.get(name)
         if spec is None or spec.shape != shape:
             found = "lacks it" if spec is None else f"has it in shape {list(spec.shape)}"
@@ -218,20 +214,25 @@ def inspect_models(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> Dense
             )
         shapes[name] = shape
     for checkpoint in (base, *checkpoints):
-        _refuse_unknown_tensors(checkpoint, shapes)
+        _refuse_unknown_tensors(checkpoint, form, shapes)
     check_same_tensors(base, checkpoints, shapes)
-    return DenseArchitecture(settings, {name: base.specs[name] for name in shapes})
+    return DenseArchitecture(form, settings, {name: base.specs[name] for name in shapes})
 
 
-def _refuse_unknown_tensors(checkpoint: Checkpoint, shapes: Mapping[str, Any]) -> None:
+def _is_derived(name: str) -> bool:
+    """Old checkpoints carry rotary tables, tied ones a copy of the embeddings."""
+    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+
+
+def _refuse_unknown_tensors(
+    checkpoint: Checkpoint, form: MoeFormat, shapes: Mapping[str, Any]
+) -> None:
     for name in checkpoint.specs:
-        # Old checkpoints carry rotary tables, tied ones a copy of the embeddings: both are derived.
-        if name in shapes or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight":
-            continue
-        raise UpitError(
-            f"Checkpoint {checkpoint.label} has the tensor {name}, which Mixtral has no place for; "
-            "use a plain Llama or Mistral checkpoint without biases or adapters."
-        )
+        if name not in shapes and not _is_derived(name):
+            raise UpitError(
+                f"Checkpoint {checkpoint.label} has the tensor {name}, which {form.title} has no "
+                "place for; use a plain checkpoint without biases or adapters."
+            )
 
 
 def stored_dtype(checkpoint: Checkpoint, architecture: DenseArchitecture) -> torch.dtype:
@@ -262,26 +263,25 @@ def moe_config(
         donor: The checkpoint whose settings the output carries.
         token_donor: The one whose special token ids it carries, that of the tokenizer.
     """
-    config = _dense_config(donor)
+    config, form = _dense_config(donor), _format_of(donor)
     tokens = _dense_config(token_donor)
-    rope = dict(config.rope_parameters)
+    settings = _settings(config)
+    rope = dict(settings.pop("rope_parameters"))
     rope_theta = rope.pop("rope_theta")
     scaled = rope.get("rope_type", "default") != "default"
     content = {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        **{
-            field: value for field, value in _settings(config).items() if field != "rope_parameters"
-        },
+        "architectures": [form.class_name],
+        "model_type": form.name,
+        **settings,
         **_carried(config),
         **{field: getattr(tokens, field, None) for field in _TOKEN_FIELDS},
         "rope_theta": rope_theta,
         "rope_scaling": rope if scaled else None,
-        "num_local_experts": num_experts,
         "num_experts_per_tok": experts_per_token,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
         "torch_dtype": str(dtype).removeprefix("torch."),
+        **form.own_fields(settings, num_experts),
     }
     return dict(sorted(content.items()))
 
@@ -290,7 +290,7 @@ def moe_specs(
     architecture: DenseArchitecture, num_experts: int, dtype: torch.dtype
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """The output's tensors: all but the gates in model order, and the gates."""
-    body = []
+    body, form = [], architecture.format
     projections = {name: (layer, p) for layer, p, name in architecture.ffn_names()}
     for name, spec in architecture.specs.items():
         if name not in projections:
@@ -298,56 +298,109 @@ def moe_specs(
             continue
         layer, projection = projections[name]
         for expert in range(num_experts):
-            body.append(TensorSpec(expert_tensor(layer, expert, projection), spec.shape, dtype))
-    gates = [
-        TensorSpec(gate_tensor(layer), (num_experts, architecture.hidden_size), dtype)
-        for layer in range(architecture.num_layers)
-    ]
+            target = form.expert_tensor(layer, expert, projection)
+            body.append(TensorSpec(target, spec.shape, dtype))
+    shape = (num_experts, architecture.hidden_size)
+    gates = [TensorSpec(n, shape, dtype) for n in form.gate_names(architecture.num_layers)]
     return body, gates
 
 
-def check_moe(moe: TensorSource, config: Any) -> None:
-    """Check that a Mixtral folder has every tensor, under its published name and in its shape.
+@dataclass(frozen=True)
+class MoeArchitecture:
+    """A mixture that is there.
 
-    Args:
-        config: The folder's `MixtralConfig`.
+    Attributes:
+        format: Its names.
+        config: transformers' view of its configuration.
+        num_experts, intermediate_size: Of every layer.
+    """
+
+    format: MoeFormat
+    config: Any
+    num_experts: int
+    intermediate_size: int
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    def dense_config(self, **changes: Any) -> Any:
+        """One expert's configuration as a dense model."""
+        fields = self.format.dense_fields(self.config) | changes
+        fields = {k: v for k, v in fields.items() if k not in ("model_type", "dtype")}
+        return self.format.modules().dense_config(**fields)
+
+    def dense_settings(self) -> dict[str, Any]:
+        """The settings of `DenseArchitecture` that a dense model would have to share."""
+        settings = _settings(self.dense_config())
+        if settings["head_dim"] is None:
+            settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
+        return settings
+
+
+def inspect_moe(moe: TensorSource) -> MoeArchitecture:
+    """Check that a folder is a mixture, with every tensor under its published name.
 
     Raises:
-        UpitError: naming the tensor that is missing or has another shape.
+        UpitError: its configuration is of another kind or not valid, or naming the tensor that is
+            missing, has another shape or should not be there.
     """
-    settings = _settings(config)
-    settings["head_dim"] = config.head_dim or config.hidden_size // config.num_attention_heads
-    ffn = {f"mlp.{projection}.weight": projection for projection in PROJECTIONS}
+    form = FORMATS.get(str(moe.config.get("model_type")))
+    if form is None:
+        titles = " or ".join(form.title for form in FORMATS.values())
+        raise UpitError(
+            f"{moe.label} has model_type {moe.config.get('model_type')!r}; the router needs a "
+            f"{titles} folder, such as the output of a upit recipe."
+        )
+    try:
+        config = form.modules().moe_config.from_dict(dict(moe.config))
+    except Exception as error:  # validation errors of transformers and of huggingface_hub
+        reason = " ".join(str(error).split())
+        raise UpitError(
+            f"The config.json of {moe.label} is not a valid {form.title} configuration ({reason}); "
+            "make the model again."
+        ) from None
+    if unfit := form.unfit_moe(config):
+        raise UpitError(f"{moe.label} {unfit}; use a model of which every layer is a mixture.")
+    architecture = MoeArchitecture(form, config, *form.sizes(config))
+    _check_tensors(moe, architecture)
+    return architecture
 
-    def expected() -> Iterator[tuple[str, tuple[int, ...]]]:
-        for name, shape in _expected_shapes(settings):
-            _model, layers, *rest = name.split(".", 3)
-            if layers != "layers" or rest[1] not in ffn:
-                yield name, shape
-                continue
-            for expert in range(config.num_local_experts):
-                yield expert_tensor(int(rest[0]), expert, ffn[rest[1]]), shape
-        for layer in range(config.num_hidden_layers):
-            yield gate_tensor(layer), (config.num_local_experts, config.hidden_size)
 
-    shapes = dict(expected())
+def _moe_shapes(architecture: MoeArchitecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    form, settings = architecture.format, architecture.dense_settings()
+    layers, experts = range(architecture.num_layers), range(architecture.num_experts)
+    ffn = {ffn_tensor(layer, p): (layer, p) for layer in layers for p in PROJECTIONS}
+    for name, shape in _expected_shapes(form, settings):
+        if name not in ffn:
+            yield name, shape
+            continue
+        layer, projection = ffn[name]
+        for expert in experts:
+            yield form.expert_tensor(layer, expert, projection), shape
+    for name in form.gate_names(len(layers)):
+        yield name, (len(experts), settings["hidden_size"])
+
+
+def _check_tensors(moe: TensorSource, architecture: MoeArchitecture) -> None:
+    title, config = architecture.format.title, architecture.config
+    shapes = dict(_moe_shapes(architecture))
     for name in moe.specs:
-        # As in dense models: tables that are derived, a copy of tied embeddings.
-        if not (name in shapes or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"):
+        if name not in shapes and not _is_derived(name):
             raise UpitError(
-                f"{moe.label} has the tensor {name}, which a Mixtral has not; the router needs a "
-                "plain Mixtral, such as the output of a upit recipe."
+                f"{moe.label} has the tensor {name}, which a {title} has not; the router needs a "
+                f"plain {title}, such as the output of a upit recipe."
             )
-    if config.num_experts_per_tok > config.num_local_experts:
+    if config.num_experts_per_tok > architecture.num_experts:
         raise UpitError(
             f"The config.json of {moe.label} routes a token to {config.num_experts_per_tok} of "
-            f"{config.num_local_experts} experts; correct num_experts_per_tok."
+            f"{architecture.num_experts} experts; correct num_experts_per_tok."
         )
     for name, shape in shapes.items():
         spec = moe.specs.get(name)
         if spec is None:
             raise UpitError(
-                f"{moe.label} has no tensor {name}; the router needs a complete Mixtral under the "
+                f"{moe.label} has no tensor {name}; the router needs a complete {title} under the "
                 "published names, such as the output of a upit recipe."
             )
         if spec.shape != shape:

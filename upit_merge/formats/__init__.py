@@ -1,0 +1,19 @@
+"""The formats an output can have. One more is one more file and one more entry of `FORMATS`."""
+
+from __future__ import annotations
+
+from upit_merge.formats.mixtral import Mixtral
+from upit_merge.formats.moe_format import PROJECTIONS, Modules, MoeFormat
+from upit_merge.formats.qwen3_moe import Qwen3Moe
+
+FORMATS: dict[str, MoeFormat] = {f.name: f for f in (Mixtral(), Qwen3Moe())}
+
+DENSE_TYPES: tuple[str, ...] = tuple(kind for f in FORMATS.values() for kind in f.dense_types)
+
+
+def format_of_dense(model_type: object) -> MoeFormat | None:
+    """What dense checkpoints of a `model_type` become; None if there is nothing."""
+    return next((f for f in FORMATS.values() if model_type in f.dense_types), None)
+
+
+__all__ = ["DENSE_TYPES", "FORMATS", "PROJECTIONS", "Modules", "MoeFormat", "format_of_dense"]
