@@ -28,7 +28,7 @@ from upit_merge.errors import UpitError
 from upit_merge.pipeline import RunOptions, run_recipe
 from upit_merge.recipe import load_recipe
 from upit_merge.router import progress
-from upit_merge.staging import ROUTER_STAGING, STAGING
+from upit_merge.staging import EDIT_STAGING, STAGING
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, Any]:
     """Files as bytes; the report without its timings, the card without the folder's name."""
     found: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
-        if path.name in (STAGING, ROUTER_STAGING, ".upit-lock"):
+        if path.name in (STAGING, *EDIT_STAGING.values(), ".upit-lock"):
             continue
         if path.name == "upit_report.json":
             report = json.loads(path.read_text())

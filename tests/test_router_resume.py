@@ -22,7 +22,7 @@ from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.packed import PackedStates
 from upit_merge.router.progress import Progress
 from upit_merge.router.refine import GateTrainer
-from upit_merge.staging import ROUTER_STAGING
+from upit_merge.staging import EDIT_STAGING
 
 TRAIN_EXPERTS = [
     "--objective",
@@ -115,7 +115,7 @@ def test_it_goes_on_at_the_layer_where_it_stopped(
         assert contents(copy) == before
         assert layers_computed(monkeypatch, words) == 10 - done
         assert contents(copy) == expected
-        assert not (copy / ROUTER_STAGING).exists()
+        assert not (copy / EDIT_STAGING["router"]).exists()
 
 
 @pytest.mark.parametrize("share", [("--objective", "ridge"), ("--seed", "1"), ("--sample", "20")])
@@ -229,7 +229,7 @@ def test_experts_that_another_process_trained_first_are_kept(
     run(command(whole, data, *TRAIN_EXPERTS))
     # As if there were two: expert 1 is done, expert 0 is not.
     assert cut_off(monkeypatch, Progress, "keep", 8, command(out, data, *TRAIN_EXPERTS))
-    kept = out / ROUTER_STAGING / "progress"
+    kept = out / EDIT_STAGING["router"] / "progress"
     assert (kept / "tuned-1.safetensors").is_file()
     (kept / "tuned-0.safetensors").unlink()
     run(command(out, data, *TRAIN_EXPERTS))

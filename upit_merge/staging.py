@@ -24,10 +24,11 @@ from upit_merge.text_files import sync_folder, write_json
 LOG = logging.getLogger(__name__)
 
 STAGING = ".upit-staging"
-ROUTER_STAGING = ".upit-router"  # of `upit-merge router`, which changes a model that is there
+# Of the commands that change a model that is there.
+EDIT_STAGING = {name: f".upit-{name}" for name in ("router", "extend", "shrink")}
 REPORT = "upit_report.json"
 _LOCK = ".upit-lock"
-_STATE = "run.json"
+STATE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def staged_output(
             root = staging.root
 
             def last_words() -> str:
-                if _is_moving(root) or has_progress(root):
+                if is_moving(root) or has_progress(root):
                     return "Interrupted; the same command goes on from there."
                 shutil.rmtree(root, ignore_errors=True)
                 release(out)
@@ -100,11 +101,11 @@ def staged_output(
             try:
                 with ends_at_once(last_words):
                     yield staging
-                    _move_into_place(staging, out)
+                    move_into_place(staging, out)
                 leave = True
             except BaseException as error:
                 may_go_on = not isinstance(error, UpitError) or isinstance(error, ResumableError)
-                leave = _is_moving(root) or (may_go_on and has_progress(root))
+                leave = is_moving(root) or (may_go_on and has_progress(root))
                 raise
             finally:
                 if not leave:
@@ -139,33 +140,11 @@ def remove_scratch(out: Path, rank: int = 0) -> None:
     _remove_if_empty(out / STAGING)
 
 
-def replace_files(out: Path, root: Path, identity: Mapping[str, Any]) -> None:
-    """Let the files in `root`/model take the place of a model's own.
-
-    With `config.json` among them, the model does not load until all are there.
-
-    Args:
-        identity: What made them, for `finish_replacing` to tell.
-    """
-    sync_folder(root / "model")
-    write_json(root / _STATE, {"identity": identity, "moving": {"obsolete": []}})
-    finish_replacing(out, root)
-
-
-def finish_replacing(out: Path, root: Path) -> dict[str, Any] | None:
-    """Do what is left of `replace_files`; returns its `identity`, None if there is nothing to do."""
-    if not _is_moving(root):
-        return None
-    identity = (_state(root) or {}).get("identity")
-    _move_into_place(Staging(root, complete=True), out)
-    return identity
-
-
 def _open_staging(out: Path, identity: Mapping[str, Any]) -> Staging:
     """The staging folder of an unfinished run with this identity, or a new one."""
     root = out / STAGING
-    state = _state(root)
-    moving = _is_moving(root)
+    state = read_state(root)
+    moving = is_moving(root)
     if state and (moving or has_progress(root)):
         change = first_difference(state["identity"], json.loads(json.dumps(identity)))
         if change:
@@ -184,22 +163,24 @@ def _open_staging(out: Path, identity: Mapping[str, Any]) -> Staging:
         # else is using it.
         shutil.rmtree(root, ignore_errors=True)
         (root / "model").mkdir(parents=True)
-        write_json(root / _STATE, {"identity": identity, "moving": None})
+        write_json(root / STATE, {"identity": identity, "moving": None})
     except OSError as error:
         shutil.rmtree(root, ignore_errors=True)
         raise _explained(error, out) from error
     return Staging(root)
 
 
-def _state(root: Path) -> dict[str, Any] | None:
+def read_state(root: Path) -> dict[str, Any] | None:
+    """What a staging folder says of itself; None if it is none."""
     try:
-        return dict(json.loads((root / _STATE).read_text(encoding="utf-8")))
+        return dict(json.loads((root / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
 
 
-def _is_moving(root: Path) -> bool:
-    return bool((_state(root) or {}).get("moving"))
+def is_moving(root: Path) -> bool:
+    """Whether files of this staging folder are being moved into place, or were when it ended."""
+    return bool((read_state(root) or {}).get("moving"))
 
 
 @contextlib.contextmanager
@@ -243,14 +224,10 @@ def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
         raise UpitError(f"The output {out} is a file; give a folder.")
     if not out.is_dir():
         return
-    if _is_moving(out / STAGING):  # a complete output, in part here and in part still there
+    if is_moving(out / STAGING):  # a complete output, in part here and in part still there
         return
-    if _is_moving(out / ROUTER_STAGING):
-        raise UpitError(
-            f"New gates are half-way into the model in {out}; give the `upit-merge router` command "
-            "that was interrupted again first."
-        )
-    ours = (STAGING, ROUTER_STAGING, _LOCK)
+    refuse_half_edited(out)
+    ours = (STAGING, *EDIT_STAGING.values(), _LOCK)
     present = sorted(path.name for path in out.iterdir() if path.name not in ours)
     if not present:
         return
@@ -264,6 +241,23 @@ def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
             f"The output folder {out} was not written by upit-merge (it has no {REPORT}); choose "
             "another folder."
         )
+
+
+def refuse_half_edited(out: Path, but: str | None = None) -> None:
+    """Refuse a model into which the files of another command were not all moved.
+
+    Args:
+        but: The command that asks, which finishes its own.
+
+    Raises:
+        UpitError: naming that command.
+    """
+    for command, folder in EDIT_STAGING.items():
+        if command != but and is_moving(out / folder):
+            raise UpitError(
+                f"What `upit-merge {command}` makes is half-way into the model in {out}; give the "
+                "command that was interrupted again first."
+            )
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -314,22 +308,23 @@ def _explained(error: OSError, out: Path) -> ResumableError:
     )
 
 
-def _move_into_place(staging: Staging, out: Path) -> None:
+def move_into_place(staging: Staging, out: Path) -> None:
     """Rename every file into `out`; does what is left of it if it was begun before."""
-    state = _state(staging.root) or {}
+    state = read_state(staging.root) or {}
     if not staging.complete:
         sync_folder(staging.model)
         new = {path.name for path in staging.model.iterdir()}
         old = [name for name in _files_of(out / REPORT) if name not in new]
         state["moving"] = {"obsolete": old}
-        write_json(staging.root / _STATE, state)
+        write_json(staging.root / STATE, state)
     names = sorted(path.name for path in staging.model.iterdir())
     last = "config.json"
     if last in names:
         # An earlier output stops being a model before its files are mixed with the new ones.
         (out / last).unlink(missing_ok=True)
-        if staging.root.name == STAGING:  # what was done for other gates of the earlier output
-            shutil.rmtree(out / ROUTER_STAGING, ignore_errors=True)
+        if staging.root.name == STAGING:  # what was done to the earlier output
+            for folder in EDIT_STAGING.values():
+                shutil.rmtree(out / folder, ignore_errors=True)
     for name in state["moving"]["obsolete"]:
         (out / name).unlink(missing_ok=True)
     for name in sorted(names, key=lambda name: name == last):
@@ -339,7 +334,7 @@ def _move_into_place(staging: Staging, out: Path) -> None:
     for path in staging.root.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name != _STATE:
+        elif path.name != STATE:
             path.unlink()
     shutil.rmtree(staging.root, ignore_errors=True)
 

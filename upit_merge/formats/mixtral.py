@@ -18,6 +18,8 @@ class Mixtral(MoeFormat):
     block = "block_sparse_moe"
     projections: ClassVar = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
+    count_field = "num_local_experts"
+
     def modules(self) -> Modules:
         from transformers import MistralConfig, MistralForCausalLM, MixtralConfig
         from transformers.models.mistral import modeling_mistral as mistral
@@ -43,7 +45,7 @@ class Mixtral(MoeFormat):
         return config
 
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
-        return {"num_local_experts": num_experts}
+        return {self.count_field: num_experts}
 
     def sizes(self, config: Any) -> tuple[int, int]:
         return config.num_local_experts, config.intermediate_size

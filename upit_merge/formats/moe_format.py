@@ -40,6 +40,7 @@ class MoeFormat(ABC):
         dense_types: Values of `model_type` of the dense checkpoints it is made from.
         block: What the mixture of a layer is called in tensors' names.
         projections: What an expert's matrices are called, by their dense names.
+        count_field: The setting with the number of experts.
         biases: Settings of dense models that give them biases, for which there is no place.
     """
 
@@ -49,6 +50,7 @@ class MoeFormat(ABC):
     dense_types: ClassVar[tuple[str, ...]]
     block: ClassVar[str]
     projections: ClassVar[Mapping[str, str]]
+    count_field: ClassVar[str]
     biases: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
 
     def gate_tensor(self, layer: int) -> str:

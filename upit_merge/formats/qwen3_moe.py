@@ -17,6 +17,7 @@ class Qwen3Moe(MoeFormat):
     dense_types = ("qwen3",)
     block = "mlp"
     projections: ClassVar = {projection: projection for projection in PROJECTIONS}
+    count_field = "num_experts"
     biases = ("attention_bias",)
 
     def attention_norms(self, head_dim: int) -> dict[str, tuple[int, ...]]:
@@ -50,7 +51,7 @@ class Qwen3Moe(MoeFormat):
 
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
         return {
-            "num_experts": num_experts,
+            self.count_field: num_experts,
             "moe_intermediate_size": settings["intermediate_size"],
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,

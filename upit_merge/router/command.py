@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from upit_merge import __version__
 from upit_merge.device import resolve_devices
-from upit_merge.errors import ResumableError, UpitError
-from upit_merge.interrupt import ends_at_once
+from upit_merge.editing import Edit
+from upit_merge.errors import UpitError
 from upit_merge.preflight import require_router_memory
 from upit_merge.processes import Processes, joined
 from upit_merge.recipe_errors import explain
@@ -25,21 +25,11 @@ from upit_merge.resume import NO_MATTER, file_states
 from upit_merge.router.gate_files import PatchedCopies, named_gates, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
-from upit_merge.router.progress import Progress, has_begun
+from upit_merge.router.progress import Progress
 from upit_merge.router.seed_tokens import SeedSet
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
-from upit_merge.staging import (
-    REPORT,
-    ROUTER_STAGING,
-    exclusive,
-    explained_failures,
-    finish_replacing,
-    release,
-    remove_scratch,
-    replace_files,
-    scratch_folder,
-)
+from upit_merge.staging import REPORT, explained_failures, scratch_folder
 from upit_merge.text_files import replace_text, write_json
 from upit_merge.tokenizer import load_tokenizer
 
@@ -102,15 +92,11 @@ def train_router(
     Raises:
         UpitError: `out` is no MoE folder with a tokenizer, or the data does not fit.
     """
-    if not out.is_dir():
-        raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
-    root = out / ROUTER_STAGING
     with joined() as processes, explained_failures(out), contextlib.ExitStack() as stack:
-        finished = None
+        edit = Edit(out, "router", processes)
         with processes.together():
             if processes.is_first:
-                stack.enter_context(exclusive(out))
-                finished = finish_replacing(out, root)
+                stack.enter_context(edit.begun())
         with processes.together():
             moe = stack.enter_context(opened_moe(out, str(out)))
             model = LayerwiseMoe(moe, resolve_devices(device)[0])
@@ -124,47 +110,31 @@ def train_router(
             lengths = [len(sample.input_ids) for sample in seeds.samples]
             require_router_memory(model, lengths, settings, out)
 
-        wanted = _identity(seeds, settings, seed)
-        if processes.gather(finished)[0] == wanted:
+        wanted = router_identity(seeds, settings, seed)
+        if processes.gather(edit.finished)[0] == wanted:
             if processes.is_first:
                 print("The earlier call was complete but for the last files, now in place.")
             return
-
-        def last_words() -> str:
-            remove_scratch(out, processes.rank)
-            if not processes.is_first:
-                return ""
-            release(out)
-            if has_begun(root / "progress"):
-                return "Interrupted; the gates are as they were. The same command goes on."
-            shutil.rmtree(root, ignore_errors=True)
-            return "Interrupted; the gates are as they were."
-
         scratch = stack.enter_context(scratch_folder(out, processes.rank))
         identity = {**wanted, "files": file_states(moe.files(), "")}
-        progress = Progress(root / "progress", identity, processes)
+        progress = Progress(edit.progress, identity, processes)
         stage = RouterStage(model, seeds, settings, seed, scratch, processes, progress, quiet)
-        copies = PatchedCopies(moe, root / "model")
-        try:
-            with ends_at_once(last_words):
-                _prepare(copies, model, settings, progress, processes)
-                result = pretrain_router(stage, copies)
+        copies = PatchedCopies(moe, edit.model)
+        with edit.interruptible("the gates are as they were"):
+            _prepare(copies, model, settings, progress, processes)
+            result = pretrain_router(stage, copies)
             processes.gather(None)  # nobody looks into the folders any more
             if processes.is_first:
                 copies.write(named_gates(model.format, result.gates))
-                _put_into_place(out, root, copies, result, wanted)
-        except UpitError as error:
-            # Else the same command would fail again, or there is nothing to go on with.
-            if not (isinstance(error, ResumableError) and has_begun(root / "progress")):
-                shutil.rmtree(root, ignore_errors=True)
-            raise
+                _add_papers(edit, result)
+                edit.put_into_place(wanted)
         if processes.is_first and not quiet:
             print(seeds.summary())
             show_buckets(result.report)
             print(f"The gates in {out} are replaced.")
 
 
-def _identity(seeds: SeedSet, settings: RouterSettings, seed: int) -> dict[str, Any]:
+def router_identity(seeds: SeedSet, settings: RouterSettings, seed: int) -> dict[str, Any]:
     """What decides the gates, but for the model: a call that differs in any of it starts over."""
     values = settings.model_dump(mode="json", exclude=set(NO_MATTER))
     identity = {"settings": values, "seed": seed, "samples": seeds.digest()}
@@ -192,11 +162,9 @@ def _prepare(
             copies.prepare(model.format.expert_names(model.num_layers, experts))
 
 
-def _put_into_place(
-    out: Path, root: Path, copies: PatchedCopies, result: RouterResult, wanted: Mapping[str, Any]
-) -> None:
-    """Let the new gates, and card and report that speak of them, become those of the model."""
-    folder = copies.folder
+def _add_papers(edit: Edit, result: RouterResult) -> None:
+    """Card and report that speak of the new gates."""
+    out, folder = edit.out, edit.model
     card = out / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")
@@ -215,4 +183,3 @@ def _put_into_place(
     if len(list(folder.glob("*.safetensors"))) > 1:
         # Between the first and the last of them the folder must not load as a model.
         shutil.copyfile(out / "config.json", folder / "config.json")
-    replace_files(out, root, wanted)

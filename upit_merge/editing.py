@@ -1,0 +1,125 @@
+"""Commands that change a model that is there: prepared aside, moved into place last."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from upit_merge.errors import ResumableError, UpitError
+from upit_merge.interrupt import ends_at_once
+from upit_merge.processes import ALONE, Processes
+from upit_merge.router.progress import has_begun
+from upit_merge.staging import (
+    EDIT_STAGING,
+    STATE,
+    Staging,
+    exclusive,
+    is_moving,
+    move_into_place,
+    read_state,
+    refuse_half_edited,
+    release,
+    remove_scratch,
+)
+from upit_merge.text_files import sync_folder, write_json
+
+
+class Edit:
+    """A change to a model, in a hidden folder inside the model's own.
+
+    Args:
+        out: The model.
+        command: Which one changes it.
+        processes: Who takes part; the first does all of the below.
+
+    Attributes:
+        finished: The identity of an earlier call that was complete but for its last files, which
+            are in place now; else None.
+    """
+
+    def __init__(self, out: Path, command: str, processes: Processes = ALONE) -> None:
+        self.out = out
+        self.processes = processes
+        self.root = out / EDIT_STAGING[command]
+        self.finished: dict[str, Any] | None = None
+        self._command = command
+
+    @property
+    def model(self) -> Path:
+        """The files that will take the place of the model's own."""
+        return self.root / "model"
+
+    @property
+    def progress(self) -> Path:
+        """What is done of the work, for a call that was cut off."""
+        return self.root / "progress"
+
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Hold the model's lock, and finish what an earlier call had all but finished.
+
+        Raises:
+            UpitError: `out` is no folder, is in use, or half changed by another command.
+        """
+        if not self.out.is_dir():
+            raise UpitError(
+                f"The folder {self.out} does not exist; give the output of a upit recipe."
+            )
+        refuse_half_edited(self.out, self._command)
+        with exclusive(self.out):
+            self.finished = self._moved()
+            yield
+
+    @contextlib.contextmanager
+    def interruptible(self, unchanged: str) -> Iterator[None]:
+        """Do the work inside: what is kept of it if it is cut off, and what is said then.
+
+        Args:
+            unchanged: What is as it was, in words.
+        """
+
+        def last_words() -> str:
+            remove_scratch(self.out, self.processes.rank)
+            if not self.processes.is_first:
+                return ""
+            release(self.out)
+            if is_moving(self.root):
+                return "Interrupted; the same command goes on from there."
+            if has_begun(self.progress):
+                return f"Interrupted; {unchanged}. The same command goes on."
+            shutil.rmtree(self.root, ignore_errors=True)
+            return f"Interrupted; {unchanged}."
+
+        try:
+            with ends_at_once(last_words):
+                yield
+        except UpitError as error:
+            # Else the same command would fail again, or there is nothing to go on with.
+            goes_on = isinstance(error, ResumableError) and has_begun(self.progress)
+            if not goes_on and not is_moving(self.root):
+                shutil.rmtree(self.root, ignore_errors=True)
+            raise
+
+    def put_into_place(self, identity: Mapping[str, Any], obsolete: Sequence[str] = ()) -> None:
+        """Let the prepared files become the model's.
+
+        With `config.json` among them, the model does not load until all are there.
+
+        Args:
+            identity: What made them, for `finished` to tell.
+            obsolete: Names of the model's files that go.
+        """
+        sync_folder(self.model)
+        moving = {"obsolete": list(obsolete)}
+        write_json(self.root / STATE, {"identity": identity, "moving": moving})
+        self._moved()
+
+    def _moved(self) -> dict[str, Any] | None:
+        if not is_moving(self.root):
+            return None
+        identity = (read_state(self.root) or {}).get("identity")
+        move_into_place(Staging(self.root, complete=True), self.out)
+        return identity
