@@ -72,7 +72,7 @@ def test_trained_experts_are_compared_with_their_digests(family: Family) -> None
     out = made(family, router={**router, "upit": {"train_experts": True, "epochs": 1}})
     for _ in range(2):
         told = invoke("verify", out, "--gates").stdout
-        assert "as recorded after their training" in told
+        assert "as recorded when they were trained or added" in told
         assert "is what its recipe makes of these models" in told
         # Other gates in front of the same experts.
         options = ("--data", family.seed_file(), "--objective", "hidden", "--quiet")

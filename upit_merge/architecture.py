@@ -367,9 +367,47 @@ def inspect_moe(moe: TensorSource) -> MoeArchitecture:
     return architecture
 
 
-def _moe_shapes(architecture: MoeArchitecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+def check_expert(moe: TensorSource, dense: Checkpoint) -> MoeArchitecture:
+    """Check that a dense model's FFN can become an expert of a mixture; returns the mixture's.
+
+    Raises:
+        UpitError: naming the setting or tensor that does not fit, or as `inspect_moe`.
+    """
+    architecture = inspect_moe(moe)
+    form = _format_of(dense)
+    if form is not architecture.format:
+        raise UpitError(
+            f"Checkpoint {dense.label} is a {dense.config['model_type']} model, of which no expert "
+            f"of a {architecture.format.title} can be made; give one of the kind {moe.label} was "
+            "made from."
+        )
+    settings, theirs = architecture.dense_settings(), _settings(_dense_config(dense))
+    for name, value in settings.items():
+        # Embeddings are not taken over.
+        if name not in ("vocab_size", "tie_word_embeddings") and theirs[name] != value:
+            raise UpitError(
+                f"Checkpoint {dense.label} has {name} {theirs[name]}, {moe.label} has {value}; "
+                "give a checkpoint of the model it was made from."
+            )
+    shapes = dict(_expected_shapes(form, settings))
+    for layer in range(architecture.num_layers):
+        for name in (ffn_tensor(layer, projection) for projection in PROJECTIONS):
+            spec = dense.specs.get(name)
+            if spec is None or spec.shape != shapes[name]:
+                found = "lacks it" if spec is None else f"has it in shape {list(spec.shape)}"
+                raise UpitError(
+                    f"Checkpoint {dense.label} should have {name} of shape {list(shapes[name])} "
+                    f"but {found}; use a complete checkpoint."
+                )
+    return architecture
+
+
+def moe_shapes(
+    architecture: MoeArchitecture, num_experts: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every tensor of a mixture with this many experts; the gates come last."""
     form, settings = architecture.format, architecture.dense_settings()
-    layers, experts = range(architecture.num_layers), range(architecture.num_experts)
+    layers, experts = range(architecture.num_layers), range(num_experts)
     ffn = {ffn_tensor(layer, p): (layer, p) for layer in layers for p in PROJECTIONS}
     for name, shape in _expected_shapes(form, settings):
         if name not in ffn:
@@ -384,7 +422,7 @@ def _moe_shapes(architecture: MoeArchitecture) -> Iterator[tuple[str, tuple[int,
 
 def _check_tensors(moe: TensorSource, architecture: MoeArchitecture) -> None:
     title, config = architecture.format.title, architecture.config
-    shapes = dict(_moe_shapes(architecture))
+    shapes = dict(moe_shapes(architecture, architecture.num_experts))
     for name in moe.specs:
         if name not in shapes and not _is_derived(name):
             raise UpitError(

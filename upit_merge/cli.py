@@ -3,161 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import click
-from pydantic import BaseModel
 
 from upit_merge import __version__
-
-
-class _Verbatim(click.Command):
-    """A command whose help text keeps its line breaks, for examples that can be copied."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        if self.epilog:
-            formatter.write_paragraph()
-            with formatter.section("Example"):
-                for line in self.epilog.splitlines():
-                    formatter.write(f"  {line}\n")
-
-
-class _LazyOptionsCommand(_Verbatim):
-    """Takes mergekit's merge options, which are imported only when the command is used."""
-
-    # Accepted, so that a command line need not be changed, but of no use to this command.
-    unused: frozenset[str] = frozenset()
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        params = _mergekit_params()
-        for param in params:
-            assert isinstance(param, click.Option)
-            param.hidden = param.hidden or param.name in self.unused
-        return [*super().get_params(ctx), *params]
-
-
-class _PlanCommand(_LazyOptionsCommand):
-    unused = frozenset({"copy_tokenizer", "write_model_card", "safe_serialization"})
-
-
-class _VerifyCommand(_LazyOptionsCommand):
-    unused = _PlanCommand.unused | {"out_shard_size", "random_seed"}
-
-
-class _RouterCommand(_Verbatim):
-    """Takes the keys of a recipe's `router:` block as options."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*_router_params(), *super().get_params(ctx)]
-
-
-class _EvaluateCommand(_Verbatim):
-    """Takes those of them that say which data, and how it is computed."""
-
-    settings = ("data", "subset", "split", "sample", "max_length", "batch_tokens", "memory_gb")
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        params = [param for param in _router_params() if param.name in self.settings]
-        return [*params, *super().get_params(ctx)]
-
-
-def _router_params() -> list[click.Parameter]:
-    """One option per router setting; values are checked by the settings themselves."""
-    from upit_merge.router.settings import Refinement, RouterSettings, UpitObjective
-
-    blocks: dict[str, type[BaseModel]] = {"upit": UpitObjective, "refine": Refinement}
-    params: list[click.Parameter] = []
-    for name, field in RouterSettings.model_fields.items():
-        if name not in blocks:
-            params.append(_router_option(name, field))
-            continue
-        for inner, inner_field in blocks[name].model_fields.items():
-            params.append(_router_option(f"{name}_{inner}", inner_field, optional=True))
-    return params
-
-
-def _router_option(name: str, field: Any, *, optional: bool = False) -> click.Option:
-    """An option of that name.
-
-    Args:
-        optional: Not given, it is not a setting at all: its block may not be wanted.
-    """
-    default = None if field.is_required() or optional else field.default
-    kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if kind]
-    choices = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-    if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
-        choices = []  # not only words
-    text = f"{field.description}"
-    if optional and not field.is_required() and field.default not in (None, False):
-        text += f"  [default: {field.default}]"
-    flag = field.annotation is bool
-    return click.Option(
-        [f"--{name.replace('_', '-')}"],
-        required=field.is_required() and not optional,
-        type=bool if flag else click.Choice(choices) if choices else str,
-        is_flag=flag,
-        metavar=None if flag or choices or field.annotation is str else "VALUE",
-        default=default,
-        show_default=default is not None,
-        help=text,
-    )
-
-
-def _mergekit_params() -> list[click.Parameter]:
-    from mergekit.options import add_merge_options
-
-    @click.command()
-    @add_merge_options
-    def template(merge_options: Any) -> None:
-        """Only its options are of interest."""
-
-    from upit_merge.mergekit_plugin import NO_EFFECT
-
-    for param in template.params:
-        assert isinstance(param, click.Option)
-        # Accepted, for who is used to them, and told to have no effect; but not advertised.
-        param.hidden = param.name in NO_EFFECT
-        if param.name == "out_shard_size":
-            param.type = _ShardSize()
-            param.help = "Largest size of an output file, in bytes  [default: 5B]"
-    return template.params
-
-
-class _ShardSize(click.ParamType):
-    """mergekit's sizes (5000000, 500M, 5B), in bytes; a wrong one is an error, not a traceback."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        from mergekit.common import parse_kmb
-
-        try:
-            size = parse_kmb(value)
-        except (ValueError, IndexError):
-            size = 0
-        if size <= 0:
-            self.fail(f"{value!r} is no size; write bytes, such as 500M or 5B", param, ctx)
-        return size
-
-
-def _merge_options(values: dict[str, Any]) -> Any:
-    """mergekit's options, applied as mergekit-yaml applies them.
-
-    Raises:
-        UpitError: a number is out of range.
-    """
-    from mergekit.options import MergeOptions
-
-    from upit_merge.errors import UpitError
-
-    # mergekit seeds numpy too, which takes 32 bits.
-    for name, least, most in (("num_threads", 1, 2**15), ("random_seed", 0, 2**32 - 1)):
-        if (value := values.get(name)) is not None and not least <= value <= most:
-            option = name.replace("_", "-")
-            raise UpitError(f"--{option} is {value}; it must be from {least} to {most}.")
-    options = MergeOptions(**values)
-    options.apply_global_options()
-    return options
+from upit_merge.cli_options import (
+    EvaluateCommand,
+    ExtendCommand,
+    LazyOptionsCommand,
+    PlanCommand,
+    RouterCommand,
+    ShardSize,
+    Verbatim,
+    VerifyCommand,
+    merge_options,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -172,7 +33,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @main.command(
-    cls=_LazyOptionsCommand,
+    cls=LazyOptionsCommand,
     epilog="upit-merge run recipes/upit-8x.yml out/ --cuda",
 )
 @click.argument("recipe", type=_RECIPE)
@@ -185,11 +46,11 @@ def run(recipe: Path, out: Path, overwrite: bool, **values: Any) -> None:
     from upit_merge.recipe import load_recipe
 
     parsed, source = load_recipe(recipe)
-    options = run_options(_merge_options(values), overwrite=overwrite)
+    options = run_options(merge_options(values), overwrite=overwrite)
     run_recipe(parsed, source, out, options)
 
 
-@main.command(cls=_PlanCommand, epilog="upit-merge plan recipes/upit-8x.yml out/ --data seed.jsonl")
+@main.command(cls=PlanCommand, epilog="upit-merge plan recipes/upit-8x.yml out/ --data seed.jsonl")
 @click.argument("recipe", type=_RECIPE)
 @click.argument("out", type=_FOLDER, required=False)
 @click.option("--data", help="Find out on this seed data whether a router is worth it.")
@@ -204,10 +65,10 @@ def plan(recipe: Path, out: Path | None, data: str | None, **values: Any) -> Non
     from upit_merge.recipe import load_recipe
 
     parsed, _source = load_recipe(recipe)
-    plan_recipe(parsed, run_options(_merge_options(values)), out, data)
+    plan_recipe(parsed, run_options(merge_options(values)), out, data)
 
 
-@main.command(cls=_VerifyCommand, epilog="upit-merge verify out/")
+@main.command(cls=VerifyCommand, epilog="upit-merge verify out/")
 @click.argument("out", type=_FOLDER)
 @click.option("--recipe", type=_RECIPE, help="The recipe, if it is not in OUT.")
 @click.option("--gates", is_flag=True, help="Train the gates again too, from the seed data.")
@@ -219,11 +80,11 @@ def verify(out: Path, recipe: Path | None, gates: bool, **values: Any) -> None:
     from upit_merge.mergekit_plugin import run_options
     from upit_merge.verify import verify_output
 
-    verify_output(out, recipe, run_options(_merge_options(values)), gates=gates)
+    verify_output(out, recipe, run_options(merge_options(values)), gates=gates)
 
 
 @main.command(
-    cls=_RouterCommand,
+    cls=RouterCommand,
     epilog="upit-merge router out/ --data seed.jsonl --objective ridge",
 )
 @click.argument("out", type=_FOLDER)
@@ -248,7 +109,96 @@ def router(
 
 
 @main.command(
-    cls=_EvaluateCommand,
+    cls=ExtendCommand,
+    epilog="upit-merge extend out/ --model sft-law/checkpoint-900 --data law.jsonl",
+)
+@click.argument("out", type=_FOLDER)
+@click.option(
+    "--model", required=True, help="The dense checkpoint: a folder, a Hub id, or BASE+ADAPTER."
+)
+@click.option(
+    "--all-gates", is_flag=True, help="Fit the gates of all experts, not only the new one's."
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
+@click.option("--out-shard-size", type=ShardSize(), default="5B", show_default=True)
+@click.option("--lazy-unpickle", is_flag=True, help="Accept a checkpoint in .bin files.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer.")
+@click.option("--quiet", is_flag=True, help="No progress bars, no table.")
+def extend(
+    out: Path,
+    model: str,
+    all_gates: bool,
+    seed: int,
+    device: str,
+    out_shard_size: int,
+    lazy_unpickle: bool,
+    trust_remote_code: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Add the FFN of a dense checkpoint as one more expert to the MoE in the folder OUT.
+
+    The experts that are there keep their bytes, and the other gates stay as they are, unless
+    --all-gates is given. Without --data, what the gates were trained on is used. After Nexus
+    (arXiv 2408.15901).
+    """
+    from upit_merge.checkpoints import OpenOptions
+    from upit_merge.resizing.extend import extend_output, with_recorded_data
+    from upit_merge.resizing.rewriting import ResizeOptions
+    from upit_merge.router.command import parse_settings
+
+    options = ResizeOptions(
+        seed=seed,
+        device=device,
+        max_shard_bytes=out_shard_size,
+        open=OpenOptions(allow_pickle=lazy_unpickle, trust_remote_code=trust_remote_code),
+        quiet=quiet,
+    )
+    parsed = parse_settings(with_recorded_data(settings, out))
+    extend_output(out, model, parsed, options, all_gates=all_gates)
+
+
+@main.command(cls=EvaluateCommand, epilog="upit-merge shrink out/ --experts 4 --data seed.jsonl")
+@click.argument("out", type=_FOLDER)
+@click.option("--experts", type=click.IntRange(1), required=True, help="Experts per layer to keep.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
+@click.option("--out-shard-size", type=ShardSize(), default="5B", show_default=True)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer.")
+@click.option("--quiet", is_flag=True, help="No progress bars, no table.")
+def shrink(
+    out: Path,
+    experts: int,
+    seed: int,
+    device: str,
+    out_shard_size: int,
+    trust_remote_code: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Merge experts of the MoE in the folder OUT, which is changed in place, until few are left.
+
+    Which ones: those the router uses least join the ones it judges alike, layer by layer, on the
+    tokens of --data. After MC-SMoE (arXiv 2310.01334).
+    """
+    from upit_merge.checkpoints import OpenOptions
+    from upit_merge.resizing.rewriting import ResizeOptions
+    from upit_merge.resizing.shrink import shrink_output
+    from upit_merge.router.command import parse_settings
+
+    options = ResizeOptions(
+        seed=seed,
+        device=device,
+        max_shard_bytes=out_shard_size,
+        open=OpenOptions(trust_remote_code=trust_remote_code),
+        quiet=quiet,
+    )
+    shrink_output(out, experts, parse_settings(settings), options)
+
+
+@main.command(
+    cls=EvaluateCommand,
     epilog="upit-merge evaluate out/ --data held-out.jsonl --group-by domain --plot routing.png",
 )
 @click.argument("out", type=_FOLDER)
@@ -295,7 +245,7 @@ def evaluate(
     evaluate_output(out, parse_settings(settings), options)
 
 
-@main.command(cls=_Verbatim, epilog="upit-merge demo demo/")
+@main.command(cls=Verbatim, epilog="upit-merge demo demo/")
 @click.argument("folder", type=_FOLDER)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--quiet", is_flag=True, help="No progress bars.")

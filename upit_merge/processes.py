@@ -102,6 +102,19 @@ class Processes:
 ALONE = Processes()
 
 
+def refuse_company(command: str) -> None:
+    """Refuse to be one of several processes.
+
+    Raises:
+        UpitError: a launcher started several.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UpitError(
+            f"`upit-merge {command}` is the work of one process; start it without torchrun or "
+            "accelerate launch."
+        )
+
+
 @contextlib.contextmanager
 def _told_apart() -> Iterator[None]:
     """A connection closed by a process that is gone is not this process's failure."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from upit_merge.pipeline import RunOptions, output_config, write_settings
 from upit_merge.recipe import Recipe, load_recipe
 from upit_merge.report.tables import show
 from upit_merge.resume import Saver
-from upit_merge.router.gate_files import InPlace, gates_digest, opened_moe, tensors_digest
+from upit_merge.router.gate_files import gates_digest, opened_moe, tensors_digest
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.pretrain import load_seed_set, pretrain_router
 from upit_merge.router.settings import RouterSettings
@@ -132,30 +132,34 @@ def _findings(
                 f"({', '.join(report['checkpoints'])}), but its recipe now finds "
                 f"{', '.join(inputs.labels)}; restore the models it was made from."
             )
-        architecture = inputs.architecture
+        architecture, extensions = inputs.architecture, report.get("extensions", [])
+        present = inputs.num_experts + len(extensions)
         merger = Merger(inputs, devices, quiet=options.quiet)
-        body, gate_specs = moe_specs(inputs.architecture, inputs.num_experts, inputs.dtype)
+        body, gate_specs = moe_specs(architecture, present, inputs.dtype)
         expected = {spec.name: spec for spec in [*body, *gate_specs]}
         misfits = dict(_misfits(moe, expected))
         yield Finding("tensors", f"{len(expected)} names and shapes", tuple(misfits.values()))
         lineage = merger.lineage(None if merger.one_pass else measure_similarity(merger))
         yield Finding("lineage", f"{len(lineage)} experts", tuple(_lineage_faults(lineage, report)))
         names = {name for name in expected if name not in misfits}
-        if report["router"]:
+        if report["router"] or extensions:
             names -= {spec.name for spec in gate_specs}
         trained = (report["router"] or {}).get("experts_sha256")
+        told = {extension["expert"]: extension["sha256"] for extension in extensions}
         if trained:
-            experts = range(inputs.num_experts)
-            names -= set(architecture.format.expert_names(architecture.num_layers, experts))
+            told = {**dict(enumerate(trained)), **told}
+        names -= set(architecture.format.expert_names(architecture.num_layers, told))
         comparison = Comparison(moe, names)
         with Saver(None) as saver:
             merger.write(comparison, lineage, saver, description="verifying")
         yield from _weight_findings(inputs, names, comparison.differing)
-        if trained:
-            yield _trained_finding(moe, trained, inputs)
+        if told:
+            yield _recorded_finding(moe, told, inputs)
         if report["router"]:
-            yield _gate_finding(moe, report["router"], merger, options, refit=gates)
-        yield _file_finding(out, inputs, options)
+            yield _gate_finding(
+                moe, report["router"], merger, options, refit=gates, extended=bool(extensions)
+            )
+        yield _file_finding(out, replace(inputs, num_experts=present), options)
 
 
 def _report(out: Path) -> dict[str, Any]:
@@ -173,6 +177,11 @@ def _report(out: Path) -> dict[str, Any]:
                 f"{out / REPORT} has no {key}; it is not the report of a upit run, so nothing can "
                 "be verified."
             )
+    if report.get("shrunk"):
+        raise UpitError(
+            f"The experts of {out} were merged by `upit-merge shrink`, so that it is not what its "
+            "recipe makes any more; verify the model before that."
+        )
     return report
 
 
@@ -228,16 +237,16 @@ def _weight_findings(
             yield Finding(part, f"{len(compared)} tensors", tuple(faults))
 
 
-def _trained_finding(moe: Checkpoint, told: Sequence[str], inputs: Inputs) -> Finding:
-    """Experts that were trained after the merge, against their recorded digests."""
+def _recorded_finding(moe: Checkpoint, told: Mapping[int, str], inputs: Inputs) -> Finding:
+    """Experts that were trained or added after the merge, against their recorded digests."""
     form, num_layers = inputs.architecture.format, inputs.architecture.num_layers
     faults = []
-    for expert, digest in enumerate(told):
+    for expert, digest in told.items():
         names = sorted(form.expert_names(num_layers, [expert]))
         if tensors_digest(moe.tensor(name) for name in names) != digest:
             faults.append(f"expert {expert} is not the one the report speaks of")
-    note = "" if faults else "as recorded after their training"
-    return Finding("trained experts", f"{len(told)} experts", tuple(faults), note)
+    note = "" if faults else "as recorded when they were trained or added"
+    return Finding("later experts", f"{len(told)} experts", tuple(faults), note)
 
 
 def _gate_finding(
@@ -247,6 +256,7 @@ def _gate_finding(
     options: RunOptions,
     *,
     refit: bool,
+    extended: bool,
 ) -> Finding:
     architecture = merger.inputs.architecture
     gate_names = architecture.format.gate_names(architecture.num_layers)
@@ -257,6 +267,8 @@ def _gate_finding(
         return Finding("gates", looked_at, note="the report has no digest of them")
     if gates_digest(stored, stored[0].dtype) != recorded:
         return Finding("gates", looked_at, ("the gates are not those the report speaks of",))
+    if extended:
+        return Finding("gates", looked_at, note="as recorded when an expert was added")
     if told.get("experts_sha256"):
         return Finding("gates", looked_at, note="as recorded after the experts' training")
     if not refit:
@@ -293,7 +305,7 @@ def _fitted_gates(
         stage = RouterStage(
             model, seeds, settings, told["seed"], Path(scratch), quiet=options.quiet
         )
-        return pretrain_router(stage, InPlace(moe)).gates  # no expert is trained
+        return pretrain_router(stage).gates  # no expert is trained
 
 
 def _file_finding(out: Path, inputs: Inputs, options: RunOptions) -> Finding:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from upit_merge.checkpoints import Checkpoint, looks_like_path
 from upit_merge.expansion.lineage import Lineage
 from upit_merge.formats import MoeFormat
 
+_EXPERTS_HEADING = "## Experts"
 _ROUTER_HEADING = "## Router"
 _USE_HEADING = "## Use"
 
@@ -71,20 +73,20 @@ def model_card(
         "upit-merge, an implementation of [UpIT](https://arxiv.org/abs/2410.01610), and "
         "[mergekit](https://github.com/arcee-ai/mergekit).",
         "",
-        "## Experts",
+        _EXPERTS_HEADING,
         "",
-        f"Deltas to {_short(base.label)}: {lineage.summary}.",
+        f"Deltas to {short_label(base.label)}: {lineage.summary}.",
         "",
         "| expert | grown from | share of each checkpoint |",
         "|---|---|---|",
     ]
     for index, expert in enumerate(lineage.experts):
         if expert.checkpoint is not None:
-            lines.append(f"| {index} | {_short(checkpoints[expert.checkpoint].label)} | |")
+            lines.append(f"| {index} | {short_label(checkpoints[expert.checkpoint].label)} | |")
             continue
         assert expert.parents is not None
         shares = ", ".join(
-            f"{_short(checkpoints[i].label)} {share:.0%}"
+            f"{short_label(checkpoints[i].label)} {share:.0%}"
             for i, share in enumerate(expert.weights)
             if share
         )
@@ -120,11 +122,42 @@ def model_card(
 
 def with_router_sentence(card: str, sentence: str) -> str:
     """The card with another router section; unchanged if it is not one of ours."""
-    before, heading, rest = card.partition(f"\n{_ROUTER_HEADING}\n")
-    _old, use, after = rest.partition(f"\n{_USE_HEADING}\n")
-    if not (heading and use):
+    return _with_section(card, _ROUTER_HEADING, _USE_HEADING, lambda _old: sentence)
+
+
+def with_experts(
+    card: str,
+    count: int,
+    *,
+    row: str | None = None,
+    text: str | None = None,
+    sentence: str | None = None,
+) -> str:
+    """The card of a model with another number of experts; unchanged if it is not one of ours.
+
+    Args:
+        row: Added to the table of experts.
+        text: Instead of the section about them.
+        sentence: Added to the section about the router.
+    """
+    counted = re.sub(
+        r"(?m)^A mixture of \d+ experts", f"A mixture of {count} experts", card, count=1
+    )
+    changed = _with_section(
+        counted, _EXPERTS_HEADING, _ROUTER_HEADING, lambda old: text or f"{old}\n{row}"
+    )
+    if sentence is None:
+        return changed
+    return _with_section(changed, _ROUTER_HEADING, _USE_HEADING, lambda old: f"{old}\n\n{sentence}")
+
+
+def _with_section(card: str, heading: str, following: str, change: Callable[[str], str]) -> str:
+    """The card with one section changed; as it is if it has not both headings."""
+    before, found, rest = card.partition(f"\n{heading}\n")
+    old, end, after = rest.partition(f"\n{following}\n")
+    if not (found and end):
         return card
-    return f"{before}{heading}\n{sentence}\n{use}{after}"
+    return f"{before}{found}\n{change(old.strip())}\n{end}{after}"
 
 
 def router_sentence(report: dict[str, Any] | None) -> str:
@@ -160,6 +193,6 @@ def _assigned(rule: Any) -> str:
     return "each assigned to an expert by its perplexity"
 
 
-def _short(label: str) -> str:
+def short_label(label: str) -> str:
     """A local path says more about somebody's disk than about the model: keep its last part."""
     return Path(label).name if looks_like_path(label) or Path(label).is_dir() else label

@@ -185,11 +185,11 @@ def refined_gates(
     return state.gates, told
 
 
-def pretrain_router(stage: RouterStage, sink: ExpertSink) -> RouterResult:
+def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> RouterResult:
     """Do the whole stage as the settings say.
 
     Args:
-        sink: Takes FFNs that were trained, see `tuned_gates`.
+        sink: Takes FFNs that were trained, see `tuned_gates`; needed only if some are.
 
     Raises:
         UpitError: losses or gates are NaN or infinite, or hidden states do not fit the disk.
@@ -207,12 +207,14 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink) -> RouterResult:
         buckets = stage.buckets()
         report["buckets"] = buckets.to_report()
         if settings.trains_experts:
+            assert sink is not None
             gates, report["experts_sha256"] = tuned_gates(stage, buckets, sink)
         else:
             gates = stage.gates(buckets)
     if settings.refine is not None and model.num_experts > 1:
         trained = None
         if settings.trains_experts:
+            assert sink is not None
             trained = LayerwiseMoe(sink.source, model.device)
         gates, report["refined"] = refined_gates(stage, gates, trained)
     report["gates_sha256"] = gates_digest(gates, model.stored_dtype)

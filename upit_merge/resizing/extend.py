@@ -1,0 +1,202 @@
+"""`upit-merge extend`: one more expert for a mixture that is there (Nexus, arXiv 2408.15901)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upit_merge.architecture import check_expert
+from upit_merge.checkpoints import Checkpoint, open_checkpoint
+from upit_merge.device import resolve_devices
+from upit_merge.editing import Edit
+from upit_merge.errors import UpitError
+from upit_merge.preflight import require_router_memory
+from upit_merge.processes import refuse_company
+from upit_merge.report.card import router_sentence, short_label, with_experts, with_router_sentence
+from upit_merge.report.tables import show_buckets
+from upit_merge.resizing.rewriting import (
+    ResizeOptions,
+    extended_layout,
+    read_report,
+    rewrite_card,
+    write_model,
+    write_report,
+)
+from upit_merge.resizing.sources import ExtendedMoe
+from upit_merge.resume import file_states
+from upit_merge.router.command import router_identity
+from upit_merge.router.gate_files import gates_digest, named_gates, opened_moe, tensors_digest
+from upit_merge.router.layerwise import LayerwiseMoe
+from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
+from upit_merge.router.progress import Progress
+from upit_merge.router.settings import RouterSettings
+from upit_merge.router.stage import RouterStage
+from upit_merge.staging import REPORT, explained_failures, scratch_folder
+from upit_merge.tokenizer import load_tokenizer
+
+LOG = logging.getLogger(__name__)
+
+# Objectives that fit a routing vector without regard to the others.
+ROW_WISE = ("one_vs_rest", "ridge", "hidden", "upit", "random")
+
+
+def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Settings in which the data, if none is named, is what the gates of `out` were trained on.
+
+    Raises:
+        UpitError: that is not known.
+    """
+    if values.get("data") is not None:
+        return dict(values)
+    told = (read_report(out).get("router") or {}).get("settings") or {}
+    if not isinstance(told.get("data"), str):
+        raise UpitError(
+            f"The data the gates of {out} were trained on is not known (its {REPORT} has none); "
+            "give some with --data."
+        )
+    return {**values, **{key: told.get(key) for key in ("data", "subset", "split")}}
+
+
+def extend_output(
+    out: Path, reference: str, settings: RouterSettings, options: ResizeOptions, *, all_gates: bool
+) -> None:
+    """Add the FFN of a dense model as one more expert to the MoE folder `out`.
+
+    The experts that are there, and the backbone, keep their bytes. Of the gates only the new
+    expert's routing vector is fitted, to tell the samples it predicts best from all others; its
+    length is to the others' as in gates that are fitted together.
+
+    Args:
+        reference: The dense model: a folder, a Hub id, or an adapter on its base.
+        settings: Which data, and how the gates are fitted.
+        all_gates: Fit the routing vectors of all experts.
+
+    Raises:
+        UpitError: `out` is no MoE folder with a tokenizer, the model does not fit it, or the data
+            does not.
+    """
+    refuse_company("extend")
+    _refuse_joint(settings, all_gates=all_gates)
+    with explained_failures(out), contextlib.ExitStack() as stack:
+        edit = Edit(out, "extend")
+        stack.enter_context(edit.begun())
+        moe = stack.enter_context(opened_moe(out, str(out)))
+        dense = stack.enter_context(contextlib.closing(open_checkpoint(reference, options.open)))
+        extended = ExtendedMoe(moe, check_expert(moe, dense), dense)
+        model = LayerwiseMoe(extended, resolve_devices(options.device)[0])
+        seeds = load_seed_set(
+            settings,
+            load_tokenizer(out, trust_remote_code=options.open.trust_remote_code),
+            context=model.context,
+            vocab_size=model.vocab_size,
+            seed=options.seed,
+        )
+        require_router_memory(model, [len(s.input_ids) for s in seeds.samples], settings, out)
+        added = {"model": file_states(dense.files(), ""), "all gates": all_gates}
+        wanted = {**router_identity(seeds, settings, options.seed), **added}
+        if edit.finished == wanted:
+            print("The earlier call was complete but for the last files, now in place.")
+            return
+        scratch = stack.enter_context(scratch_folder(out))
+        progress = Progress(edit.progress, {**wanted, "files": file_states(moe.files(), "")})
+        stage = RouterStage(
+            model, seeds, settings, options.seed, scratch, progress=progress, quiet=options.quiet
+        )
+        with edit.interruptible("the model is as it was"):
+            fitted = pretrain_router(stage)
+            gates = fitted.gates if all_gates else _with_new_row(moe, model, fitted.gates)
+            names = model.format.gate_names(model.num_layers)
+            stem = f"model-expert-{extended.expert:05d}"
+            layout = extended_layout(moe, extended, names, stem, options.max_shard_bytes)
+            named = named_gates(model.format, gates)
+            write_model(edit, layout, extended, named, quiet=options.quiet)
+            changes = _report(out, fitted, extended, dense, model, gates, all_gates=all_gates)
+            write_report(edit, layout, changes)
+            _write_card(edit, extended, dense, changes)
+            edit.put_into_place(wanted, layout.obsolete)
+    if not options.quiet:
+        print(seeds.summary())
+        show_buckets(fitted.report)
+        told = "All gates are fitted anew." if all_gates else "The other gates are as they were."
+        print(f"{dense.label} is expert {extended.expert} of {out}. {told}")
+
+
+def _refuse_joint(settings: RouterSettings, *, all_gates: bool) -> None:
+    """Refuse settings that would change more than the new expert's gates."""
+    if settings.trains_experts:
+        raise UpitError(
+            "upit.train_experts would change the experts that are there; extend first, then use "
+            "`upit-merge router`."
+        )
+    if all_gates:
+        return
+    if settings.refine is not None:
+        raise UpitError("refine changes all gates; add --all-gates.")
+    if settings.objective not in ROW_WISE:
+        raise UpitError(
+            f"objective: {settings.objective} fits all gates together; add --all-gates, or use "
+            f"{', '.join(ROW_WISE[:-1])}."
+        )
+
+
+def _with_new_row(moe: Checkpoint, model: LayerwiseMoe, fitted: Sequence[Tensor]) -> list[Tensor]:
+    """The model's own gates with one row more, from gates that are fitted together."""
+    gates = []
+    for name, gate in zip(model.format.gate_names(model.num_layers), fitted, strict=True):
+        own = moe.tensor(name).float()
+        scale = own.norm(dim=1).mean() / gate[:-1].norm(dim=1).mean().clamp(min=1e-12)
+        gates.append(torch.cat([own, gate[-1:] * scale]))
+    return gates
+
+
+def _report(
+    out: Path,
+    fitted: RouterResult,
+    extended: ExtendedMoe,
+    dense: Checkpoint,
+    model: LayerwiseMoe,
+    gates: Sequence[Tensor],
+    *,
+    all_gates: bool,
+) -> dict[str, Any]:
+    """What changes in the report."""
+    before = read_report(out)
+    names = sorted(model.format.expert_names(model.num_layers, [extended.expert]))
+    extension = {
+        "expert": extended.expert,
+        "model": dense.label,
+        "sha256": tensors_digest(extended.tensor(name) for name in names),
+        "gates": "all" if all_gates else "its own",
+        "router": fitted.report,
+    }
+    digest = {"gates_sha256": gates_digest(gates, model.stored_dtype)}
+    # Gates that were random are so still, but for one row.
+    old = before.get("router") or {key: fitted.report[key] for key in ("settings", "seed", "data")}
+    router = fitted.report if all_gates else {**old, **digest}
+    return {"router": router, "extensions": [*before.get("extensions", []), extension]}
+
+
+def _write_card(
+    edit: Edit, extended: ExtendedMoe, dense: Checkpoint, changes: Mapping[str, Any]
+) -> None:
+    last = changes["extensions"][-1]
+    row = f"| {extended.expert} | {short_label(dense.label)}, added later | |"
+    samples = last["router"]["data"]["samples"]
+    sentence = (
+        f"Expert {extended.expert} was added later: its gate was fitted on {samples} samples, the "
+        "others stayed as they were."
+    )
+
+    def changed(card: str) -> str:
+        if last["gates"] != "all":
+            return with_experts(card, extended.expert + 1, row=row, sentence=sentence)
+        card = with_experts(card, extended.expert + 1, row=row)
+        return with_router_sentence(card, router_sentence(last["router"]))
+
+    rewrite_card(edit, changed)

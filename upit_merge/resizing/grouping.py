@@ -1,0 +1,87 @@
+"""Which experts become one: routing statistics in, groups out (MC-SMoE, arXiv 2310.01334)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from upit_merge.expansion.similarity import cosine
+from upit_merge.resizing.sources import Group
+from upit_merge.router.assembled import AssembledMoe
+from upit_merge.router.packed import Batch
+from upit_merge.router.stage import RouterStage
+
+
+class RoutingStatistics:
+    """What a router does, layer by layer.
+
+    Attributes:
+        chosen: How many tokens an expert was among the chosen for, float64,
+            (num_layers, num_experts).
+        products: Inner products over all tokens of the experts' router logits, float64,
+            (num_layers, num_experts, num_experts).
+    """
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.chosen = torch.zeros(num_layers, num_experts, dtype=torch.float64)
+        self.products = torch.zeros(num_layers, num_experts, num_experts, dtype=torch.float64)
+
+    def count(self, layer: int, _batch: Batch, logits: Tensor, chosen: Tensor) -> None:
+        """To be told of every batch, see `AssembledMoe.sweep`."""
+        wide = logits.double().cpu()
+        self.products[layer] += wide.T @ wide
+        self.chosen[layer] += torch.bincount(chosen.flatten().cpu(), minlength=wide.shape[1])
+
+    @property
+    def shares(self) -> Tensor:
+        """Share of the routed places each expert has, (num_layers, num_experts)."""
+        return self.chosen / self.chosen.sum(1, keepdim=True)
+
+
+def routing_statistics(stage: RouterStage) -> RoutingStatistics:
+    """Push the stage's samples through the mixture and look at its router."""
+    model, samples = stage.model, stage.seeds.samples
+    found = RoutingStatistics(model.num_layers, model.num_experts)
+    stream = stage.stream(0, stage.everything)
+    with (
+        stage.states([stream]) as states,
+        stage.bar(sum(stage.lengths) * model.num_layers, "routing") as bar,
+    ):
+        AssembledMoe(model).sweep(
+            samples, stream.batches, states, on_routing=found.count, on_progress=bar.update
+        )
+    return found
+
+
+def group_experts(chosen: Tensor, products: Tensor, num_groups: int) -> list[Group]:
+    """Group the experts of one layer around those that are used most (section 3.2 there).
+
+    The `num_groups` experts with most tokens are dominant. Every other one joins the dominant
+    expert whose router logits are most like its own, by their cosine over all tokens. A group
+    becomes the mean of its members, weighted by how often each was chosen. Experts of one origin
+    need no permutation of their neurons first, which the paper finds for others.
+
+    Args:
+        chosen: Tokens of each expert, (num_experts,).
+        products: Inner products of the logits, (num_experts, num_experts).
+
+    Returns:
+        In the order of their dominant experts; ties go to the lower number.
+    """
+    order = sorted(range(len(chosen)), key=lambda expert: (-float(chosen[expert]), expert))
+    dominant = sorted(order[:num_groups])
+    likeness = cosine(products)
+    members: dict[int, list[int]] = {expert: [expert] for expert in dominant}
+    for expert in sorted(order[num_groups:]):
+        members[max(dominant, key=lambda d: float(likeness[expert, d]))].append(expert)
+    return [_weighted(group, chosen) for group in members.values()]
+
+
+def _weighted(members: Sequence[int], chosen: Tensor) -> Group:
+    counts = [float(chosen[member]) for member in members]
+    total = sum(counts)
+    # Nobody was ever chosen: there is nothing to tell them apart by.
+    shares = [count / total if total else 1 / len(members) for count in counts]
+    return Group(tuple(members), tuple(shares))

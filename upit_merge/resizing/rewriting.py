@@ -1,0 +1,181 @@
+"""The files of a model that has more or fewer experts than before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from upit_merge.blocks import map_in_order, progress_bar, row_blocks
+from upit_merge.checkpoints import WEIGHT_FILE, WEIGHT_INDEX, Checkpoint, OpenOptions, read_json
+from upit_merge.editing import Edit
+from upit_merge.resizing.sources import ResizedMoe
+from upit_merge.shards import Shard, ShardWriter, plan_shards, shard_index
+from upit_merge.staging import REPORT, require_space
+from upit_merge.tensor_files import TensorSpec
+from upit_merge.text_files import replace_text, write_json
+
+_BLOCK_ELEMENTS = 1 << 20
+_GATES_FILE = "model-gates.safetensors"
+# A folder with an index must have no file of this name: readers would take it for the whole.
+_RENAMED = "model-00001-of-00001.safetensors"
+
+
+@dataclass(frozen=True)
+class ResizeOptions:
+    """How a mixture is changed.
+
+    Args:
+        seed: Of the sampling, and of random gates.
+        device: `cpu`, `cuda` or `auto`.
+        max_shard_bytes: Upper bound of a file that is written.
+        open: How models are opened.
+        quiet: No progress bars, no tables.
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    max_shard_bytes: int = 5_000_000_000
+    open: OpenOptions = field(default_factory=OpenOptions)
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is where in the changed model.
+
+    Attributes:
+        written: Files to write.
+        kept: Files of the model that stay as they are.
+        obsolete: Names of its files that go.
+    """
+
+    written: tuple[Shard, ...]
+    kept: tuple[Shard, ...]
+    obsolete: tuple[str, ...]
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [*self.kept, *self.written]
+
+
+def _files_of(moe: Checkpoint) -> dict[str, list[TensorSpec]]:
+    files: dict[str, list[TensorSpec]] = {}
+    for name, spec in moe.specs.items():
+        files.setdefault(moe.file_of(name).name, []).append(spec)
+    return files
+
+
+def extended_layout(
+    moe: Checkpoint, extended: ResizedMoe, gates: Collection[str], stem: str, max_shard_bytes: int
+) -> Layout:
+    """Files of a model with one more expert: those without gates are not touched.
+
+    Args:
+        gates: Names of the gates, whose shape changes.
+        stem: What the new expert's files are called.
+    """
+    kept, written, obsolete = [], [], []
+    gates_file = _GATES_FILE
+    for filename, specs in _files_of(moe).items():
+        rest = [spec for spec in specs if spec.name not in gates]
+        if len(rest) == len(specs):
+            kept.append(Shard(filename, tuple(specs)))
+        elif rest:
+            new = _RENAMED if filename == WEIGHT_FILE else filename
+            written.append(Shard(new, tuple(rest)))
+            obsolete += [filename] if new != filename else []
+        elif gates_file == _GATES_FILE and filename != WEIGHT_FILE:
+            gates_file = filename
+        else:
+            obsolete.append(filename)
+    new_specs = [spec for name, spec in extended.specs.items() if name not in moe.specs]
+    written += plan_shards([new_specs], max_shard_bytes, stem)
+    written.append(Shard(gates_file, tuple(extended.specs[name] for name in gates)))
+    return Layout(tuple(written), tuple(kept), tuple(obsolete))
+
+
+def shrunk_layout(
+    moe: Checkpoint, shrunk: ResizedMoe, gates: Collection[str], max_shard_bytes: int
+) -> Layout:
+    """Files of a model with fewer experts: all are new, as its experts have other numbers."""
+    body = [spec for name, spec in shrunk.specs.items() if name not in gates]
+    written = plan_shards([body, [shrunk.specs[name] for name in gates]], max_shard_bytes)
+    names = {shard.filename for shard in written}
+    old = [*_files_of(moe), *([WEIGHT_INDEX] if len(written) == 1 else [])]
+    obsolete = (name for name in old if name not in names and (moe.folder / name).is_file())
+    return Layout(written, (), tuple(obsolete))
+
+
+def write_model(
+    edit: Edit, layout: Layout, source: ResizedMoe, added: Mapping[str, Any], *, quiet: bool
+) -> None:
+    """Write what is new into the edit's folder: weights, index, `config.json`.
+
+    Args:
+        added: Tensors that are in memory, by name, instead of the source's.
+
+    Raises:
+        UpitError: a tensor is broken.
+        ResumableError: the files do not fit the disk.
+    """
+    shutil.rmtree(edit.model, ignore_errors=True)  # of a call that was killed
+    edit.model.mkdir(parents=True)
+    total = sum(shard.num_bytes for shard in layout.written)
+    require_space(edit.model, total, "the changed files")
+    blocks = [
+        (spec, start, stop)
+        for shard in layout.written
+        for spec in shard.tensors
+        for start, stop in row_blocks(spec, _BLOCK_ELEMENTS)
+    ]
+    with (
+        ShardWriter(edit.model, layout.written) as writer,
+        progress_bar(total, "writing", quiet=quiet) as bar,
+    ):
+
+        def write(block: tuple[TensorSpec, int, int]) -> int:
+            spec, start, stop = block
+            ready = added.get(spec.name)
+            rows = source.rows(spec.name, start, stop) if ready is None else ready[start:stop]
+            writer.write(spec.name, start, rows)
+            return (stop - start) * spec.row_bytes
+
+        for done in map_in_order(write, blocks, workers=2):
+            bar.update(done)
+    if len(layout.shards) > 1:
+        write_json(edit.model / WEIGHT_INDEX, shard_index(layout.shards))
+    write_json(edit.model / "config.json", source.config)
+
+
+def write_report(edit: Edit, layout: Layout, changes: Mapping[str, Any]) -> None:
+    """The model's report with some keys replaced, if it has one."""
+    if not (edit.out / REPORT).is_file():
+        return
+    report = {**read_json(edit.out / REPORT, f"the output {edit.out}"), **changes}
+    present = {path.name for path in edit.out.iterdir() if path.is_file()}
+    new = {path.name for path in edit.model.iterdir()}
+    names = {name for name in present | new if not name.startswith(".")}
+    report["files"] = sorted(names - set(layout.obsolete))
+    write_json(edit.model / REPORT, report)
+
+
+def rewrite_card(edit: Edit, change: Callable[[str], str]) -> None:
+    """The model's card with a change, if it has one; one that is not ours stays as it is."""
+    card = edit.out / "README.md"
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if (changed := change(text)) != text:
+        replace_text(edit.model / card.name, changed)
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """The model's report; empty if it has none that can be read."""
+    try:
+        return dict(json.loads((out / REPORT).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}

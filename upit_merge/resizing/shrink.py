@@ -1,0 +1,171 @@
+"""`upit-merge shrink`: fewer experts, merged by what the router does (arXiv 2310.01334)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from upit_merge.checkpoints import Checkpoint
+from upit_merge.device import resolve_devices
+from upit_merge.editing import Edit
+from upit_merge.errors import UpitError
+from upit_merge.preflight import require_router_memory
+from upit_merge.processes import refuse_company
+from upit_merge.report.card import with_experts
+from upit_merge.report.tables import show
+from upit_merge.resizing.grouping import RoutingStatistics, group_experts, routing_statistics
+from upit_merge.resizing.rewriting import (
+    ResizeOptions,
+    read_report,
+    rewrite_card,
+    shrunk_layout,
+    write_model,
+    write_report,
+)
+from upit_merge.resizing.sources import Group, Groups, ShrunkMoe
+from upit_merge.router.command import router_identity
+from upit_merge.router.gate_files import gates_digest, opened_moe
+from upit_merge.router.layerwise import LayerwiseMoe
+from upit_merge.router.pretrain import load_seed_set
+from upit_merge.router.settings import RouterSettings
+from upit_merge.router.stage import RouterStage
+from upit_merge.staging import explained_failures, scratch_folder
+from upit_merge.tokenizer import load_tokenizer
+
+
+def shrink_output(
+    out: Path, num_experts: int, settings: RouterSettings, options: ResizeOptions
+) -> None:
+    """Merge the experts of the MoE folder `out` until `num_experts` are left in every layer.
+
+    Layer by layer, experts are grouped by how the router uses them on some data, see
+    `group_experts`. A group's weights, and its routing vector, are the mean of its members',
+    weighted by how often each was chosen; an expert that stays alone keeps its bytes.
+
+    Args:
+        settings: Which data, and in which batches.
+
+    Raises:
+        UpitError: `out` is no MoE folder with a tokenizer, has not more experts than that, or
+            routes a token to more; or the data does not fit.
+    """
+    refuse_company("shrink")
+    with explained_failures(out), contextlib.ExitStack() as stack:
+        edit = Edit(out, "shrink")
+        stack.enter_context(edit.begun())
+        moe = stack.enter_context(opened_moe(out, str(out)))
+        model = LayerwiseMoe(moe, resolve_devices(options.device)[0])
+        seeds = load_seed_set(
+            settings,
+            load_tokenizer(out, trust_remote_code=options.open.trust_remote_code),
+            context=model.context,
+            vocab_size=model.vocab_size,
+            seed=options.seed,
+        )
+        wanted = {**router_identity(seeds, settings, options.seed), "experts": num_experts}
+        if edit.finished == wanted:
+            print("The earlier call was complete but for the last files, now in place.")
+            return
+        _refuse_number(out, model, num_experts)
+        lengths = [len(sample.input_ids) for sample in seeds.samples]
+        require_router_memory(model, lengths, settings, out, evaluated=True)
+        scratch = stack.enter_context(scratch_folder(out))
+        stage = RouterStage(model, seeds, settings, options.seed, scratch, quiet=options.quiet)
+        with edit.interruptible("the model is as it was"):
+            found = routing_statistics(stage)
+            groups = _groups(found, num_experts)
+            gates = _mean_gates(moe, model, groups)
+            shrunk = ShrunkMoe(moe, model.architecture, groups, gates)
+            names = model.format.gate_names(model.num_layers)
+            layout = shrunk_layout(moe, shrunk, names, options.max_shard_bytes)
+            write_model(edit, layout, shrunk, {}, quiet=options.quiet)
+            record = _record(model, found, groups, stage)
+            changes: dict[str, Any] = {"shrunk": [*read_report(out).get("shrunk", []), record]}
+            if router := read_report(out).get("router"):
+                digest = gates_digest(gates, model.stored_dtype)
+                changes["router"] = {**router, "gates_sha256": digest}
+            write_report(edit, layout, changes)
+            rewrite_card(edit, lambda card: with_experts(card, num_experts, text=_text(record)))
+            edit.put_into_place(wanted, layout.obsolete)
+    if not options.quiet:
+        print(seeds.summary())
+        show(_table(groups, found))
+        print(
+            f"{out} has {num_experts} experts per layer instead of {model.num_experts}. Its gates "
+            "are means of the old ones; `upit-merge router` fits them anew."
+        )
+
+
+def _refuse_number(out: Path, model: LayerwiseMoe, num_experts: int) -> None:
+    if num_experts >= model.num_experts:
+        raise UpitError(
+            f"{out} has {model.num_experts} experts per layer, which cannot be merged into "
+            f"{num_experts}; give a lower --experts."
+        )
+    chosen = int(model.architecture.config.num_experts_per_tok)
+    if num_experts < chosen:
+        raise UpitError(
+            f"{out} routes a token to {chosen} experts, so that {num_experts} would be too few; "
+            f"give --experts {chosen} or more."
+        )
+
+
+def _groups(found: RoutingStatistics, num_experts: int) -> list[list[Group]]:
+    return [
+        group_experts(chosen, products, num_experts)
+        for chosen, products in zip(found.chosen, found.products, strict=True)
+    ]
+
+
+def _mean_gates(moe: Checkpoint, model: LayerwiseMoe, groups: Groups) -> list[Tensor]:
+    """Routing vectors of the groups: on a token, the mean of what the members' would say."""
+    gates = []
+    for name, row in zip(model.format.gate_names(model.num_layers), groups, strict=True):
+        gate = moe.tensor(name).float()
+        shares = torch.zeros(len(row), len(gate))
+        for index, group in enumerate(row):
+            shares[index, list(group.members)] = torch.tensor(group.shares)
+        gates.append(shares @ gate)
+    return gates
+
+
+def _record(
+    model: LayerwiseMoe, found: RoutingStatistics, groups: Groups, stage: RouterStage
+) -> dict[str, Any]:
+    return {
+        "from": model.num_experts,
+        "to": len(groups[0]),
+        "settings": stage.settings.model_dump(mode="json"),
+        "seed": stage.seed,
+        "data": stage.seeds.to_report(),
+        "shares": [[round(share, 6) for share in row] for row in found.shares.tolist()],
+        "groups": [[list(group.members) for group in row] for row in groups],
+    }
+
+
+def _text(record: dict[str, Any]) -> str:
+    return (
+        f"The mixture had {record['from']} experts per layer, which were merged into "
+        f"{record['to']} by how often its router chose them on {record['data']['samples']} samples "
+        "and how alike it judged them ([MC-SMoE](https://arxiv.org/abs/2310.01334)). "
+        "`upit_report.json` has the groups of every layer, and what the experts were before."
+    )
+
+
+def _table(groups: Sequence[Sequence[Group]], found: RoutingStatistics) -> Table:
+    table = Table(title="Experts that became one, the dominant first", title_justify="left")
+    table.add_column("layer", justify="right")
+    table.add_column("groups", overflow="fold")
+    for layer, row in enumerate(groups):
+        parts = [
+            " + ".join(f"{m} ({found.shares[layer, m]:.0%})" for m in group.members)
+            for group in row
+        ]
+        table.add_row(str(layer), " | ".join(parts))
+    return table

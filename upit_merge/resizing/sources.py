@@ -1,0 +1,158 @@
+"""Mixtures with more or fewer experts than one that is there, before they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from upit_merge.architecture import MoeArchitecture, ffn_tensor, moe_shapes
+from upit_merge.errors import UpitError
+from upit_merge.formats import PROJECTIONS
+from upit_merge.tensor_files import TensorSpec, all_finite
+
+
+class RowSource(Protocol):
+    """A model on disk, read by row ranges."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, on the CPU."""
+
+
+class ResizedMoe:
+    """A mixture with another number of experts; what is not an expert is the model's own.
+
+    Args:
+        moe: The model.
+        architecture: What it is.
+        num_experts: How many there are to be.
+    """
+
+    def __init__(self, moe: RowSource, architecture: MoeArchitecture, num_experts: int) -> None:
+        form = architecture.format
+        self._moe = moe
+        dtype = moe.specs[form.gate_tensor(0)].dtype
+        ours = moe_shapes(architecture, num_experts)
+        self._form = form
+        self.label = moe.label
+        self.config = {**moe.config, form.count_field: num_experts}
+        # Of the model itself a tensor keeps its dtype: some keep norms in float32.
+        self.specs: dict[str, TensorSpec] = {
+            name: TensorSpec(name, shape, moe.specs[name].dtype if name in moe.specs else dtype)
+            for name, shape in ours
+        }
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, in its dtype, on the CPU."""
+        return self._moe.rows(name, start, stop)
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor in its dtype, on the CPU."""
+        return self.rows(name, 0, self.specs[name].shape[0])
+
+
+class ExtendedMoe(ResizedMoe):
+    """A mixture with the FFN of a dense model as one more expert, the last.
+
+    Of its gates only the shape is known.
+    """
+
+    def __init__(self, moe: RowSource, architecture: MoeArchitecture, dense: RowSource) -> None:
+        super().__init__(moe, architecture, architecture.num_experts + 1)
+        self.expert = architecture.num_experts
+        self._dense = dense
+        layers = range(architecture.num_layers)
+        self._names = {
+            self._form.expert_tensor(layer, self.expert, p): ffn_tensor(layer, p)
+            for layer in layers
+            for p in PROJECTIONS
+        }
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, in its dtype, on the CPU.
+
+        Raises:
+            UpitError: values of the new expert are NaN or infinite, or overflow its dtype.
+        """
+        if name not in self._names:
+            return super().rows(name, start, stop)
+        dense = self._names[name]
+        values = self._dense.rows(dense, start, stop).to(self.specs[name].dtype)
+        if not all_finite(values):
+            raise UpitError(
+                f"Checkpoint {self._dense.label} has NaN or infinite weights in {dense}, or they "
+                f"overflow {self.label}'s dtype; use another checkpoint."
+            )
+        return values
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts of one layer that become one.
+
+    Attributes:
+        members: Their numbers, the dominant one first.
+        shares: Of each member in the mean; they sum to 1.
+    """
+
+    members: tuple[int, ...]
+    shares: tuple[float, ...]
+
+
+# One expert after the other, for every layer.
+Groups = Sequence[Sequence[Group]]
+
+
+class ShrunkMoe(ResizedMoe):
+    """A mixture whose experts are means of groups of another's; groups of one are untouched.
+
+    Args:
+        groups: By layer; of each layer as many.
+        gates: By layer, float32, (num_groups, hidden_size).
+    """
+
+    def __init__(
+        self,
+        moe: RowSource,
+        architecture: MoeArchitecture,
+        groups: Groups,
+        gates: Sequence[Tensor],
+    ) -> None:
+        super().__init__(moe, architecture, len(groups[0]))
+        form = self._form
+        self._gates = dict(zip(form.gate_names(len(groups)), gates, strict=True))
+        self._parts = {
+            form.expert_tensor(layer, index, p): [
+                (form.expert_tensor(layer, member, p), share)
+                for member, share in zip(group.members, group.shares, strict=True)
+            ]
+            for layer, row in enumerate(groups)
+            for index, group in enumerate(row)
+            for p in PROJECTIONS
+        }
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, in its dtype, on the CPU."""
+        if name in self._gates:
+            return self._gates[name][start:stop].to(self.specs[name].dtype)
+        parts = self._parts.get(name)
+        if parts is None:
+            return super().rows(name, start, stop)
+        if len(parts) == 1:
+            return super().rows(parts[0][0], start, stop)
+        total: Tensor = torch.zeros(())
+        for member, share in parts:
+            total = total + self._moe.rows(member, start, stop).float() * share
+        return total.to(self.specs[name].dtype)
