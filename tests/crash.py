@@ -6,6 +6,7 @@ most of the time. Prints one JSON object per trial.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -27,7 +28,11 @@ from upit_merge import resume
 from upit_merge.errors import UpitError
 from upit_merge.pipeline import RunOptions, run_recipe
 from upit_merge.recipe import load_recipe
+from upit_merge.resizing.extend import extend_output
+from upit_merge.resizing.rewriting import ResizeOptions
+from upit_merge.resizing.shrink import shrink_output
 from upit_merge.router import progress
+from upit_merge.router.settings import RouterSettings
 from upit_merge.staging import EDIT_STAGING, STAGING
 
 torch.set_num_threads(1)
@@ -191,6 +196,75 @@ def disk_really_full(recipe: Path, out: Path, reference: dict[str, Any]) -> Iter
         status = wait(forked(run_unaware))
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         yield {"status": status, **finish(recipe, disk / "out", reference)}
+
+
+def edited(kind: str, recipe: Path, out: Path) -> None:
+    """Change a finished model: one more expert, the base, or two experts less."""
+    parsed, options = load_recipe(recipe)[0], ResizeOptions(quiet=True)
+    settings = RouterSettings(data=parsed.router.data)  # type: ignore[union-attr]
+    with contextlib.redirect_stdout(sys.stderr):
+        if kind == "extend":
+            extend_output(out, parsed.base_model, settings, options, all_gates=False)
+        else:
+            shrink_output(out, 4, settings, options)
+
+
+def edit_killed(recipe: Path, out: Path, reference: dict[str, Any]) -> Iterator[Any]:
+    """At every change of a file, and at any time: both edits, on one file and on several."""
+    for kind, size in (("extend", 10**9), ("extend", 60_000), ("shrink", 60_000)):
+        before = out.with_name(f"{kind}-{size}") / "out"
+        run_recipe(*load_recipe(recipe), before, RunOptions(max_shard_bytes=size, quiet=True))
+        yield from _edit_trials(kind, recipe, before, out)
+
+
+def _edit_trials(kind: str, recipe: Path, before: Path, out: Path) -> Iterator[Any]:
+    shutil.copytree(before, out)
+    started = time.perf_counter()
+    wait(forked(lambda: edited(kind, recipe, out)))
+    longest = time.perf_counter() - started
+    old, new = contents(before), contents(out)
+    shutil.rmtree(out)
+    assert old != new
+
+    def trial(pid: int) -> dict[str, Any]:
+        state: dict[str, Any] = {"kind": kind, "status": wait(pid), "wrong": []}
+        now = contents(out)
+        if now not in (old, new):
+            state["wrong"] = min(wrong_models(out, old), wrong_models(out, new), key=len)
+        if now != new:
+            state["finished"] = wait(forked(lambda: edited(kind, recipe, out)))
+        state["identical"] = contents(out) == new
+        shutil.rmtree(out)
+        return state
+
+    # Of writing and flushing there is much, and all of it aside: not every moment is tried.
+    for name, step in (("replace", 1), ("unlink", 1), ("pwrite", 9), ("fsync", 4)):
+        for count in range(1, 200, step):
+            shutil.copytree(before, out)
+
+            def edit_and_die(name: str = name, count: int = count) -> None:
+                original, left = getattr(os, name), [count]
+
+                def counted(*args: Any) -> Any:
+                    left[0] -= 1
+                    if not left[0]:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return original(*args)
+
+                setattr(os, name, counted)
+                edited(kind, recipe, out)
+
+            state = trial(forked(edit_and_die))
+            yield {"at": name, **state}
+            if state["status"] == 0:
+                break
+    generator = random.Random(0)
+    for _ in range(8):
+        shutil.copytree(before, out)
+        pid = forked(lambda: edited(kind, recipe, out))
+        time.sleep(generator.uniform(0, longest))
+        os.kill(pid, signal.SIGKILL)
+        yield {"at": "any time", **trial(pid)}
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from upit_merge.router.objectives import (
     LOGISTIC_PENALTY,
     RIDGE_PENALTY,
     GateData,
+    added_row,
     covariance,
     hidden,
     normalise,
@@ -256,3 +257,24 @@ def test_balanced_equals_an_assignment_problem(samples: int, experts: int, digit
     assigned = balanced(losses)
     assert torch.bincount(assigned, minlength=experts).max() <= places
     assert losses.gather(1, assigned.unsqueeze(1)).sum().item() == pytest.approx(expected)
+
+
+def test_an_added_row_is_at_the_minimum_beside_the_others() -> None:
+    """Of the softmax's loss over the last vector alone; the others are given, and returned."""
+    data = labelled_inputs()
+    there = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(1)) / 3
+    data = replace(data, layer=1)
+    gate = added_row(data, [*there])
+    assert torch.equal(gate[:3], there[1])
+    scale = data.inputs.double().square().mean() ** -0.5
+    vector = (gate[3].double() / scale).requires_grad_()
+
+    def loss(r: torch.Tensor) -> torch.Tensor:
+        rows = torch.cat([there[1].double() / scale, r.unsqueeze(0)])
+        value = cross_entropy(data.inputs.double() * scale @ rows.T, data).mean()
+        return value + LOGISTIC_PENALTY / 2 * r.square().sum()
+
+    at_zero = torch.zeros_like(vector).requires_grad_()
+    (start,) = torch.autograd.grad(loss(at_zero), at_zero)
+    (end,) = torch.autograd.grad(loss(vector), vector)
+    assert end.norm() < 3e-3 * start.norm()

@@ -155,9 +155,9 @@ def _findings(
         yield from _weight_findings(inputs, names, comparison.differing)
         if told:
             yield _recorded_finding(moe, told, inputs)
-        if report["router"]:
+        if gates_told := report["router"] or (extensions and extensions[-1]["router"]):
             yield _gate_finding(
-                moe, report["router"], merger, options, refit=gates, extended=bool(extensions)
+                moe, gates_told, merger, options, refit=gates, extended=bool(extensions)
             )
         yield _file_finding(out, replace(inputs, num_experts=present), options)
 
@@ -268,7 +268,7 @@ def _gate_finding(
     if gates_digest(stored, stored[0].dtype) != recorded:
         return Finding("gates", looked_at, ("the gates are not those the report speaks of",))
     if extended:
-        return Finding("gates", looked_at, note="as recorded when an expert was added")
+        return Finding("gates", looked_at, note="as recorded; an expert was added to them")
     if told.get("experts_sha256"):
         return Finding("gates", looked_at, note="as recorded after the experts' training")
     if not refit:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from upit_merge.architecture import check_expert
@@ -30,6 +29,7 @@ from upit_merge.resizing.rewriting import (
 )
 from upit_merge.resizing.sources import ExtendedMoe
 from upit_merge.resume import file_states
+from upit_merge.router import objectives
 from upit_merge.router.command import router_identity
 from upit_merge.router.gate_files import gates_digest, named_gates, opened_moe, tensors_digest
 from upit_merge.router.layerwise import LayerwiseMoe
@@ -39,11 +39,6 @@ from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 from upit_merge.staging import REPORT, explained_failures, scratch_folder
 from upit_merge.tokenizer import load_tokenizer
-
-LOG = logging.getLogger(__name__)
-
-# Objectives that fit a routing vector without regard to the others.
-ROW_WISE = ("one_vs_rest", "ridge", "hidden", "upit", "random")
 
 
 def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
@@ -69,8 +64,8 @@ def extend_output(
     """Add the FFN of a dense model as one more expert to the MoE folder `out`.
 
     The experts that are there, and the backbone, keep their bytes. Of the gates only the new
-    expert's routing vector is fitted, to tell the samples it predicts best from all others; its
-    length is to the others' as in gates that are fitted together.
+    expert's routing vector is fitted, to win on the samples it predicts best and lose on all
+    others, see `objectives.added_row`.
 
     Args:
         reference: The dense model: a folder, a Hub id, or an adapter on its base.
@@ -109,14 +104,14 @@ def extend_output(
             model, seeds, settings, options.seed, scratch, progress=progress, quiet=options.quiet
         )
         with edit.interruptible("the model is as it was"):
-            fitted = pretrain_router(stage)
-            gates = fitted.gates if all_gates else _with_new_row(moe, model, fitted.gates)
             names = model.format.gate_names(model.num_layers)
+            own = [moe.tensor(name).float() for name in names]
+            fitted = pretrain_router(stage) if all_gates else _with_new_row(stage, own)
             stem = f"model-expert-{extended.expert:05d}"
             layout = extended_layout(moe, extended, names, stem, options.max_shard_bytes)
-            named = named_gates(model.format, gates)
+            named = named_gates(model.format, fitted.gates)
             write_model(edit, layout, extended, named, quiet=options.quiet)
-            changes = _report(out, fitted, extended, dense, model, gates, all_gates=all_gates)
+            changes = _report(out, fitted, extended, dense, model, all_gates=all_gates)
             write_report(edit, layout, changes)
             _write_card(edit, extended, dense, changes)
             edit.put_into_place(wanted, layout.obsolete)
@@ -138,21 +133,23 @@ def _refuse_joint(settings: RouterSettings, *, all_gates: bool) -> None:
         return
     if settings.refine is not None:
         raise UpitError("refine changes all gates; add --all-gates.")
-    if settings.objective not in ROW_WISE:
-        raise UpitError(
-            f"objective: {settings.objective} fits all gates together; add --all-gates, or use "
-            f"{', '.join(ROW_WISE[:-1])}."
-        )
+    if settings.objective != RouterSettings.model_fields["objective"].default:
+        raise UpitError(f"objective: {settings.objective} is for all gates; add --all-gates.")
 
 
-def _with_new_row(moe: Checkpoint, model: LayerwiseMoe, fitted: Sequence[Tensor]) -> list[Tensor]:
-    """The model's own gates with one row more, from gates that are fitted together."""
-    gates = []
-    for name, gate in zip(model.format.gate_names(model.num_layers), fitted, strict=True):
-        own = moe.tensor(name).float()
-        scale = own.norm(dim=1).mean() / gate[:-1].norm(dim=1).mean().clamp(min=1e-12)
-        gates.append(torch.cat([own, gate[-1:] * scale]))
-    return gates
+def _with_new_row(stage: RouterStage, gates: Sequence[Tensor]) -> RouterResult:
+    """Fit the new expert's routing vector beside those that are there."""
+    buckets = stage.buckets()
+    fitted = stage.gates(buckets, partial(objectives.added_row, gates=gates))
+    report = {
+        "settings": stage.settings.model_dump(mode="json"),
+        "seed": stage.seed,
+        "data": stage.seeds.to_report(),
+        "buckets": buckets.to_report(),
+        "seconds": stage.seconds,
+        "gates_sha256": gates_digest(fitted, stage.model.stored_dtype),
+    }
+    return RouterResult(fitted, report)
 
 
 def _report(
@@ -161,7 +158,6 @@ def _report(
     extended: ExtendedMoe,
     dense: Checkpoint,
     model: LayerwiseMoe,
-    gates: Sequence[Tensor],
     *,
     all_gates: bool,
 ) -> dict[str, Any]:
@@ -173,12 +169,13 @@ def _report(
         "model": dense.label,
         "sha256": tensors_digest(extended.tensor(name) for name in names),
         "gates": "all" if all_gates else "its own",
-        "router": fitted.report,
+        "router": {key: value for key, value in fitted.report.items() if key != "seconds"},
     }
-    digest = {"gates_sha256": gates_digest(gates, model.stored_dtype)}
-    # Gates that were random are so still, but for one row.
-    old = before.get("router") or {key: fitted.report[key] for key in ("settings", "seed", "data")}
-    router = fitted.report if all_gates else {**old, **digest}
+    router = before.get("router")
+    if all_gates:
+        router = fitted.report
+    elif router is not None:  # else the other gates are random still
+        router = {**router, "gates_sha256": fitted.report["gates_sha256"]}
     return {"router": router, "extensions": [*before.get("extensions", []), extension]}
 
 

@@ -43,6 +43,7 @@ class GateData:
         assigned: The expert of every sample, int64, (num_samples,).
         num_experts: How many routing vectors there are.
         device: Where the arithmetic is done.
+        layer: Its number.
         total: Sums a tensor over all processes.
     """
 
@@ -52,6 +53,7 @@ class GateData:
     assigned: Tensor
     num_experts: int
     device: torch.device
+    layer: int = 0
     total: Callable[[Tensor], Tensor] = _alone
 
     @property
@@ -145,10 +147,11 @@ def one_vs_rest(data: GateData) -> Tensor:
     `LOGISTIC_PENALTY` / 2 · Σ_i ‖r_i‖², on inputs of unit mean square.
     """
 
-    def loss(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        return F.softplus(logits).sum(1, keepdim=True) - own, logits.sigmoid()
+    def loss(_inputs: Tensor, logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        losses = F.softplus(logits).sum(1, keepdim=True) - logits.gather(1, own)
+        return losses, _minus_one(logits.sigmoid(), own)
 
-    return _logistic(data, loss)
+    return _logistic(data, data.num_experts, loss)
 
 
 def softmax(data: GateData) -> Tensor:
@@ -158,21 +161,49 @@ def softmax(data: GateData) -> Tensor:
     `LOGISTIC_PENALTY` / 2 · Σ_i ‖r_i‖², on inputs of unit mean square.
     """
 
-    def loss(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        return logits.logsumexp(1, keepdim=True) - own, logits.softmax(1)
+    def loss(_inputs: Tensor, logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        losses = logits.logsumexp(1, keepdim=True) - logits.gather(1, own)
+        return losses, _minus_one(logits.softmax(1), own)
 
-    return _logistic(data, loss)
+    return _logistic(data, data.num_experts, loss)
 
 
-def _logistic(data: GateData, loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+def added_row(data: GateData, gates: Sequence[Tensor]) -> Tensor:
+    """A gate with one routing vector more, the last expert's; the others stay as they are.
+
+    Minimises what `softmax` does over the new vector alone: it has to win, against what the others
+    say already, where a token is its own, and to lose elsewhere.
+
+    Args:
+        gates: Of every layer, what is there, float32, (num_experts - 1, hidden_size).
+    """
+    there = gates[data.layer]
+
+    def loss(inputs: Tensor, logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        others = F.linear(inputs, there.to(inputs.device)).logsumexp(1, keepdim=True)
+        margin, mine = logits - others, (own == len(there)).float()
+        return F.softplus(margin) - mine * margin, margin.sigmoid() - mine
+
+    return torch.cat([there, _logistic(data, 1, loss)])
+
+
+def _minus_one(slopes: Tensor, own: Tensor) -> Tensor:
+    return slopes.scatter_add(1, own, torch.full(own.shape, -1.0, device=slopes.device))
+
+
+# (inputs, logits, every token's expert) -> (loss of every token, its slopes in the logits);
+# (tokens, hidden_size), (tokens, rows), (tokens, 1) -> (tokens, 1), (tokens, rows).
+_Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _logistic(data: GateData, num_rows: int, loss: _Loss) -> Tensor:
     """Minimise a convex loss of the logits, by L-BFGS on all tokens, from zero.
 
     A logistic loss curves at most a quarter as much as the squared one. In coordinates in which
     that bound is the identity, some ten steps are enough.
 
     Args:
-        loss: (logits, every token's own logit) -> loss per token, and its slope in the logits but
-            for the -1 at a token's own.
+        num_rows: Routing vectors to find, (num_rows, hidden_size).
     """
     moments = covariance(data)
     square = moments.diagonal().mean().clamp(min=1e-12)
@@ -183,7 +214,7 @@ def _logistic(data: GateData, loss: Callable[[Tensor, Tensor], tuple[Tensor, Ten
     identity = torch.eye(data.width, dtype=torch.float64, device=data.device)
     back = torch.linalg.solve_triangular(factor, identity, upper=False).float()
     scale = float(square.rsqrt())
-    z = torch.zeros(data.num_experts, data.width, device=data.device)
+    z = torch.zeros(num_rows, data.width, device=data.device)
 
     def closure() -> float:
         gate = z @ back
@@ -191,10 +222,8 @@ def _logistic(data: GateData, loss: Callable[[Tensor, Tensor], tuple[Tensor, Ten
         slope = torch.zeros_like(gate)
         for h, y in data.chunks():
             logits = F.linear(h, gate * scale)
-            own = y.unsqueeze(1)
-            losses, slopes = loss(logits, logits.gather(1, own))
+            losses, slopes = loss(h, logits, y.unsqueeze(1))
             value += losses.sum()
-            slopes = slopes.scatter_add(1, own, torch.full_like(losses, -1.0))
             slope += slopes.T @ h
         value = data.total(value) / data.num_tokens + LOGISTIC_PENALTY / 2 * gate.square().sum()
         slope = data.total(slope) * (scale / data.num_tokens) + LOGISTIC_PENALTY * gate

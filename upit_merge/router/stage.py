@@ -196,7 +196,7 @@ class RouterStage:
         """Run the samples through their experts and fit every layer's gate on the way.
 
         Args:
-            objective: Instead of the settings'.
+            objective: Instead of the settings', whose result is then scaled by the temperature.
 
         Raises:
             UpitError: a gate is NaN or infinite.
@@ -210,7 +210,7 @@ class RouterStage:
                 self.stream(e, (buckets.assigned == e).nonzero().flatten().tolist())
                 for e in range(self.model.num_experts)
             ]
-        fit = objective or self._objective()
+        fit = objective or self._scaled
         tokens = sum(self.lengths[index] for stream in streams for index in stream.samples)
         with (
             self.measured("gates"),
@@ -254,10 +254,10 @@ class RouterStage:
             buckets.assigned,
             self.model.num_experts,
             self.model.device,
+            layer,
             self.processes.total,
         )
-        gate = objectives.normalise(fit(data), data, float(self.settings.temperature))
-        return self.checked(layer, gate)
+        return self.checked(layer, fit(data))
 
     def checked(self, layer: int, gate: Tensor) -> Tensor:
         """The gate itself.
@@ -271,6 +271,10 @@ class RouterStage:
                 "dtype: bfloat16."
             )
         return gate
+
+    def _scaled(self, data: GateData) -> Tensor:
+        gate = self._objective()(data)
+        return objectives.normalise(gate, data, float(self.settings.temperature))
 
     def _objective(self) -> Objective:
         if self.settings.objective == "upit":

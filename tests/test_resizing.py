@@ -1,0 +1,418 @@
+"""`upit-merge extend` and `shrink`: what changes, what must not, and that nothing is half there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import Family, build_family, byte_tokenizer
+from tests.crash import contents
+from tests.naive import PROJECTIONS, load_model
+from tests.test_output import load
+from tests.test_resume import crash
+from upit_merge.cli import main
+from upit_merge.resizing.grouping import group_experts
+from upit_merge.staging import EDIT_STAGING
+
+
+def command(*words: object) -> Any:
+    return CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+
+
+def done(*words: object) -> None:
+    result = command(*words)
+    assert result.exit_code == 0, result.output
+
+
+def refused(*words: object) -> str:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.output.startswith("Error: ")
+    return result.output.removeprefix("Error: ").strip()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """The last of the four checkpoints becomes an expert later."""
+    return build_family(tmp_path_factory.mktemp("four"), count=4)
+
+
+@pytest.fixture
+def moe(four: Family, merge) -> Path:
+    """Four experts of three checkpoints, in several files."""
+    models = [str(path) for path in four.checkpoints[:3]]
+    router = {"data": str(four.seed_file())}
+    document = four.recipe(models=models, parameters={"num_experts": 4}, router=router)
+    return merge(document, max_shard_bytes=50_000)
+
+
+def extend(out: Path, family: Family, *words: object) -> list[object]:
+    return ["extend", out, "--model", family.checkpoints[-1], "--quiet", *words]
+
+
+def shrink(out: Path, family: Family, experts: int, *words: object) -> list[object]:
+    return ["shrink", out, "--experts", experts, "--data", family.seed_file(), "--quiet", *words]
+
+
+def files(out: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.glob("*.safetensors")}
+
+
+def is_gate(name: str) -> bool:
+    return name.endswith("gate.weight")
+
+
+# ---- extend ------------------------------------------------------------------------------------
+
+
+def test_an_expert_is_added_and_nothing_else_changes(four, moe) -> None:
+    tensors, before = load_model(moe), files(moe)
+    done(*extend(moe, four))
+    after, dense = load_model(moe), load_model(four.checkpoints[-1])
+    for name, tensor in tensors.items():
+        found = after[name][: len(tensor)] if is_gate(name) else after[name]
+        assert torch.equal(found, tensor), name
+    new = {name: tensor for name, tensor in after.items() if name not in tensors}
+    assert len(new) == 6
+    for layer in range(2):
+        for projection, short in PROJECTIONS.items():
+            name = f"model.layers.{layer}.block_sparse_moe.experts.4.{short}.weight"
+            assert torch.equal(new[name], dense[f"model.layers.{layer}.mlp.{projection}.weight"])
+    # Of the files only that of the gates is another one.
+    changed = {name for name, digest in files(moe).items() if before.get(name) != digest}
+    with safe_open(moe / max(before), framework="pt") as file:
+        assert all(map(is_gate, file.keys()))
+    assert changed == {max(before), "model-expert-00004.safetensors"}
+    model = load(moe)
+    assert model.config.num_local_experts == 5
+    assert model.generate(torch.tensor([[0, 70, 71]]), max_new_tokens=4).shape[1] > 3
+    done("verify", moe)
+
+
+def test_all_gates_can_be_fitted_anew(four, moe, tmp_path) -> None:
+    """To the same bits as `upit-merge router` fits them later."""
+    old = {name: t for name, t in load_model(moe).items() if is_gate(name)}
+    later = shutil.copytree(moe, tmp_path / "later")
+    done(*extend(moe, four, "--all-gates", "--objective", "ridge"))
+    done(*extend(later, four))
+    alone = load_model(later)
+    assert all(torch.equal(alone[name][:4], rows) for name, rows in old.items())
+    words = ["--data", four.seed_file(), "--objective", "ridge", "--quiet"]
+    done("router", later, *words)
+    fitted, expected = load_model(moe), load_model(later)
+    assert all(torch.equal(fitted[name], expected[name]) for name in old)
+    assert not any(torch.equal(fitted[name][:4], rows) for name, rows in old.items())
+    for folder in (moe, later):
+        done("verify", folder)
+    report = json.loads((later / "upit_report.json").read_text())
+    assert [(e["expert"], e["gates"]) for e in report["extensions"]] == [(4, "its own")]
+
+
+def test_random_gates_stay_random_but_for_one(four, merge) -> None:
+    out = merge(four.recipe())
+    old = load_model(out)
+    told = refused("extend", out, "--model", four.base)
+    assert "is not known (its upit_report.json has none); give some with --data" in told
+    done("extend", out, "--model", four.base, "--data", four.seed_file(), "--quiet")
+    after = load_model(out)
+    assert all(torch.equal(after[n][:4], t) for n, t in old.items() if is_gate(n))
+    done("verify", out)
+
+
+def test_twice_and_then_fewer(four, moe) -> None:
+    done(*extend(moe, four))
+    done("extend", moe, "--model", four.base, "--data", four.seed_file(), "--quiet")
+    assert load(moe).config.num_local_experts == 6
+    done("verify", moe)
+    card = (moe / "README.md").read_text()
+    assert "A mixture of 6 experts" in card
+    assert "| 5 | base, added later | |" in card
+    assert card.count("was added later: its gate") == 2
+    done("router", moe, "--data", four.seed_file(), "--quiet")
+    done("verify", moe)
+    done(*shrink(moe, four, 3))
+    assert load(moe).config.num_local_experts == 3
+    assert not list(moe.glob("model-expert*"))
+    present = sorted(path.name for path in moe.iterdir())
+    assert json.loads((moe / "upit_report.json").read_text())["files"] == present
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_single_file_becomes_several(tmp_path, merge, kind: str, dtype: str) -> None:
+    family = build_family(tmp_path / "f", count=3, kind=kind, dtype=getattr(torch, dtype))
+    models = [str(path) for path in family.checkpoints[:2]]
+    out = merge(family.recipe(models=models, router={"data": str(family.seed_file())}))
+    before = load_model(out)
+    assert files(out).keys() == {"model.safetensors"}
+    done(*extend(out, family))
+    assert "model.safetensors" not in files(out)
+    after = load_model(out)
+    assert all(torch.equal(after[n], t) for n, t in before.items() if not is_gate(n))
+    load(out, dtype="auto")
+    done("verify", out)
+
+
+def test_files_that_hold_gates_and_more(four, moe) -> None:
+    """As in published models, which are not ours: all files have some."""
+    tensors = load_model(moe)
+    for path in moe.glob("*.safetensors"):
+        path.unlink()
+    halves = [[n for n in tensors if ("layers.1." in n) == upper] for upper in (False, True)]
+    index = {}
+    for number, names in enumerate(halves):
+        save_file(
+            {n: tensors[n] for n in names}, moe / f"model-{number}.safetensors", {"format": "pt"}
+        )
+        index |= dict.fromkeys(names, f"model-{number}.safetensors")
+    (moe / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (moe / "README.md").write_text("# Somebody's own\n")
+    (moe / "upit_report.json").unlink()
+    done(*extend(moe, four, "--data", four.seed_file()))
+    after = load_model(moe)
+    assert all(torch.equal(after[n], t) for n, t in tensors.items() if not is_gate(n))
+    assert (moe / "README.md").read_text() == "# Somebody's own\n"
+    assert not (moe / "upit_report.json").exists()
+    load(moe)
+
+
+def test_a_new_expert_gets_its_kind_of_text(tmp_path, merge) -> None:
+    """Checkpoints trained on different text; the third comes later, with text of its kind."""
+    family = build_family(tmp_path, count=1, seed=3)
+    texts = {"one": "abcabcabc" * 3, "two": "987654321" * 3, "three": "xYzxYzxYz" * 3}
+    tokenizer = byte_tokenizer()
+    for name, text in texts.items():
+        model = AutoModelForCausalLM.from_pretrained(family.base)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(".mlp." in parameter_name)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    seeds = {}
+    for count in (2, 3):
+        seeds[count] = tmp_path / f"{count}.jsonl"
+        rows = [json.dumps({"text": text}) for text in [*texts.values()][:count]]
+        seeds[count].write_text("\n".join(rows * 4) + "\n")
+    models = [str(tmp_path / name) for name in ("one", "two")]
+    out = merge(family.recipe(models=models, router={"data": str(seeds[2])}))
+    before = load(out)
+    done("extend", out, "--model", tmp_path / "three", "--data", seeds[3], "--quiet")
+    text = tokenizer(texts["three"], return_tensors="pt", return_token_type_ids=False)["input_ids"]
+    after = load(out)
+    with torch.no_grad():
+        output = after(text, labels=text, output_router_logits=True)
+        loss = before(text, labels=text).loss
+    assert output.loss < loss - 1
+    for logits in output.router_logits:
+        chosen = (logits.topk(2).indices == 2).any(1)
+        assert chosen[1:].float().mean() > 0.6  # each letter of three, or all but one
+    text = tokenizer(texts["one"], return_tensors="pt", return_token_type_ids=False)["input_ids"]
+    with torch.no_grad():
+        output = after(text, output_router_logits=True)
+    for logits in output.router_logits:
+        assert (logits.argmax(-1)[1:] == 0).float().mean() > 0.9
+
+
+# ---- shrink ------------------------------------------------------------------------------------
+
+
+def naive_groups(out: Path, texts: list[str], count: int) -> list[list[list[int]]]:
+    """Groups by layer, from the whole model's router logits, one text at a time."""
+    model, tokenizer = load(out), byte_tokenizer()
+    logits: list[list[np.ndarray]] = [[] for _ in model.model.layers]
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            for layer, rows in enumerate(model(ids, output_router_logits=True).router_logits):
+                logits[layer].append(rows.double().numpy())
+    found = []
+    for parts in logits:
+        rows = np.concatenate(parts)
+        top = np.argsort(-rows, axis=1)[:, :2]
+        used = np.bincount(top.ravel(), minlength=rows.shape[1])
+        best = sorted(np.argsort(-used, kind="stable")[:count].tolist())
+        groups = {expert: [expert] for expert in best}
+        for expert in set(range(rows.shape[1])) - set(best):
+            a = rows[:, expert]
+            likeness = [a @ rows[:, b] / np.sqrt((a @ a) * (rows[:, b] @ rows[:, b])) for b in best]
+            groups[best[int(np.argmax(likeness))]].append(expert)
+        found.append(
+            [(members, used[members] / used[members].sum()) for members in groups.values()]
+        )
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_experts_become_the_means_of_their_groups(tmp_path, merge, kind: str) -> None:
+    family = build_family(tmp_path / "f", count=3, kind=kind)
+    seeds = family.seed_file()
+    out = merge(family.recipe(parameters={"num_experts": 6}, router={"data": str(seeds)}))
+    texts = [json.loads(line)["text"] for line in seeds.read_text().splitlines()]
+    expected, before = naive_groups(out, texts, 3), load_model(out)
+    done(*shrink(out, family, 3))
+    after = load_model(out)
+    untouched = 0
+    for layer, groups in enumerate(expected):
+        block = "mlp" if kind == "qwen3" else "block_sparse_moe"
+        prefix = f"model.layers.{layer}.{block}."
+        for index, (members, shares) in enumerate(groups):
+            for projection, short in PROJECTIONS.items():
+                last = f"{projection if kind == 'qwen3' else short}.weight"
+                parts = [before[f"{prefix}experts.{m}.{last}"] for m in members]
+                found = after[f"{prefix}experts.{index}.{last}"]
+                if len(members) == 1:
+                    assert torch.equal(found, parts[0])
+                    untouched += 1
+                mean = sum(float(share) * part for share, part in zip(shares, parts, strict=True))
+                torch.testing.assert_close(found, mean)
+            rows = before[f"{prefix}gate.weight"][members]
+            mean = (torch.tensor(shares).float().unsqueeze(1) * rows).sum(0)
+            torch.testing.assert_close(after[f"{prefix}gate.weight"][index], mean)
+    assert untouched
+    assert all(
+        torch.equal(after[n], t)
+        for n, t in before.items()
+        if ".experts." not in n and not is_gate(n)
+    )
+    record = json.loads((out / "upit_report.json").read_text())["shrunk"][0]
+    assert (record["from"], record["to"]) == (6, 3)
+    assert load(out).generate(torch.tensor([[0, 70, 71]]), max_new_tokens=4).shape[1] > 3
+    assert "was 6" not in (out / "README.md").read_text()
+    assert "had 6 experts per layer" in (out / "README.md").read_text()
+    assert "verify the model before that" in refused("verify", out)
+
+
+def test_groups_of_experts_nobody_chose() -> None:
+    """Two dominant experts; the idle ones join by likeness, with plain means among themselves."""
+    chosen = torch.tensor([0.0, 5.0, 0.0, 7.0])
+    logits = torch.tensor([[1.0, 0.0, 0.1, 1.0], [0.0, 1.0, 1.0, 0.1]], dtype=torch.float64)
+    groups = group_experts(chosen, logits.T @ logits, 2)
+    assert [group.members for group in groups] == [(1, 2), (3, 0)]
+    assert [group.shares for group in groups] == [(1.0, 0.0), (1.0, 0.0)]
+    idle = group_experts(torch.zeros(4), logits.T @ logits, 1)
+    assert [(group.members, group.shares) for group in idle] == [((0, 1, 2, 3), (0.25,) * 4)]
+
+
+# ---- cut off -----------------------------------------------------------------------------------
+
+
+def test_killed_at_every_change_of_a_file_and_at_any_time(tmp_path: Path) -> None:
+    """The model is the old one, none, or the new one; the same command ends with the new one."""
+    trials = crash("edit_killed", tmp_path)
+    kills = [trial for trial in trials if trial["status"] == -signal.SIGKILL]
+    assert len(kills) > 60
+    for trial in trials:
+        assert trial["wrong"] == [], trial
+        assert (trial.get("finished", 0), trial["identical"]) == (0, True), trial
+    assert any("finished" not in trial for trial in kills)  # cut off after the last change
+
+
+def test_another_command_does_not_touch_what_is_half_way(four, moe, monkeypatch) -> None:
+    words = extend(moe, four)
+
+    class CutOff(BaseException):
+        pass
+
+    def replace_but_weights(source: Path, target: Path) -> None:
+        if target.parent == moe:
+            raise CutOff
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", replace_but_weights)
+    with pytest.raises(CutOff):
+        command(*words)
+    monkeypatch.undo()
+    assert not (moe / "config.json").exists()
+    for other in (shrink(moe, four, 2), ["router", moe, "--data", four.seed_file()]):
+        assert refused(*other) == (
+            f"What `upit-merge extend` makes is half-way into the model in {moe}; give the command "
+            "that was interrupted again first."
+        )
+    done(*words)
+    load(moe)
+
+
+# ---- mistakes ----------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused(four, moe, tmp_path, monkeypatch) -> None:
+    before = contents(moe)
+    seeds = four.seed_file()
+    other = build_family(tmp_path / "other", count=1, intermediate_size=64).base
+    deeper = build_family(tmp_path / "deeper", count=1, num_hidden_layers=3).base
+    qwen = build_family(tmp_path / "qwen", count=1, kind="qwen3").base
+    for words, told in [
+        (
+            ("extend", moe, "--model", other),
+            f"Checkpoint {other} has intermediate_size 64, {moe} has 48",
+        ),
+        (("extend", moe, "--model", deeper), f"Checkpoint {deeper} has num_hidden_layers 3"),
+        (("extend", moe, "--model", qwen), "is a qwen3 model, of which no expert of a Mixtral can"),
+        (("extend", moe, "--model", "./nowhere"), "The checkpoint ./nowhere does not exist"),
+        (("extend", moe, "--model", moe), "has model_type 'mixtral'; use llama, mistral or qwen3"),
+        (
+            ("extend", tmp_path / "no", "--model", four.base, "--data", seeds),
+            "does not exist; give",
+        ),
+        (
+            ("extend", four.base, "--model", four.base, "--data", seeds),
+            "the router needs a Mixtral",
+        ),
+        (
+            extend(moe, four, "--objective", "softmax"),
+            "objective: softmax is for all gates; add --all-gates.",
+        ),
+        (extend(moe, four, "--refine-steps", "2"), "refine changes all gates; add --all-gates."),
+        (extend(moe, four, "--data", "none.jsonl"), "There is no seed data at 'none.jsonl'"),
+        (shrink(moe, four, 4), "has 4 experts per layer, which cannot be merged into 4; give a"),
+        (shrink(moe, four, 1), "routes a token to 2 experts, so that 1 would be too few; give "),
+        (shrink(four.base, four, 2), "the router needs a Mixtral or Qwen3-MoE folder"),
+    ]:
+        assert told in refused(*words)
+        assert contents(moe) == before
+        assert not any((moe / folder).exists() for folder in EDIT_STAGING.values())
+    (moe / "upit_report.json").unlink()
+    assert "is not known (its upit_report.json has none); give some with --data" in refused(
+        *extend(moe, four)
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "`upit-merge shrink` is the work of one process" in refused(*shrink(moe, four, 2))
+
+
+def test_broken_weights_are_told(four, moe, tmp_path) -> None:
+    folder = shutil.copytree(four.checkpoints[-1], tmp_path / "broken")
+    tensors = load_model(folder)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    before = contents(moe)
+    told = refused("extend", moe, "--model", folder, "--quiet")
+    assert f"Checkpoint {folder} has NaN or infinite weights in model.layers.1.mlp.up_proj" in told
+    assert contents(moe) == before
+
+
+def test_no_room(four, moe, monkeypatch) -> None:
+    before = contents(moe)
+    monkeypatch.setattr("upit_merge.staging.free_bytes", lambda _folder: 1000)
+    for words in (extend(moe, four), shrink(moe, four, 2)):
+        assert "has 0.00 GB free, but the changed files" in refused(*words)
+        assert contents(moe) == before
