@@ -56,10 +56,18 @@ def dropped(delta: np.ndarray, keep: np.ndarray, density: float, weight: float) 
     return scaled if density >= 1 else np.where(keep, scaled, np.float32(0))
 
 
+def experts_of(lineage: dict, name: str) -> list[dict]:
+    """The experts' parts of one dense tensor, from a report's lineage."""
+    for unit in lineage.get("units", []):
+        if name.startswith(unit["name"] + "."):
+            return unit["experts"]
+    return lineage["experts"]
+
+
 def grow(
     base: dict[str, torch.Tensor],
     checkpoints: list[dict[str, torch.Tensor]],
-    experts: list[dict],
+    lineage: dict,
     density: float,
     seed: int,
     mutation: str,
@@ -74,13 +82,13 @@ def grow(
             origin = base[name].float().numpy().ravel()
             deltas = [c[name].float().numpy().ravel() - origin for c in checkpoints]
             grown: list[np.ndarray] = []
-            for index, expert in enumerate(experts):
+            for index, expert in enumerate(experts_of(lineage, name)):
                 target = f"model.layers.{layer}.block_sparse_moe.experts.{index}.{short}.weight"
                 if expert["checkpoint"] is not None:
                     grown.append(deltas[expert["checkpoint"]])
                     output[target] = checkpoints[expert["checkpoint"]][name].to(dtype)
                     continue
-                if mutation == "once":
+                if mutation == "once" or expert["parents"] is None:
                     parts = [(i, deltas[i], w) for i, w in enumerate(expert["weights"]) if w]
                 else:
                     shares = (expert["alpha"], 1 - expert["alpha"])
@@ -89,9 +97,10 @@ def grow(
                         for slot, parent in enumerate(expert["parents"])
                     ]
                 child = None
+                share = 1.0 if expert["parents"] is None else density  # of an average all
                 for slot, delta, weight in parts:
-                    keep = mask(seed, index, slot, name, origin.size, density)
-                    part = dropped(delta, keep, density, weight)
+                    keep = mask(seed, index, slot, name, origin.size, share)
+                    part = dropped(delta, keep, share, weight)
                     child = part if child is None else child + part
                 grown.append(child)
                 values = torch.from_numpy(child + origin).view(base[name].shape)

@@ -30,7 +30,7 @@ def unlike_naive(family: Family, out: Path, density: float, mutation: str) -> li
     expected = grow(
         load_model(family.base),
         [load_model(path) for path in family.checkpoints],
-        report["lineage"]["experts"],
+        report["lineage"],
         density,
         report["seed"],
         mutation,

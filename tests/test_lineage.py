@@ -13,7 +13,8 @@ from tests.conftest import Family, build_family
 from tests.naive import load_model
 from upit_merge.checkpoints import OpenOptions
 from upit_merge.errors import UpitError
-from upit_merge.expansion.lineage import keep_diverse, plan_lineage
+from upit_merge.expansion.growth import plan_lineage
+from upit_merge.expansion.selection import keep_diverse
 from upit_merge.expansion.similarity import cosine, squared_distance
 from upit_merge.inputs import opened
 from upit_merge.merging import Merger, measure_similarity

@@ -238,13 +238,15 @@ recipes = mappings(
         num_experts=st.none() | st.integers(8, 64),
         experts_per_token=st.none() | st.integers(1, 8),
         density=densities,
-        parents=st.sampled_from(["most_dissimilar", "random"]),
+        select=st.sampled_from(["diverse", "merge_similar", "last"]),
+        parents=st.sampled_from(["most_dissimilar", "farthest_child", "random"]),
+        granularity=st.sampled_from(["model", "layer", "tensor"]),
         repeat_pairs=st.booleans(),
         similarity=st.sampled_from(["cosine", "l2"]),
         mutation=st.just("once"),
         backbone=texts,
         seed=st.integers(0, 2**63 - 1),
-    ),
+    ).filter(lambda p: not (p.get("repeat_pairs") and p.get("parents") == "farthest_child")),
     router=st.none()
     | mappings(
         {"data": texts, "objective": st.sampled_from(["one_vs_rest", "softmax", "random"])},

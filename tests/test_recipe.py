@@ -138,7 +138,19 @@ WRONG_VALUES: list[tuple[Document, str, str, str]] = [
         "[{'value': 0.5, 'filter': 'up'}, 0.9]",
         DENSITY,
     ),
-    (parameters(parents="all"), "parameters.parents", "'all'", "'most_dissimilar' or 'random'"),
+    (
+        parameters(select="first"),
+        "parameters.select",
+        "'first'",
+        "'diverse', 'merge_similar' or 'last'",
+    ),
+    (
+        parameters(parents="all"),
+        "parameters.parents",
+        "'all'",
+        "'most_dissimilar', 'farthest_child' or 'random'",
+    ),
+    (parameters(granularity=3), "parameters.granularity", "3", "'model', 'layer' or 'tensor'"),
     (parameters(repeat_pairs=1), "parameters.repeat_pairs", "1", "true or false"),
     (parameters(repeat_pairs="yes"), "parameters.repeat_pairs", "'yes'", "true or false"),
     (parameters(similarity="l1"), "parameters.similarity", "'l1'", "'cosine' or 'l2'"),
@@ -335,6 +347,11 @@ OTHERWISE_WRONG = [
         "routed to more experts than there are; lower experts_per_token or raise num_experts.",
     ),
     (
+        parameters(parents="farthest_child", repeat_pairs=True),
+        "r: parameters: repeat_pairs has no meaning with parents: farthest_child, which takes a "
+        "pair again whenever its child is the farthest; remove it.",
+    ),
+    (
         entry(parameters={"density": 0.5}) | {"parameters": {"mutation": "compound"}},
         "r: models: density per model has no meaning with mutation: compound, which drops from "
         "children too; use parameters.density or mutation: once.",
@@ -383,7 +400,9 @@ def test_defaults() -> None:
         "num_experts": None,
         "experts_per_token": None,
         "density": 0.9,
+        "select": "diverse",
         "parents": "most_dissimilar",
+        "granularity": "model",
         "repeat_pairs": False,
         "similarity": "cosine",
         "mutation": "once",

@@ -12,7 +12,8 @@ import torch
 
 from upit_merge.device import merge_workers
 from upit_merge.expansion.experts import ExpertBuilder, Sink, block_bytes, write_experts
-from upit_merge.expansion.lineage import Lineage, needs_gram, plan_lineage
+from upit_merge.expansion.growth import needs_gram, plan_lineage
+from upit_merge.expansion.lineage import Lineage
 from upit_merge.expansion.similarity import delta_gram
 from upit_merge.inputs import Inputs
 from upit_merge.processes import Processes

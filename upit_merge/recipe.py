@@ -71,8 +71,14 @@ class Parameters(Strict):
         None, ge=1, description="Experts a token is routed to (top-k); 2 if there are two."
     )
     density: Density = Field(0.9, description="Share of delta entries DARE keeps, in (0, 1].")
-    parents: Literal["most_dissimilar", "random"] = Field(
+    select: Literal["diverse", "merge_similar", "last"] = Field(
+        "diverse", description="What becomes of more checkpoints than experts."
+    )
+    parents: Literal["most_dissimilar", "farthest_child", "random"] = Field(
         "most_dissimilar", description="How the two parents of a new expert are chosen."
+    )
+    granularity: Literal["model", "layer", "tensor"] = Field(
+        "model", description="Parents are chosen once, or for every layer or FFN tensor by itself."
     )
     repeat_pairs: StrictBool = Field(
         False, description="Let a pair be parents again while unused pairs remain (the paper does)."
@@ -136,6 +142,11 @@ class Recipe(Strict):
                 f"parameters: num_experts ({params.num_experts}) is below experts_per_token "
                 f"({params.experts_per_token}), but a token cannot be routed to more experts than "
                 "there are; lower experts_per_token or raise num_experts"
+            )
+        if params.repeat_pairs and params.parents == "farthest_child":
+            raise ValueError(
+                "parameters: repeat_pairs has no meaning with parents: farthest_child, which takes "
+                "a pair again whenever its child is the farthest; remove it"
             )
         if params.mutation == "compound" and any(m.parameters.density for m in self.models):
             raise ValueError(

@@ -212,14 +212,20 @@ def _form(spec: TensorSpec) -> str:
 
 
 def _lineage_faults(lineage: Lineage, report: Mapping[str, Any]) -> Iterator[str]:
-    told = report["lineage"]["experts"]
-    now = [expert.to_report() for expert in lineage.experts]
-    if len(told) != len(now):
-        yield f"the report has {len(told)} experts, the recipe {len(now)}"
+    told, now = report["lineage"], lineage.to_report()
+    if len(told["experts"]) != len(now["experts"]):
+        yield f"the report has {len(told['experts'])} experts, the recipe {len(now['experts'])}"
         return
-    for index, (old, new) in enumerate(zip(told, now, strict=True)):
+    for index, (old, new) in enumerate(zip(told["experts"], now["experts"], strict=True)):
         if old != new:
             yield f"expert {index} is grown from other parents than the report says"
+    recorded, found = ([*(part.get("units") or ())] for part in (told, now))
+    if [unit["name"] for unit in recorded] != [unit["name"] for unit in found]:
+        yield "the report speaks of other layers or tensors than the recipe grows by themselves"
+        return
+    for old, new in zip(recorded, found, strict=True):
+        if old != new:
+            yield f"the experts' {new['name']} is grown from other parents than the report says"
 
 
 def _weight_findings(

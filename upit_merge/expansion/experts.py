@@ -72,9 +72,10 @@ class ExpertBuilder:
     densities: torch.Tensor
     seed: int
 
-    def checkpoints_needed(self) -> list[int]:
-        """Indices of the checkpoints that occur in some expert."""
-        weights = torch.tensor([expert.weights for expert in self.lineage.experts])
+    def checkpoints_needed(self, tensor: int) -> list[int]:
+        """Indices of the checkpoints that occur in some expert's part of an FFN tensor."""
+        experts = self.lineage.unit_of(tensor).experts
+        weights = torch.tensor([expert.weights for expert in experts])
         return [int(i) for i in weights.any(0).nonzero().flatten()]
 
     def block(
@@ -97,35 +98,38 @@ class ExpertBuilder:
             wanted: Indices of the experts to compute.
 
         Yields:
-            Checkpoint experts in their stored dtype, children in float32; shape of `base`. A
-            child's values are overwritten by the next one's.
+            Checkpoint experts in their stored dtype, the others in float32; shape of `base`. What
+            is computed is overwritten by the next one's values.
         """
-        experts, children = self.lineage.experts, []
+        experts, mixed = self.lineage.unit_of(tensor).experts, []
         for index in wanted:
             own = experts[index].checkpoint
             if own is None:
-                children.append(index)
+                mixed.append(index)
             else:
                 yield index, checkpoints[own]
-        if not children:
+        if not mixed:
             return
         origin = base.float()
         deltas = {i: (values.float() - origin).flatten() for i, values in checkpoints.items()}
         hashed = index_hash(
             mask_key(self.seed, "element", name), first_element, base.numel(), base.device
         )
-        if self.lineage.mutation == "compound":
+        # Where there are averages there are no children.
+        if self.lineage.mutation == "compound" and not experts[mixed[0]].is_average:
             for index, values in self._compound(tensor, name, origin, deltas, hashed):
-                if index in children:
+                if index in mixed:
                     yield index, values
             return
         child, part = torch.empty_like(origin).flatten(), torch.empty_like(origin).flatten()
         work = torch.empty_like(hashed)
-        for index in children:
+        for index in mixed:
             parts = [(i, w) for i, w in enumerate(experts[index].weights) if w != 0]
             # The memory of the child before is taken again: it is in the processor's cache.
             for count, (i, weight) in enumerate(parts):
                 key, density = mask_key(self.seed, index, i, name), float(self.densities[tensor, i])
+                if experts[index].is_average:
+                    density = 1.0
                 out = part if count else child
                 dare(deltas[i], hashed, key, density, weight, out=out, work=work)
                 if count:
@@ -143,7 +147,7 @@ class ExpertBuilder:
         """All children, as each may be a parent of the next."""
         density = float(self.densities[tensor, 0])
         grown: list[torch.Tensor] = []
-        for index, expert in enumerate(self.lineage.experts):
+        for index, expert in enumerate(self.lineage.unit_of(tensor).experts):
             if expert.checkpoint is not None:
                 grown.append(deltas[expert.checkpoint])
                 continue
@@ -211,7 +215,8 @@ def write_experts(
     Raises:
         UpitError: a backbone weight is NaN or infinite, or an expert overflows float16.
     """
-    needed = builder.checkpoints_needed()
+    tensors = [tensor for unit in builder.lineage.units for tensor in unit.tensors]
+    needed = {tensor: builder.checkpoints_needed(tensor) for tensor in tensors}
     models = (base, *checkpoints)
     jobs = list(_jobs(sink, architecture, builder.lineage, grams, devices))
 
@@ -222,13 +227,14 @@ def write_experts(
             rows = _mean_rows(backbone, name, start, stop)
             sink.write(target, start, _cast(rows, sink.dtype(target), f"The backbone's {name}"))
             return None
-        read = range(len(checkpoints)) if job.with_gram else needed
+        tensor = job.ffn[0]
+        read = range(len(checkpoints)) if job.with_gram else needed[tensor]
         origin = base.rows(name, start, stop).to(job.device)
         values = {i: checkpoints[i].rows(name, start, stop).to(job.device) for i in read}
         gram = block_gram(name, models, [origin, *values.values()]) if job.with_gram else None
         first = start * (job.spec.numel // job.spec.shape[0])
-        inputs = {i: values[i] for i in needed}
-        for expert, rows in builder.block(job.ffn[0], name, first, origin, inputs, job.targets):
+        inputs = {i: values[i] for i in needed[tensor]}
+        for expert, rows in builder.block(tensor, name, first, origin, inputs, job.targets):
             target = job.targets[expert]
             sink.write(target, start, _cast(rows, sink.dtype(target), f"Expert {expert}'s {name}"))
         return gram

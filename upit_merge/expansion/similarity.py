@@ -17,6 +17,10 @@ from upit_merge.tensor_files import all_finite
 # Sums are taken block by block, so the size must not depend on the machine.
 _BLOCK_ELEMENTS = 1 << 18
 
+# Likenesses are compared to this many digits, so that rounding differences between machines
+# cannot decide who becomes a parent; true ties go to the lower index.
+DECIDING_DIGITS = 10
+
 
 def gram_block_elements(num_checkpoints: int) -> int:
     """Elements of a block in pass 1: fewer with more checkpoints, so that memory stays the same."""
@@ -145,3 +149,16 @@ def squared_distance(gram: torch.Tensor) -> torch.Tensor:
     result = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * gram).clamp(min=0)
     result.diagonal(dim1=-2, dim2=-1).zero_()
     return result
+
+
+def dissimilarity(gram: torch.Tensor, similarity: str) -> torch.Tensor:
+    """How different the owners of a Gram matrix are, (k, k); larger is more different.
+
+    Rounded to the digits that may decide: 1 - cosine, or for `l2` the squared distance as a share
+    of the largest one.
+    """
+    if similarity == "cosine":
+        return torch.round(1 - cosine(gram), decimals=DECIDING_DIGITS)
+    distances = squared_distance(gram)
+    scale = float(distances.max()) or 1.0
+    return torch.round(distances / scale, decimals=DECIDING_DIGITS)

@@ -12,6 +12,7 @@ import yaml
 from upit_merge.checkpoints import Checkpoint, looks_like_path
 from upit_merge.expansion.lineage import Lineage
 from upit_merge.formats import MoeFormat
+from upit_merge.report.tables import origin_of
 
 _EXPERTS_HEADING = "## Experts"
 _ROUTER_HEADING = "## Router"
@@ -84,15 +85,12 @@ def model_card(
         if expert.checkpoint is not None:
             lines.append(f"| {index} | {short_label(checkpoints[expert.checkpoint].label)} | |")
             continue
-        assert expert.parents is not None
         shares = ", ".join(
             f"{short_label(checkpoints[i].label)} {share:.0%}"
             for i, share in enumerate(expert.weights)
             if share
         )
-        lines.append(
-            f"| {index} | experts {expert.parents[0]} and {expert.parents[1]} | {shares} |"
-        )
+        lines.append(f"| {index} | {origin_of(lineage, index)} | {shares} |")
     lines += [
         "",
         _ROUTER_HEADING,

@@ -59,9 +59,10 @@ def merge_record(
         "checkpoint_cosine": _rounded(cosine(total)),
         "lineage": {
             "summary": lineage.summary,
-            "experts": [expert.to_report() for expert in lineage.experts],
+            **lineage.to_report(),
             "expected_gram": _rounded(lineage.gram),
             "smallest_distance": lineage.smallest_distance(),
+            "mean_distance": lineage.mean_distance(),
             "largest_cosine": lineage.largest_cosine(),
         },
     }

@@ -21,19 +21,32 @@ def show(table: Table) -> None:
 
 
 def lineage_table(lineage: Lineage, labels: Sequence[str]) -> Table:
-    """One row per expert: where it comes from and what is in it."""
-    table = Table(title="Experts", title_justify="left")
+    """One row per expert: where it comes from and what is in it, by the mean of several units."""
+    title = "Experts"
+    if len(lineage.units) > 1:
+        title += f" (children: means of {len(lineage.units)} parts grown by themselves)"
+    table = Table(title=title, title_justify="left")
     for column in ("expert", "grown from", "alpha", "share of each checkpoint"):
         table.add_column(column, overflow="fold")
     for index, expert in enumerate(lineage.experts):
         if expert.checkpoint is not None:
             table.add_row(str(index), labels[expert.checkpoint], "", "")
             continue
-        assert expert.parents is not None
         shares = " ".join(f"{share:.2f}" for share in expert.weights)
-        parents = f"experts {expert.parents[0]} and {expert.parents[1]}"
-        table.add_row(str(index), parents, f"{expert.alpha:.3f}", shares)
+        alpha = "" if expert.alpha is None else f"{expert.alpha:.3f}"
+        table.add_row(str(index), origin_of(lineage, index), alpha, shares)
     return table
+
+
+def origin_of(lineage: Lineage, index: int) -> str:
+    """In words, what an expert that is no checkpoint comes from."""
+    parts = [unit.experts[index] for unit in lineage.units]
+    if parts[0].is_average:
+        return f"{sum(map(bool, parts[0].weights))} checkpoints, averaged"
+    pairs = {expert.parents for expert in parts}
+    if len(lineage.units) == 1 and parts[0].parents:
+        return "experts {} and {}".format(*parts[0].parents)
+    return f"{len(pairs)} pair{'s' * (len(pairs) > 1)} of experts"
 
 
 def bucket_table(rows: Sequence[dict[str, Any]]) -> Table:
