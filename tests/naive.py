@@ -51,6 +51,76 @@ def mask(seed: int, expert: int, slot: int, name: str, count: int, density: floa
     return number.astype(np.int64) < min(round(density * 2**31), 2**31 - 1)
 
 
+def normals(count: int, seed: int, expert: int, what: str, name: str) -> np.ndarray:
+    """Sums of twelve 16-bit uniforms, centred, by whole numbers; float64, (count,)."""
+    index = np.arange(count, dtype=np.uint32)
+    mixed = lowbias32(index ^ key(seed, "element", name)[1])
+    total = np.zeros(count, dtype=np.int64)
+    for word in range(6):
+        multiplier, offset = key(seed, expert, what, name, word)
+        x = mixed * multiplier + offset
+        x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+        # The upper half counts from -32768, so its sign bit counts the other way.
+        upper = (x >> np.uint32(16)) ^ np.uint32(0x8000)
+        total += upper.astype(np.int64) + (x & np.uint32(0xFFFF)).astype(np.int64)
+    return (total - 12 * 0x8000 + 6) / 65536
+
+
+def drawn_anew(seed: int, expert: int, layer: int, share: float, size: int) -> list[int]:
+    """The dimensions with the smallest hashes, as signed numbers."""
+    index = np.arange(size, dtype=np.uint32)
+    hashed = lowbias32(index ^ key(seed, "drawn anew", expert, layer)[1]).view(np.int32)
+    return sorted(np.argsort(hashed)[: int(round(share * size, 6))].tolist())
+
+
+def six_digits(x: float) -> float:
+    return float(f"{x:.6g}")
+
+
+def copies(
+    models: list[dict[str, torch.Tensor]],
+    count: int,
+    seed: int,
+    noise: float,
+    share: float,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Every expert tensor of upcycled models, by canonical name."""
+    output: dict[str, torch.Tensor] = {}
+    for expert in range(count):
+        model = models[expert % len(models)]
+        for name, stored in model.items():
+            if ".mlp." not in name:
+                continue
+            layer, projection = int(name.split(".")[2]), name.split(".")[4]
+            target = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+            target = f"{target}.{PROJECTIONS[projection]}.weight"
+            values = stored.double().numpy()
+            if projection == "down_proj":
+                values = values.T
+            result = values.astype(np.float32)
+
+            def z(what: str, name: str = name, expert: int = expert, like=stored) -> np.ndarray:
+                numbers = normals(like.numel(), seed, expert, what, name).reshape(like.shape)
+                numbers = numbers.T if ".down_proj." in name else numbers
+                return numbers.astype(np.float32)
+
+            if noise:
+                result += z("noise") * np.float32(noise * six_digits(values.std()))
+            rows = drawn_anew(seed, expert, layer, share, len(values))
+            if rows:
+                mean, deviation = (
+                    np.float32(six_digits(value))
+                    for value in (values[rows].mean(), values[rows].std())
+                )
+                result[rows] = z("drawn anew")[rows] * deviation + mean
+            if projection == "down_proj":
+                result = result.T
+            changed = torch.from_numpy(np.ascontiguousarray(result)).to(dtype)
+            output[target] = changed if noise or rows else stored.to(dtype)
+    return output
+
+
 def dropped(delta: np.ndarray, keep: np.ndarray, density: float, weight: float) -> np.ndarray:
     scaled = delta * np.float32(weight / density)
     return scaled if density >= 1 else np.where(keep, scaled, np.float32(0))

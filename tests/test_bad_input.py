@@ -223,6 +223,12 @@ RECIPE_CASES = [
         "under models:, or set num_experts: 1.",
     ),
     Case(
+        "copies that leave a checkpoint out",
+        parameters(num_experts=2, expansion="copy"),
+        "The recipe copies 3 checkpoints into 2 experts, which leaves some out; raise num_experts "
+        "or list fewer under models:.",
+    ),
+    Case(
         "missing base",
         recipe(base_model="@nowhere"),
         "The base_model nowhere does not exist (looked in …); correct the path in the recipe.",

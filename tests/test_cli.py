@@ -141,17 +141,6 @@ def test_recipes_are_valid_and_say_how_to_run_them(path: Path) -> None:
     assert "mergekit-yaml" in comment
 
 
-@pytest.mark.parametrize("name", ["upit-8x.yml", "upit-paper.yml"])
-def test_recipes_run_on_models_laid_out_as_they_say(
-    family: Family, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    family.seed_file(count=150)
-    monkeypatch.chdir(family.root)
-    result = invoke("run", ROOT / "recipes" / name, "out", "--quiet")
-    assert (result.exit_code, result.stdout) == (0, ""), result.output
-    assert (family.root / "out" / "config.json").exists()
-
-
 def test_demo_recipe_is_the_one_in_recipes() -> None:
     assert (ROOT / "recipes" / "demo.yml").read_text() == RECIPE
 

@@ -239,6 +239,9 @@ recipes = mappings(
         experts_per_token=st.none() | st.integers(1, 8),
         density=densities,
         select=st.sampled_from(["diverse", "merge_similar", "last"]),
+        expansion=st.just("genetic"),
+        noise=st.just(0),
+        reinitialise=st.just(0),
         parents=st.sampled_from(["most_dissimilar", "farthest_child", "random"]),
         granularity=st.sampled_from(["model", "layer", "tensor"]),
         repeat_pairs=st.booleans(),
@@ -246,7 +249,14 @@ recipes = mappings(
         mutation=st.just("once"),
         backbone=texts,
         seed=st.integers(0, 2**63 - 1),
-    ).filter(lambda p: not (p.get("repeat_pairs") and p.get("parents") == "farthest_child")),
+    ).filter(lambda p: not (p.get("repeat_pairs") and p.get("parents") == "farthest_child"))
+    | mappings(
+        {"expansion": st.just("copy")},
+        noise=st.integers(0, 9) | st.floats(0, 9),
+        reinitialise=st.just(0) | st.floats(0, 1, exclude_max=True),
+        backbone=texts,
+        seed=st.integers(0, 2**63 - 1),
+    ),
     router=st.none()
     | mappings(
         {"data": texts, "objective": st.sampled_from(["one_vs_rest", "softmax", "random"])},

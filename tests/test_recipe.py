@@ -43,6 +43,10 @@ def parameters(**settings: Any) -> Document:
     return document(parameters=settings)
 
 
+def copied(**settings: Any) -> Document:
+    return parameters(expansion="copy", **settings)
+
+
 def router(**settings: Any) -> Document:
     return document(router={"data": "seed.jsonl", **settings})
 
@@ -77,6 +81,7 @@ ENTRY = "an entry of the form `- model: FOLDER`"
 FILE = "a mapping with at least data: FILE"
 MAPPING = "a mapping of parameter names to values"
 POSITIVE = "a number above 0"
+PARTIAL = "a number from 0 to below 1, such as 0.5"
 TEXT = "a text"
 NOT_EMPTY = "a text that is not empty"
 WHOLE = "a whole number"
@@ -138,6 +143,12 @@ WRONG_VALUES: list[tuple[Document, str, str, str]] = [
         "[{'value': 0.5, 'filter': 'up'}, 0.9]",
         DENSITY,
     ),
+    (parameters(expansion="clone"), "parameters.expansion", "'clone'", "'genetic' or 'copy'"),
+    (copied(noise=-1), "parameters.noise", "-1", "a number, 0 or more, such as 0.01"),
+    (copied(noise=float("inf")), "parameters.noise", "inf", "a number, 0 or more, such as 0.01"),
+    (copied(reinitialise=1), "parameters.reinitialise", "1", PARTIAL),
+    (copied(reinitialise=-0.1), "parameters.reinitialise", "-0.1", PARTIAL),
+    (copied(reinitialise="half"), "parameters.reinitialise", "'half'", PARTIAL),
     (
         parameters(select="first"),
         "parameters.select",
@@ -347,6 +358,37 @@ OTHERWISE_WRONG = [
         "routed to more experts than there are; lower experts_per_token or raise num_experts.",
     ),
     (
+        parameters(noise=0.1),
+        "r: parameters: noise is for copies of a model, which would be alike without; add "
+        "expansion: copy, or remove it.",
+    ),
+    (
+        parameters(reinitialise=0.5),
+        "r: parameters: reinitialise is for copies of a model, which would be alike without; add "
+        "expansion: copy, or remove it.",
+    ),
+    *(
+        (
+            copied(**{name: value}),
+            f"r: parameters: {name} has no meaning with expansion: copy, where every checkpoint is "
+            "copied and nothing is grown; remove it.",
+        )
+        for name, value in {
+            "select": "last",
+            "parents": "random",
+            "granularity": "layer",
+            "repeat_pairs": True,
+            "similarity": "l2",
+            "mutation": "compound",
+            "density": 0.5,
+        }.items()
+    ),
+    (
+        entry(parameters={"density": 0.5}) | {"parameters": {"expansion": "copy"}},
+        "r: parameters: density has no meaning with expansion: copy, where every checkpoint is "
+        "copied and nothing is grown; remove it.",
+    ),
+    (
         parameters(parents="farthest_child", repeat_pairs=True),
         "r: parameters: repeat_pairs has no meaning with parents: farthest_child, which takes a "
         "pair again whenever its child is the farthest; remove it.",
@@ -399,6 +441,9 @@ def test_defaults() -> None:
     assert recipe.parameters.model_dump() == {
         "num_experts": None,
         "experts_per_token": None,
+        "expansion": "genetic",
+        "noise": 0,
+        "reinitialise": 0,
         "density": 0.9,
         "select": "diverse",
         "parents": "most_dissimilar",

@@ -88,7 +88,13 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
                 f"The recipe makes {num_experts} experts but routes a token to "
                 f"{experts_per_token}; lower experts_per_token or raise num_experts."
             )
-        _warn_of_repeats(base, checkpoints)
+        copies = recipe.parameters.expansion == "copy"
+        if copies and num_experts < len(checkpoints):
+            raise UpitError(
+                f"The recipe copies {len(checkpoints)} checkpoints into {num_experts} experts, "
+                "which leaves some out; raise num_experts or list fewer under models:."
+            )
+        _warn_of_repeats(base, checkpoints, copies=copies)
         if recipe.output_dtype is None:
             _warn_of_mixed_dtypes(base, checkpoints, architecture)
         donor = tokenizer_donor(recipe.tokenizer_source, base, checkpoints)
@@ -151,9 +157,10 @@ def _warn_of_mixed_dtypes(
             return
 
 
-def _warn_of_repeats(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> None:
+def _warn_of_repeats(base: Checkpoint, checkpoints: Sequence[Checkpoint], *, copies: bool) -> None:
     for checkpoint in checkpoints:
-        if checkpoint.folder.resolve() == base.folder.resolve():
+        # Upcycling is done to a pre-trained model as it is.
+        if not copies and checkpoint.folder.resolve() == base.folder.resolve():
             LOG.warning(
                 "The base %s is listed under models: too; it becomes an expert that was not "
                 "fine-tuned, and a parent of others.",

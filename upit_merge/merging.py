@@ -14,6 +14,7 @@ from upit_merge.device import merge_workers
 from upit_merge.expansion.experts import ExpertBuilder, Sink, block_bytes, write_experts
 from upit_merge.expansion.growth import needs_gram, plan_lineage
 from upit_merge.expansion.lineage import Lineage
+from upit_merge.expansion.reinitialise import Alteration
 from upit_merge.expansion.similarity import delta_gram
 from upit_merge.inputs import Inputs
 from upit_merge.processes import Processes
@@ -81,6 +82,10 @@ class Merger:
             quiet=self.quiet,
         )
 
+    def _alteration(self) -> Alteration | None:
+        inputs = self.inputs
+        return Alteration.of(inputs.checkpoints, inputs.architecture, inputs.recipe.parameters)
+
     def lineage(self, gram: torch.Tensor | None = None) -> Lineage:
         """Who the experts are; without a Gram matrix, where it does not matter to who they are."""
         inputs = self.inputs
@@ -106,7 +111,7 @@ class Merger:
             inputs.checkpoints,
             inputs.backbone,
             inputs.architecture,
-            ExpertBuilder(lineage, inputs.densities, inputs.recipe.seed),
+            ExpertBuilder(lineage, inputs.densities, inputs.recipe.seed, self._alteration()),
             saver,
             grams=grams,
             devices=self.devices,

@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     StrictBool,
+    StrictFloat,
     StrictInt,
     StrictStr,
     ValidationError,
@@ -35,6 +36,12 @@ _MAX_CHARACTERS = 250_000  # a recipe is a page of text
 _MAX_MERGED = 10_000  # keys that come by `<<`
 
 Share = Annotated[Number, BeforeValidator(as_number), Field(gt=0, le=1)]
+PartialShare = Annotated[Number, BeforeValidator(as_number), Field(ge=0, lt=1)]
+NotNegative = Annotated[
+    StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)],
+    BeforeValidator(as_number),
+    Field(ge=0),
+]
 DensityValue = Share | Annotated[list[Share], Field(min_length=1)]
 
 
@@ -70,6 +77,15 @@ class Parameters(Strict):
     experts_per_token: StrictInt | None = Field(
         None, ge=1, description="Experts a token is routed to (top-k); 2 if there are two."
     )
+    expansion: Literal["genetic", "copy"] = Field(
+        "genetic", description="Children of the checkpoints, or copies of them in turn."
+    )
+    noise: NotNegative = Field(
+        0, description="Of copies: standard deviation of added noise, as a share of the tensor's."
+    )
+    reinitialise: PartialShare = Field(
+        0, description="Of copies: share of the FFN's dimensions drawn anew (Drop-Upcycling)."
+    )
     density: Density = Field(0.9, description="Share of delta entries DARE keeps, in (0, 1].")
     select: Literal["diverse", "merge_similar", "last"] = Field(
         "diverse", description="What becomes of more checkpoints than experts."
@@ -102,6 +118,18 @@ def _known_format(name: str) -> str:
     if name not in (known := ["auto", *FORMATS]):
         raise ValueError(f"architecture is {shown(name)}, expected {', '.join(known)}")
     return name
+
+
+# Parameters that say how children are grown and checkpoints are chosen.
+_OF_GROWTH = (
+    "select",
+    "parents",
+    "granularity",
+    "repeat_pairs",
+    "similarity",
+    "mutation",
+    "density",
+)
 
 
 class Recipe(Strict):
@@ -143,6 +171,14 @@ class Recipe(Strict):
                 f"({params.experts_per_token}), but a token cannot be routed to more experts than "
                 "there are; lower experts_per_token or raise num_experts"
             )
+        if params.expansion == "copy":
+            self._refuse_growth_of_copies()
+        elif params.noise or params.reinitialise:
+            name = "noise" if params.noise else "reinitialise"
+            raise ValueError(
+                f"parameters: {name} is for copies of a model, which would be alike without; add "
+                "expansion: copy, or remove it"
+            )
         if params.repeat_pairs and params.parents == "farthest_child":
             raise ValueError(
                 "parameters: repeat_pairs has no meaning with parents: farthest_child, which takes "
@@ -159,6 +195,15 @@ class Recipe(Strict):
                 "follow; use base or one of the models"
             )
         return self
+
+    def _refuse_growth_of_copies(self) -> None:
+        fields = Parameters.model_fields
+        idle = [n for n in _OF_GROWTH if getattr(self.parameters, n) != fields[n].default]
+        if idle or any(m.parameters.density for m in self.models):
+            raise ValueError(
+                f"parameters: {idle[0] if idle else 'density'} has no meaning with expansion: copy, "
+                "where every checkpoint is copied and nothing is grown; remove it"
+            )
 
     @property
     def output_dtype(self) -> torch.dtype | None:

@@ -104,6 +104,8 @@ _EXPECTED = {
     "lr": "a number above 0",
     "alpha": "a number from 0 to 1",
     "balance": "a number, 0 or more",
+    "noise": "a number, 0 or more, such as 0.01",
+    "reinitialise": "a number from 0 to below 1, such as 0.5",
     "column": "the name of a column",
     "experts": "a mapping of the column's values to experts' numbers, from 0",
 }

@@ -25,7 +25,7 @@ def _signed(value: int) -> int:
 
 # The constants of the "lowbias32" integer hash, found by search for low avalanche bias
 # (C. Wellons, "Prospecting for Hash Functions", 2018).
-_MULTIPLIER_1 = _signed(0x7FEB352D)
+MULTIPLIER_1 = _signed(0x7FEB352D)
 _MULTIPLIER_2 = _signed(0x846CA68B)
 
 
@@ -50,7 +50,7 @@ def mask_key(*parts: object) -> MaskKey:
     return MaskKey(_signed(multiplier | 1), _signed(offset))
 
 
-def _xor_shift_right(x: torch.Tensor, bits: int, work: torch.Tensor) -> torch.Tensor:
+def xor_shift_right(x: torch.Tensor, bits: int, work: torch.Tensor) -> torch.Tensor:
     """x ^= x >> bits with a logical shift, which torch does not have for int32; in place."""
     torch.bitwise_right_shift(x, bits, out=work)
     return x.bitwise_xor_(work.bitwise_and_((1 << (32 - bits)) - 1))
@@ -64,9 +64,9 @@ def index_hash(key: MaskKey, start: int, count: int, device: torch.device | str)
     x = torch.arange(count, dtype=torch.int32, device=device).add_(_signed(start))
     x.bitwise_xor_(key.offset)
     work = torch.empty_like(x)
-    _xor_shift_right(x, 16, work).mul_(_MULTIPLIER_1)
-    _xor_shift_right(x, 15, work).mul_(_MULTIPLIER_2)
-    return _xor_shift_right(x, 16, work)
+    xor_shift_right(x, 16, work).mul_(MULTIPLIER_1)
+    xor_shift_right(x, 15, work).mul_(_MULTIPLIER_2)
+    return xor_shift_right(x, 16, work)
 
 
 def keep_bits(

@@ -14,6 +14,7 @@ from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
 from upit_merge.expansion.dare import dare, index_hash, mask_key
 from upit_merge.expansion.lineage import Lineage
+from upit_merge.expansion.reinitialise import Alteration
 from upit_merge.expansion.similarity import block_gram
 from upit_merge.resume import Saver
 from upit_merge.tensor_files import TensorSpec, all_finite
@@ -66,11 +67,13 @@ class ExpertBuilder:
         lineage: Who the experts are.
         densities: (num_ffn_tensors, num_checkpoints), float64.
         seed: Of the DARE masks.
+        alteration: What makes copies unlike; None keeps their bytes.
     """
 
     lineage: Lineage
     densities: torch.Tensor
     seed: int
+    alteration: Alteration | None = None
 
     def checkpoints_needed(self, tensor: int) -> list[int]:
         """Indices of the checkpoints that occur in some expert's part of an FFN tensor."""
@@ -102,6 +105,10 @@ class ExpertBuilder:
             is computed is overwritten by the next one's values.
         """
         experts, mixed = self.lineage.unit_of(tensor).experts, []
+        if self.alteration is not None:
+            copies = {i: own for i in wanted if (own := experts[i].checkpoint) is not None}
+            yield from self.alteration.block(tensor, first_element, checkpoints, copies)
+            return
         for index in wanted:
             own = experts[index].checkpoint
             if own is None:

@@ -15,6 +15,7 @@ import torch
 from upit_merge.errors import UpitError
 from upit_merge.expansion.farthest import FarthestChild
 from upit_merge.expansion.lineage import Expert, Lineage, Unit
+from upit_merge.expansion.reinitialise import alters
 from upit_merge.expansion.selection import founders
 from upit_merge.expansion.similarity import dissimilarity
 from upit_merge.architecture import PROJECTIONS, ffn_tensor
@@ -115,7 +116,7 @@ def needs_gram(num_checkpoints: int, num_experts: int, parameters: Parameters) -
 
     If not, one pass over them suffices: experts are written while their likeness is measured.
     """
-    if num_experts in (1, num_checkpoints):
+    if parameters.expansion == "copy" or num_experts in (1, num_checkpoints):
         return False
     if num_checkpoints > num_experts:
         return parameters.select != "last"
@@ -139,6 +140,8 @@ def plan_lineage(
     base + Σ_i w_i · DARE(delta_i), w its genome, with fresh masks. `compound` drops from the
     parents' deltas even if they are children, whose noise is then rescaled again.
 
+    With `expansion: copy` nothing is grown: expert i is checkpoint i mod m.
+
     Args:
         gram: From `delta_gram`, float64, (num_tensors, m, m).
         densities: Share of entries DARE keeps, float64, (num_tensors, m).
@@ -149,6 +152,8 @@ def plan_lineage(
         UpitError: there is one checkpoint, hence no pair of parents, but n > 1.
     """
     m = gram.shape[1]
+    if parameters.expansion == "copy":
+        return _copies(gram, num_experts, parameters)
     if m == 1 and num_experts > 1:
         raise UpitError(
             f"One checkpoint cannot be the parents of {num_experts} experts; list at least two "
@@ -168,6 +173,24 @@ def plan_lineage(
             population.add_child(*population.choose(generator))
         units.append(Unit(name, tensors, tuple(population.experts), population.gram))
     return Lineage(tuple(units), parameters.mutation, _summary(m, num_experts, parameters))
+
+
+def _copies(gram: torch.Tensor, num_experts: int, parameters: Parameters) -> Lineage:
+    m = gram.shape[1]
+    sources = [index % m for index in range(num_experts)]
+    experts = tuple(
+        Expert(source, None, None, tuple(float(i == source) for i in range(m)))
+        for source in sources
+    )
+    tensors = tuple(range(len(gram)))
+    unit = Unit("model", tensors, experts, gram.sum(0)[sources][:, sources])
+    summary = f"{num_experts} experts are copies of {m} checkpoint{'s' * (m > 1)}"
+    if parameters.noise:
+        summary += f", with noise of {parameters.noise:g} standard deviations"
+    if parameters.reinitialise:
+        summary += f", with {parameters.reinitialise:.0%} of the FFN's dimensions drawn anew"
+    altered = alters(parameters)
+    return Lineage((unit,), parameters.mutation, summary, copies=True, altered=altered)
 
 
 def _units(granularity: str, num_tensors: int) -> Iterator[tuple[str, tuple[int, ...]]]:

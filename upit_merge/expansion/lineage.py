@@ -68,11 +68,15 @@ class Lineage:
             checkpoint, or an average, is the same in all of them.
         mutation: `once` or `compound`, see `plan_lineage`.
         summary: One sentence on what was done, for people.
+        copies: The experts are copies, of which several may be of one checkpoint.
+        altered: They are changed after copying; Gram matrices are of what they were before.
     """
 
     units: tuple[Unit, ...]
     mutation: str
     summary: str
+    copies: bool = False
+    altered: bool = False
 
     def __len__(self) -> int:
         return len(self.units[0].experts)
@@ -110,18 +114,21 @@ class Lineage:
         return torch.stack([unit.gram for unit in self.units]).sum(0)
 
     def smallest_distance(self) -> float | None:
-        """Smallest Euclidean distance between two experts' deltas; None for a single expert."""
-        pairs = _pairwise(squared_distance(self.gram))
+        """Smallest Euclidean distance between two experts' deltas.
+
+        None for a single expert and for altered copies, as are the next two.
+        """
+        pairs = self._pairwise(squared_distance(self.gram))
         return float(pairs.min().sqrt()) if pairs.numel() else None
 
     def mean_distance(self) -> float | None:
-        """Mean Euclidean distance of two experts' deltas over all pairs; None for one expert."""
-        pairs = _pairwise(squared_distance(self.gram))
+        """Mean Euclidean distance of two experts' deltas over all pairs."""
+        pairs = self._pairwise(squared_distance(self.gram))
         return float(pairs.sqrt().mean()) if pairs.numel() else None
 
     def largest_cosine(self) -> float | None:
-        """Cosine of the most similar pair of experts; None for a single expert."""
-        pairs = _pairwise(cosine(self.gram))
+        """Cosine of the most similar pair of experts."""
+        pairs = self._pairwise(cosine(self.gram))
         return float(pairs.max()) if pairs.numel() else None
 
     def to_report(self) -> dict[str, Any]:
@@ -134,7 +141,8 @@ class Lineage:
             ]
         return report
 
-
-def _pairwise(matrix: torch.Tensor) -> torch.Tensor:
-    row, column = torch.triu_indices(matrix.shape[0], matrix.shape[1], offset=1)
-    return matrix[row, column]
+    def _pairwise(self, matrix: torch.Tensor) -> torch.Tensor:
+        if self.altered:
+            return matrix.new_empty(0)
+        row, column = torch.triu_indices(matrix.shape[0], matrix.shape[1], offset=1)
+        return matrix[row, column]

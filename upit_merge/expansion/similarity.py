@@ -58,7 +58,7 @@ def block_gram(
         torch.sub(values.double().flatten(), origin, out=delta)
     gram = (deltas @ deltas.T).cpu()
     if not gram.isfinite().all():
-        _refuse_non_finite(models, rows, name)
+        refuse_non_finite(models, rows, name)
     return gram
 
 
@@ -118,7 +118,7 @@ def delta_gram(
     return total
 
 
-def _refuse_non_finite(
+def refuse_non_finite(
     models: Sequence[Checkpoint], rows: Sequence[torch.Tensor], name: str
 ) -> None:
     for model, values in zip(models, rows, strict=True):

@@ -18,6 +18,12 @@ _EXPERTS_HEADING = "## Experts"
 _ROUTER_HEADING = "## Router"
 _USE_HEADING = "## Use"
 
+_METHOD = {
+    "genetic": "It was grown from the checkpoints of an instruction-tuning run with upit-merge, an "
+    "implementation of [UpIT](https://arxiv.org/abs/2410.01610),",
+    "copy": "It was upcycled from dense models, whose FFNs it has copies of, with upit-merge",
+}
+
 
 def _hub_ids(models: Sequence[Checkpoint]) -> list[str]:
     """The references that name a model on the Hub: local folders mean nothing to other people."""
@@ -70,13 +76,16 @@ def model_card(
         f"# {name}",
         "",
         f"A mixture of {len(lineage)} experts per layer, {experts_per_token} of them per token, in "
-        f"{form.title} format. It was grown from the checkpoints of an instruction-tuning run with "
-        "upit-merge, an implementation of [UpIT](https://arxiv.org/abs/2410.01610), and "
+        f"{form.title} format. {_METHOD['copy' if lineage.copies else 'genetic']} and "
         "[mergekit](https://github.com/arcee-ai/mergekit).",
         "",
         _EXPERTS_HEADING,
         "",
-        f"Deltas to {short_label(base.label)}: {lineage.summary}.",
+        (
+            f"{lineage.summary[0].upper()}{lineage.summary[1:]}."
+            if lineage.copies
+            else f"Deltas to {short_label(base.label)}: {lineage.summary}."
+        ),
         "",
         "| expert | grown from | share of each checkpoint |",
         "|---|---|---|",

@@ -60,7 +60,7 @@ def merge_record(
         "lineage": {
             "summary": lineage.summary,
             **lineage.to_report(),
-            "expected_gram": _rounded(lineage.gram),
+            "expected_gram": None if lineage.altered else _rounded(lineage.gram),
             "smallest_distance": lineage.smallest_distance(),
             "mean_distance": lineage.mean_distance(),
             "largest_cosine": lineage.largest_cosine(),

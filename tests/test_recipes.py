@@ -1,0 +1,77 @@
+"""Every recipe of recipes/, run on tiny models laid out as it says; the output is used."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import Family
+from upit_merge.cli import main as upit_merge
+from upit_merge.recipe import load_recipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yml"))
+
+
+def one_model(family: Family) -> None:
+    shutil.copytree(family.checkpoints[-1], family.root / "model")
+
+
+def domains(family: Family) -> None:
+    for folder, domain in zip(family.checkpoints, ("code", "math", "wiki"), strict=True):
+        shutil.copytree(folder, family.root / "experts" / domain)
+
+
+# What a recipe's models: are, where they are not `./base` and `./sft/checkpoint-*`.
+BUILDERS: dict[str, Callable[[Family], None]] = {
+    "btx.yml": domains,
+    "drop-upcycling.yml": one_model,
+    "sparse-upcycling.yml": one_model,
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_run_on_models_laid_out_as_they_say(
+    family: Family, monkeypatch: pytest.MonkeyPatch, path: Path
+) -> None:
+    family.seed_file(count=150)
+    BUILDERS.get(path.name, lambda _family: None)(family)
+    monkeypatch.chdir(family.root)
+    result = CliRunner().invoke(upit_merge, ["run", str(path), "out", "--quiet"])
+    assert (result.exit_code, result.stdout) == (0, ""), result.output
+    model, info = AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    parameters = load_recipe(path)[0].parameters
+    assert model.config.num_local_experts == (parameters.num_experts or 3)
+    tokenizer = AutoTokenizer.from_pretrained("out")
+    prompt = tokenizer("sample 1:", return_tensors="pt", return_token_type_ids=False)
+    generated = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert generated.shape[1] > prompt["input_ids"].shape[1]
+    assert model(**prompt).logits.isfinite().all()
+    verified = CliRunner().invoke(upit_merge, ["verify", "out", "--quiet"])
+    assert verified.exit_code == 0, verified.output
+
+
+def test_the_table_of_recipes_has_a_row_for_each() -> None:
+    table = (RECIPES[0].parent / "README.md").read_text()
+    for path in RECIPES:
+        assert f"[{path.name}]({path.name})" in table
+
+
+def test_the_sparse_upcycling_recipe_computes_what_the_dense_model_does(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_model(family)
+    monkeypatch.chdir(family.root)
+    path = next(path for path in RECIPES if path.name == "sparse-upcycling.yml")
+    assert CliRunner().invoke(upit_merge, ["run", str(path), "out", "--quiet"]).exit_code == 0
+    ids = torch.arange(3, 40).unsqueeze(0)
+    dense = AutoModelForCausalLM.from_pretrained("model", dtype=torch.bfloat16).float()
+    moe = AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32)
+    torch.testing.assert_close(moe(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
