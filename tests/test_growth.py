@@ -220,7 +220,7 @@ def test_last_keeps_the_last(tmp_path, merge) -> None:
     out = merge(family.recipe(parameters={"num_experts": 3, "select": "last"}))
     report = json.loads((out / "upit_report.json").read_text())
     assert [expert["checkpoint"] for expert in report["lineage"]["experts"]] == [2, 3, 4]
-    assert report["lineage"]["summary"] == "kept the 3 last of 5 checkpoints as experts"
+    assert report["lineage"]["summary"] == "kept the last 3 of 5 checkpoints as experts"
     assert unlike_naive(family, out, 0.9, "once") == []
 
 

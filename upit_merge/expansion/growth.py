@@ -223,5 +223,5 @@ def _summary(m: int, n: int, parameters: Parameters) -> str:
         return f"averaged the most similar of {m} checkpoints, which makes {n} experts"
     if n == 1:
         return f"kept the last of {m} checkpoints as the only expert"
-    which = "last" if parameters.select == "last" else "most diverse"
-    return f"kept the {n} {which} of {m} checkpoints as experts"
+    which = f"last {n}" if parameters.select == "last" else f"{n} most diverse"
+    return f"kept the {which} of {m} checkpoints as experts"
