@@ -44,9 +44,9 @@ def origin_of(lineage: Lineage, index: int) -> str:
     if parts[0].is_average:
         return f"{sum(map(bool, parts[0].weights))} checkpoints, averaged"
     pairs = {expert.parents for expert in parts}
-    if len(lineage.units) == 1 and parts[0].parents:
+    if len(pairs) == 1 and parts[0].parents:
         return "experts {} and {}".format(*parts[0].parents)
-    return f"{len(pairs)} pair{'s' * (len(pairs) > 1)} of experts"
+    return f"{len(pairs)} pairs of experts"
 
 
 def bucket_table(rows: Sequence[dict[str, Any]]) -> Table:
