@@ -62,7 +62,7 @@ def test_qwen3_experts_are_the_naive_ones(tmp_path, merge) -> None:
     family = build_family(tmp_path / "f", kind="qwen3")
     document = family.recipe(parameters={"num_experts": 6, "density": 0.5, "seed": 3})
     out = merge(document | {"router": {"data": str(family.seed_file()), "refine": {"steps": 2}}})
-    lineage = json.loads((out / "upit_report.json").read_text())["lineage"]["experts"]
+    lineage = json.loads((out / "upit_report.json").read_text())["lineage"]
     base, *checkpoints = map(load_model, (family.base, *family.checkpoints))
     expected = grow(base, checkpoints, lineage, 0.5, 3, "once", torch.float32)
     dense = {short: projection for projection, short in PROJECTIONS.items()}

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from upit_merge.architecture import ffn_tensor
 from upit_merge.errors import UpitError
 from upit_merge.expansion.farthest import FarthestChild
 from upit_merge.expansion.lineage import Expert, Lineage, Unit
 from upit_merge.expansion.reinitialise import alters
 from upit_merge.expansion.selection import founders
 from upit_merge.expansion.similarity import dissimilarity
-from upit_merge.architecture import PROJECTIONS, ffn_tensor
+from upit_merge.formats import PROJECTIONS
 from upit_merge.recipe import Parameters
 
 

@@ -16,12 +16,12 @@ from functools import lru_cache
 
 import torch
 
+from upit_merge.architecture import DenseArchitecture
 from upit_merge.blocks import row_blocks
 from upit_merge.checkpoints import Checkpoint
 from upit_merge.expansion.dare import index_hash, mask_key
 from upit_merge.expansion.gaussian import normals
 from upit_merge.expansion.similarity import refuse_non_finite
-from upit_merge.architecture import DenseArchitecture
 from upit_merge.recipe import Parameters
 
 # Sums are taken block by block, so the size must not depend on the machine.
