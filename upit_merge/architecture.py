@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from upit_merge.checkpoints import Checkpoint, check_same_tensors
+from upit_merge.checkpoints import check_same_tensors
 from upit_merge.errors import UpitError
 from upit_merge.formats import DENSE_TYPES, FORMATS, PROJECTIONS, MoeFormat, format_of_dense
-from upit_merge.tensor_files import TensorSource, TensorSpec
+from upit_merge.tensor_files import DenseModel, TensorSource, TensorSpec
 
 # Settings that shape the computation, hence must be the same in every model.
 _SHARED_FIELDS = (
@@ -101,7 +101,7 @@ def _expected_shapes(
         yield "lm_head.weight", (settings["vocab_size"], hidden)
 
 
-def _format_of(checkpoint: Checkpoint) -> MoeFormat:
+def _format_of(checkpoint: DenseModel) -> MoeFormat:
     """What a dense checkpoint becomes.
 
     Raises:
@@ -117,7 +117,7 @@ def _format_of(checkpoint: Checkpoint) -> MoeFormat:
     return form
 
 
-def _dense_config(checkpoint: Checkpoint) -> Any:
+def _dense_config(checkpoint: DenseModel) -> Any:
     """transformers' view of a dense configuration, with its defaults filled in.
 
     Raises:
@@ -158,13 +158,13 @@ def _carried(config: Any) -> dict[str, Any]:
     return carried | {"attention_dropout": config.attention_dropout or 0.0}
 
 
-def context_length(checkpoint: Checkpoint) -> int:
+def context_length(checkpoint: DenseModel) -> int:
     """The longest input, in tokens, that a dense checkpoint's configuration allows."""
     return int(_dense_config(checkpoint).max_position_embeddings)
 
 
 def inspect_models(
-    base: Checkpoint, checkpoints: Sequence[Checkpoint], wanted: str = "auto"
+    base: DenseModel, checkpoints: Sequence[DenseModel], wanted: str = "auto"
 ) -> DenseArchitecture:
     """Check that the models fit together and can become one mixture.
 
@@ -225,7 +225,7 @@ def _is_derived(name: str) -> bool:
 
 
 def _refuse_unknown_tensors(
-    checkpoint: Checkpoint, form: MoeFormat, shapes: Mapping[str, Any]
+    checkpoint: DenseModel, form: MoeFormat, shapes: Mapping[str, Any]
 ) -> None:
     for name in checkpoint.specs:
         if name not in shapes and not _is_derived(name):
@@ -235,21 +235,21 @@ def _refuse_unknown_tensors(
             )
 
 
-def stored_dtype(checkpoint: Checkpoint, architecture: DenseArchitecture) -> torch.dtype:
+def stored_dtype(checkpoint: DenseModel, architecture: DenseArchitecture) -> torch.dtype:
     """The widest dtype among a checkpoint's tensors that matter."""
     dtypes = {checkpoint.specs[name].dtype for name in architecture.specs}
     return max(dtypes, key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16))
 
 
-def default_dtype(base: Checkpoint, architecture: DenseArchitecture) -> torch.dtype:
+def default_dtype(base: DenseModel, architecture: DenseArchitecture) -> torch.dtype:
     """The output's dtype when the recipe names none: the base's, but never above float32."""
     dtype = stored_dtype(base, architecture)
     return torch.float32 if dtype == torch.float64 else dtype
 
 
 def moe_config(
-    donor: Checkpoint,
-    token_donor: Checkpoint,
+    donor: DenseModel,
+    token_donor: DenseModel,
     num_experts: int,
     experts_per_token: int,
     dtype: torch.dtype,
@@ -367,7 +367,7 @@ def inspect_moe(moe: TensorSource) -> MoeArchitecture:
     return architecture
 
 
-def check_expert(moe: TensorSource, dense: Checkpoint) -> MoeArchitecture:
+def check_expert(moe: TensorSource, dense: DenseModel) -> MoeArchitecture:
     """Check that a dense model's FFN can become an expert of a mixture; returns the mixture's.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pickle
 import re
@@ -16,9 +15,13 @@ from typing import Any
 import torch
 
 from upit_merge.errors import UpitError, first_line, one_line, shown
-from upit_merge.tensor_files import DTYPES, SafetensorsFile, TensorSpec, check_tensor_name
-
-LOG = logging.getLogger(__name__)
+from upit_merge.tensor_files import (
+    DTYPES,
+    DenseModel,
+    SafetensorsFile,
+    TensorSpec,
+    check_tensor_name,
+)
 
 WEIGHT_FILE = "model.safetensors"
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -29,6 +32,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 # (`consolidated.safetensors` is a second copy of everything), or what is in subfolders.
 _HUB_PATTERNS = (
     "model*.safetensors",
+    "adapter_model.safetensors",
     "*.json",
     "*.jinja",
     "tokenizer.model",
@@ -66,7 +70,7 @@ class OpenOptions:
     trust_remote_code: bool = False
 
 
-class _PickleFile:
+class PickleFile:
     """A `.bin` shard: unpickled with `weights_only`, its storages memory-mapped."""
 
     def __init__(self, path: Path) -> None:
@@ -131,8 +135,12 @@ class Checkpoint:
     ) -> None:
         self.label = label
         self.folder = folder
-        _refuse_foreign_files(label, folder)
-        _refuse_adapter(label, folder)
+        refuse_foreign_files(label, folder)
+        if is_adapter(folder):
+            raise UpitError(
+                f"{label} is an adapter, but a complete model is needed here; name the model the "
+                "adapter was trained on."
+            )
         self.config = config or read_json(folder / "config.json", f"checkpoint {label}")
         self._files = [opener(path) for opener, path in _weight_files(label, folder, options)]
         self._owner = {name: file for file in self._files for name in file.specs}
@@ -170,6 +178,10 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """The files that decide its weights."""
         return [self.folder / "config.json", *(file.path for file in self._files)]
+
+    def small_file(self, name: str) -> Path:
+        """Where a file of its settings is, if it has one."""
+        return self.folder / name
 
     def close(self) -> None:
         for file in self._files:
@@ -225,7 +237,7 @@ def own_file(path: Path, folder: Path) -> Path:
     return path
 
 
-def _refuse_foreign_files(label: str, folder: Path) -> None:
+def refuse_foreign_files(label: str, folder: Path) -> None:
     """Check every small file of a model, whoever will read or copy it later."""
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UpitError(
@@ -236,18 +248,15 @@ def _refuse_foreign_files(label: str, folder: Path) -> None:
             own_file(path, folder)
 
 
-def _refuse_adapter(label: str, folder: Path) -> None:
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter, and not a complete model beside it."""
     complete = any((folder / name).is_file() for name in (WEIGHT_FILE, WEIGHT_INDEX))
-    if (folder / "adapter_config.json").is_file() and not complete:
-        raise UpitError(
-            f"Checkpoint {label} is a LoRA adapter, which is not supported yet; merge it into its "
-            "base first (PEFT's merge_and_unload)."
-        )
+    return (folder / "adapter_config.json").is_file() and not complete
 
 
 def _weight_files(
     label: str, folder: Path, options: OpenOptions
-) -> Iterable[tuple[type[SafetensorsFile] | type[_PickleFile], Path]]:
+) -> Iterable[tuple[type[SafetensorsFile] | type[PickleFile], Path]]:
     if (folder / WEIGHT_FILE).is_file():
         return [(SafetensorsFile, own_file(folder / WEIGHT_FILE, folder))]
     if (folder / WEIGHT_INDEX).is_file():
@@ -260,8 +269,8 @@ def _weight_files(
                     "to safetensors, or pass --lazy-unpickle to read it with weights_only."
                 )
             if name == PICKLE_FILE:
-                return [(_PickleFile, own_file(folder / name, folder))]
-            return [(_PickleFile, path) for path in _indexed(label, folder, name)]
+                return [(PickleFile, own_file(folder / name, folder))]
+            return [(PickleFile, path) for path in _indexed(label, folder, name)]
     raise UpitError(
         f"Checkpoint {label} has no weights ({WEIGHT_FILE} or {WEIGHT_INDEX}) in {folder}; give "
         "the folder of a complete Hugging Face checkpoint."
@@ -320,11 +329,6 @@ def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -
         return folder
     if os.path.isfile(folder):
         raise UpitError(f"The {role} {reference} is a file; give the folder that holds it.")
-    if "+" in reference:
-        raise UpitError(
-            f"The {role} {reference} names a LoRA adapter, which is not supported yet; merge it "
-            "into its base first (PEFT's merge_and_unload)."
-        )
     if looks_like_path(reference):
         raise UpitError(
             f"The {role} {reference} does not exist (looked in {Path.cwd()}); correct the path in "
@@ -334,7 +338,7 @@ def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -
 
     repo, _, revision = reference.partition("@")
     patterns = [*_HUB_PATTERNS]
-    patterns += ["pytorch_model*.bin"] if options.allow_pickle else []
+    patterns += ["pytorch_model*.bin", "adapter_model.bin"] if options.allow_pickle else []
     patterns += ["*.py"] if options.trust_remote_code else []
     try:
         return Path(
@@ -362,7 +366,7 @@ def open_checkpoint(
 
 
 def check_same_tensors(
-    base: Checkpoint, others: Sequence[Checkpoint], names: Iterable[str]
+    base: DenseModel, others: Sequence[DenseModel], names: Iterable[str]
 ) -> None:
     """Every other model must have the given tensors of the base, in the base's shapes.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from upit_merge.adapters import open_model, warn_of_unlike_adapters
 from upit_merge.architecture import (
     DenseArchitecture,
     default_dtype,
@@ -16,11 +19,12 @@ from upit_merge.architecture import (
     moe_specs,
     stored_dtype,
 )
-from upit_merge.checkpoints import Checkpoint, OpenOptions, open_checkpoint
+from upit_merge.checkpoints import Checkpoint, OpenOptions, resolve
 from upit_merge.errors import UpitError
 from upit_merge.expansion.density import resolve_densities
-from upit_merge.recipe import Recipe, expand_models
+from upit_merge.recipe import Recipe, expand_models, split_reference
 from upit_merge.shards import Shard, plan_shards
+from upit_merge.tensor_files import DenseModel
 from upit_merge.tokenizer import (
     find_model,
     highest_token_id,
@@ -37,11 +41,11 @@ class Inputs:
 
     recipe: Recipe
     base: Checkpoint
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[DenseModel, ...]
     architecture: DenseArchitecture
     densities: torch.Tensor
-    backbone: tuple[Checkpoint, ...]
-    tokenizer: Checkpoint | None
+    backbone: tuple[DenseModel, ...]
+    tokenizer: DenseModel | None
     dtype: torch.dtype
     num_experts: int
     experts_per_token: int
@@ -52,12 +56,12 @@ class Inputs:
         return [checkpoint.label for checkpoint in self.checkpoints]
 
     @property
-    def models(self) -> tuple[Checkpoint, ...]:
+    def models(self) -> tuple[DenseModel, ...]:
         """The base, then the checkpoints."""
         return (self.base, *self.checkpoints)
 
     @property
-    def settings_donor(self) -> Checkpoint:
+    def settings_donor(self) -> DenseModel:
         """Whose configuration the output carries: the last model the backbone comes from."""
         return self.backbone[-1]
 
@@ -72,14 +76,22 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
     """Open and check every model of a recipe; closes them again."""
     entries = expand_models(recipe.models)
     with contextlib.ExitStack() as stack:
+        complete: dict[str, Checkpoint] = {}
 
-        def open_model(reference: str, role: str = "checkpoint") -> Checkpoint:
-            return stack.enter_context(
-                contextlib.closing(open_checkpoint(reference, options, role=role))
-            )
+        def open_complete(label: str, folder: Path) -> Checkpoint:
+            """Adapters of one base share it, open once."""
+            path = os.path.realpath(folder)
+            if path not in complete:
+                model = Checkpoint(label, folder, options)
+                complete[path] = stack.enter_context(contextlib.closing(model))
+            return complete[path]
 
-        base = open_model(recipe.base_model, "base_model")
-        checkpoints = tuple(open_model(entry.model) for entry in entries)
+        def open_entry(reference: str) -> DenseModel:
+            model = open_model(reference, base, options, open_complete)
+            return stack.enter_context(contextlib.closing(model))
+
+        base = open_complete(recipe.base_model, _base_folder(recipe.base_model, options))
+        checkpoints = tuple(open_entry(entry.model) for entry in entries)
         architecture = inspect_models(base, checkpoints, recipe.architecture)
         num_experts = recipe.parameters.num_experts or len(checkpoints)
         experts_per_token = recipe.parameters.experts_per_token or min(2, num_experts)
@@ -95,6 +107,7 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
                 "which leaves some out; raise num_experts or list fewer under models:."
             )
         _warn_of_repeats(base, checkpoints, copies=copies)
+        warn_of_unlike_adapters(checkpoints)
         if recipe.output_dtype is None:
             _warn_of_mixed_dtypes(base, checkpoints, architecture)
         donor = tokenizer_donor(recipe.tokenizer_source, base, checkpoints)
@@ -128,7 +141,17 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
         )
 
 
-def _warn_of_large_tokenizer(donor: Checkpoint, vocab_size: int) -> None:
+def _base_folder(reference: str, options: OpenOptions) -> Path:
+    model, adapter = split_reference(reference)
+    if adapter is not None:
+        raise UpitError(
+            f"base_model: {reference} is an adapter on {model}, but deltas are measured against a "
+            f"complete model; write base_model: {model}."
+        )
+    return resolve(reference, options, role="base_model")
+
+
+def _warn_of_large_tokenizer(donor: DenseModel, vocab_size: int) -> None:
     """Token ids without an embedding crash a model only when they occur."""
     if (highest := highest_token_id(donor.folder)) is not None and highest >= vocab_size:
         LOG.warning(
@@ -141,7 +164,7 @@ def _warn_of_large_tokenizer(donor: Checkpoint, vocab_size: int) -> None:
 
 
 def _warn_of_mixed_dtypes(
-    base: Checkpoint, checkpoints: Sequence[Checkpoint], architecture: DenseArchitecture
+    base: Checkpoint, checkpoints: Sequence[DenseModel], architecture: DenseArchitecture
 ) -> None:
     """Arithmetic is float32 in any case, but the output's dtype should then be a choice."""
     expected = stored_dtype(base, architecture)
@@ -157,7 +180,7 @@ def _warn_of_mixed_dtypes(
             return
 
 
-def _warn_of_repeats(base: Checkpoint, checkpoints: Sequence[Checkpoint], *, copies: bool) -> None:
+def _warn_of_repeats(base: Checkpoint, checkpoints: Sequence[DenseModel], *, copies: bool) -> None:
     for checkpoint in checkpoints:
         # Upcycling is done to a pre-trained model as it is.
         if not copies and checkpoint.folder.resolve() == base.folder.resolve():
@@ -166,20 +189,20 @@ def _warn_of_repeats(base: Checkpoint, checkpoints: Sequence[Checkpoint], *, cop
                 "fine-tuned, and a parent of others.",
                 base.label,
             )
-    folders = [checkpoint.folder.resolve() for checkpoint in checkpoints]
-    for checkpoint, folder in zip(checkpoints, folders, strict=True):
-        if folders.count(folder) > 1:
+    sources = [{path.resolve() for path in checkpoint.files()} for checkpoint in checkpoints]
+    for checkpoint, files in zip(checkpoints, sources, strict=True):
+        if sources.count(files) > 1:
             LOG.warning(
                 "Checkpoint %s is listed %d times; its copies become identical experts.",
                 checkpoint.label,
-                folders.count(folder),
+                sources.count(files),
             )
             return
 
 
 def _backbone(
-    setting: str, base: Checkpoint, checkpoints: tuple[Checkpoint, ...]
-) -> tuple[Checkpoint, ...]:
+    setting: str, base: Checkpoint, checkpoints: tuple[DenseModel, ...]
+) -> tuple[DenseModel, ...]:
     if setting == "last":
         return (checkpoints[-1],)
     if setting == "average":

@@ -20,8 +20,8 @@ LOG = logging.getLogger(__name__)
 NO_EFFECT = {
     "allow_crimes": "all models must share one architecture",
     "unsafe_truncate_embeddings": "all models must share one vocabulary",
-    "lora_merge_cache": "LoRA adapters are not supported yet",
-    "lora_merge_dtype": "LoRA adapters are not supported yet",
+    "lora_merge_cache": "adapters are applied as they are read, nothing is merged first",
+    "lora_merge_dtype": "adapters are applied in float32",
     "low_cpu_memory": "memory does not depend on the model's size anyway",
     "clone_tensors": "tensors are streamed to disk one by one",
     "read_to_gpu": "blocks always go straight to the device",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from upit_merge.adapters import Adapter
 from upit_merge.device import merge_workers
 from upit_merge.expansion.experts import ExpertBuilder, Sink, block_bytes, write_experts
 from upit_merge.expansion.growth import needs_gram, plan_lineage
@@ -55,8 +56,12 @@ class Merger:
     @property
     def memory(self) -> int:
         """Bytes the passes hold at their peak: blocks, whatever the size of the model."""
+        adapters = [model for model in self.inputs.checkpoints if isinstance(model, Adapter)]
+        # Adapters are compared by their factors side by side, in float64 and stacked.
+        factors = max(4 * sum(adapter.factor_bytes for adapter in adapters), self._block_bytes)
         # One block more than there are threads waits with its result.
-        return (self._workers + 1) * self._block_bytes
+        held = sum(adapter.cached_bytes for adapter in adapters)
+        return (self._workers + 1) * factors + held
 
     @property
     def tensors(self) -> range:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from upit_merge import __version__
-from upit_merge.checkpoints import Checkpoint
 from upit_merge.recipe import Recipe
+from upit_merge.tensor_files import DenseModel
 
 # At most this much work is lost by a kill. Flushing before there is much to flush also keeps the
 # disk busy from the start, instead of all at the end.
@@ -30,7 +30,7 @@ NO_MATTER = ("batch_tokens", "memory_gb")
 
 def run_identity(
     recipe: Recipe,
-    models: Sequence[Checkpoint],
+    models: Sequence[DenseModel],
     max_shard_bytes: int,
     seed_samples: str | None = None,
 ) -> dict[str, Any]:

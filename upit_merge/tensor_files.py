@@ -226,7 +226,29 @@ class TensorSource(Protocol):
     def specs(self) -> Mapping[str, TensorSpec]: ...
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor in its stored dtype, on the CPU."""
+        """A whole tensor on the CPU, in its stored dtype or a wider one."""
+
+
+class DenseModel(TensorSource, Protocol):
+    """An input of a merge: a complete checkpoint, or an adapter on one."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its tokenizer is, if it has one."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor on the CPU, in its stored dtype or a wider one."""
+
+    def files(self) -> list[Path]:
+        """The files that decide its weights."""
+
+    def small_file(self, name: str) -> Path:
+        """Where a file of its settings is, if it has one."""
+
+    def close(self) -> None: ...
 
 
 def patch_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

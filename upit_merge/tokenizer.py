@@ -13,8 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError, first_line, one_line, shown
+from upit_merge.tensor_files import DenseModel
 
 LOG = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_donor(
-    source: str | None, base: Checkpoint, checkpoints: Sequence[Checkpoint]
-) -> Checkpoint | None:
+    source: str | None, base: DenseModel, checkpoints: Sequence[DenseModel]
+) -> DenseModel | None:
     """The model whose tokenizer the output gets.
 
     Fine-tuning adds chat templates and end tokens: the last checkpoint that has a tokenizer, and
@@ -67,8 +67,8 @@ def tokenizer_donor(
 
 
 def find_model(
-    label: str, key: str, checkpoints: Sequence[Checkpoint], base: Checkpoint
-) -> Checkpoint:
+    label: str, key: str, checkpoints: Sequence[DenseModel], base: DenseModel
+) -> DenseModel:
     """The model of the recipe with this label, also by its folder.
 
     Raises:
@@ -82,20 +82,20 @@ def find_model(
     raise UpitError(f"{key}: {label} is none of the recipe's models ({known}); name one of them.")
 
 
-def copy_tokenizer_files(donor: Checkpoint, folder: Path) -> None:
+def copy_tokenizer_files(donor: DenseModel, folder: Path) -> None:
     """Copy the donor's tokenizer and chat template files."""
     for name in _TOKENIZER_FILES:
         if (donor.folder / name).is_file():
             shutil.copyfile(donor.folder / name, folder / name)
 
 
-def copy_generation_config(donor: Checkpoint, folder: Path) -> None:
+def copy_generation_config(donor: DenseModel, folder: Path) -> None:
     """Copy the donor's generation settings, if it has any."""
-    if (donor.folder / _GENERATION_FILE).is_file():
-        shutil.copyfile(donor.folder / _GENERATION_FILE, folder / _GENERATION_FILE)
+    if (path := donor.small_file(_GENERATION_FILE)).is_file():
+        shutil.copyfile(path, folder / _GENERATION_FILE)
 
 
-def resolve_chat_template(setting: str, models: Sequence[Checkpoint]) -> str | None:
+def resolve_chat_template(setting: str, models: Sequence[DenseModel]) -> str | None:
     """The Jinja text a recipe's `chat_template` means.
 
     Args:

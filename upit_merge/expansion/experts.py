@@ -8,16 +8,16 @@ from typing import Protocol
 
 import torch
 
+from upit_merge.adapters import Adapter
 from upit_merge.architecture import DenseArchitecture
 from upit_merge.blocks import map_in_order, progress_bar, row_blocks
-from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
 from upit_merge.expansion.dare import dare, index_hash, mask_key
 from upit_merge.expansion.lineage import Lineage
 from upit_merge.expansion.reinitialise import Alteration
-from upit_merge.expansion.similarity import block_gram
+from upit_merge.expansion.similarity import block_gram, low_rank_deltas, low_rank_gram
 from upit_merge.resume import Saver
-from upit_merge.tensor_files import TensorSpec, all_finite
+from upit_merge.tensor_files import DenseModel, TensorSpec, all_finite
 
 # Small enough that the dozen passes over a block run in the processor's cache, large enough that
 # Python's part does not show; a GPU wants more work at a time. Results do not depend on it.
@@ -178,6 +178,7 @@ class _Job:
         targets: Names of the output's tensors by expert; by 0 for the backbone.
         ffn: (index among the FFN tensors, dense name), or None for the backbone.
         with_gram: Its part of the Gram matrix is wanted too.
+        low_rank: The checkpoints, if the tensor's Gram matrix comes from their factors.
     """
 
     spec: TensorSpec
@@ -186,6 +187,7 @@ class _Job:
     targets: Mapping[int, str]
     ffn: tuple[int, str] | None
     with_gram: bool
+    low_rank: Sequence[Adapter] | None
     device: torch.device
 
     @property
@@ -195,9 +197,9 @@ class _Job:
 
 def write_experts(
     sink: Sink,
-    base: Checkpoint,
-    checkpoints: Sequence[Checkpoint],
-    backbone: Sequence[Checkpoint],
+    base: DenseModel,
+    checkpoints: Sequence[DenseModel],
+    backbone: Sequence[DenseModel],
     architecture: DenseArchitecture,
     builder: ExpertBuilder,
     saver: Saver,
@@ -225,7 +227,12 @@ def write_experts(
     tensors = [tensor for unit in builder.lineage.units for tensor in unit.tensors]
     needed = {tensor: builder.checkpoints_needed(tensor) for tensor in tensors}
     models = (base, *checkpoints)
-    jobs = list(_jobs(sink, architecture, builder.lineage, grams, devices))
+    low_rank = {
+        index: low_rank_deltas(base, checkpoints, name)
+        for index, (_layer, _projection, name) in enumerate(architecture.ffn_names())
+        if index in grams
+    }
+    jobs = list(_jobs(sink, architecture, builder.lineage, low_rank, devices))
 
     def run(job: _Job) -> torch.Tensor | None:
         name, start, stop = job.spec.name, job.start, job.stop
@@ -235,10 +242,13 @@ def write_experts(
             sink.write(target, start, _cast(rows, sink.dtype(target), f"The backbone's {name}"))
             return None
         tensor = job.ffn[0]
-        read = range(len(checkpoints)) if job.with_gram else needed[tensor]
+        by_rows = job.with_gram and not job.low_rank
+        read = range(len(checkpoints)) if by_rows else needed[tensor]
         origin = base.rows(name, start, stop).to(job.device)
         values = {i: checkpoints[i].rows(name, start, stop).to(job.device) for i in read}
-        gram = block_gram(name, models, [origin, *values.values()]) if job.with_gram else None
+        gram = block_gram(name, models, [origin, *values.values()]) if by_rows else None
+        if job.low_rank and start == 0:
+            gram = low_rank_gram(job.low_rank, name)
         first = start * (job.spec.numel // job.spec.shape[0])
         inputs = {i: values[i] for i in needed[tensor]}
         for expert, rows in builder.block(tensor, name, first, origin, inputs, job.targets):
@@ -270,7 +280,7 @@ def _jobs(
     sink: Sink,
     architecture: DenseArchitecture,
     lineage: Lineage,
-    grams: Collection[int],
+    grams: Mapping[int, Sequence[Adapter] | None],
     devices: Sequence[torch.device],
 ) -> Iterator[_Job]:
     ffn = {
@@ -289,9 +299,10 @@ def _jobs(
         if not targets and not with_gram:
             continue
         tensor = None if index is None else (index, name)
+        low_rank = None if index is None else grams.get(index)
         device = devices[count % len(devices)]
         for start, stop in row_blocks(spec, size):
-            yield _Job(spec, start, stop, targets, tensor, with_gram, device)
+            yield _Job(spec, start, stop, targets, tensor, with_gram, low_rank, device)
 
 
 def _cast(rows: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
@@ -302,7 +313,7 @@ def _cast(rows: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
     return cast
 
 
-def _mean_rows(models: Sequence[Checkpoint], name: str, start: int, stop: int) -> torch.Tensor:
+def _mean_rows(models: Sequence[DenseModel], name: str, start: int, stop: int) -> torch.Tensor:
     """The mean of the models' rows, in float32; those of a single model as they are stored."""
     total: torch.Tensor | None = None
     for model in models:

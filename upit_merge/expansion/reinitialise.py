@@ -18,11 +18,11 @@ import torch
 
 from upit_merge.architecture import DenseArchitecture
 from upit_merge.blocks import row_blocks
-from upit_merge.checkpoints import Checkpoint
 from upit_merge.expansion.dare import index_hash, mask_key
 from upit_merge.expansion.gaussian import normals
 from upit_merge.expansion.similarity import refuse_non_finite
 from upit_merge.recipe import Parameters
+from upit_merge.tensor_files import DenseModel
 
 # Sums are taken block by block, so the size must not depend on the machine.
 _BLOCK_ELEMENTS = 1 << 18
@@ -71,7 +71,7 @@ class Moments:
         return float(f"{mean:.6g}"), float(f"{math.sqrt(variance):.6g}")
 
 
-def measure_moments(checkpoint: Checkpoint, name: str, *, by_row: bool) -> Moments:
+def measure_moments(checkpoint: DenseModel, name: str, *, by_row: bool) -> Moments:
     """Read a whole FFN tensor once, block by block.
 
     Args:
@@ -113,7 +113,7 @@ class Alteration:
 
     def __init__(
         self,
-        checkpoints: Sequence[Checkpoint],
+        checkpoints: Sequence[DenseModel],
         architecture: DenseArchitecture,
         parameters: Parameters,
     ) -> None:
@@ -127,7 +127,7 @@ class Alteration:
 
     @staticmethod
     def of(
-        checkpoints: Sequence[Checkpoint], architecture: DenseArchitecture, parameters: Parameters
+        checkpoints: Sequence[DenseModel], architecture: DenseArchitecture, parameters: Parameters
     ) -> Alteration | None:
         """None if the experts are to stay what they are."""
         if not alters(parameters):

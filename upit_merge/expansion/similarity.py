@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from upit_merge.adapters import Adapter
 from upit_merge.architecture import DenseArchitecture
 from upit_merge.blocks import map_in_order, progress_bar, row_blocks
-from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
+from upit_merge.expansion.factors import factor_gram
 from upit_merge.resume import Saver
-from upit_merge.tensor_files import all_finite
+from upit_merge.tensor_files import DenseModel, all_finite
 
 # Sums are taken block by block, so the size must not depend on the machine.
 _BLOCK_ELEMENTS = 1 << 18
@@ -29,15 +30,18 @@ def gram_block_elements(num_checkpoints: int) -> int:
 
 @dataclass(frozen=True)
 class _Block:
+    """Rows of a tensor; all of it where it is compared by the factors in `low_rank`."""
+
     tensor: int
     name: str
     start: int
     stop: int
     device: torch.device
+    low_rank: Sequence[Adapter] | None = None
 
 
 def block_gram(
-    name: str, models: Sequence[Checkpoint], rows: Sequence[torch.Tensor]
+    name: str, models: Sequence[DenseModel], rows: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Inner products of the deltas of one block; differences, products and sums are float64.
 
@@ -62,9 +66,36 @@ def block_gram(
     return gram
 
 
+def low_rank_deltas(
+    base: DenseModel, checkpoints: Sequence[DenseModel], name: str
+) -> list[Adapter] | None:
+    """The checkpoints, if all their deltas of this tensor are products of factors (LoRA).
+
+    Then how alike they are follows from the factors, and the base need not be read.
+    """
+    adapters = [
+        model
+        for model in checkpoints
+        if isinstance(model, Adapter) and model.base is base and model.is_low_rank(name)
+    ]
+    return adapters if len(adapters) == len(checkpoints) else None
+
+
+def low_rank_gram(adapters: Sequence[Adapter], name: str) -> torch.Tensor:
+    """What the sum of `block_gram` over a tensor's blocks would be, from the adapters' factors.
+
+    Raises:
+        UpitError: a factor is NaN or infinite.
+    """
+    gram = factor_gram([adapter.low_rank(name) for adapter in adapters])
+    if not gram.isfinite().all():
+        raise _overflow(name)
+    return gram
+
+
 def delta_gram(
-    base: Checkpoint,
-    checkpoints: Sequence[Checkpoint],
+    base: DenseModel,
+    checkpoints: Sequence[DenseModel],
     architecture: DenseArchitecture,
     tensors: Collection[int],
     saver: Saver,
@@ -76,7 +107,7 @@ def delta_gram(
     """Inner products of the FFN deltas of all checkpoints, one Gram matrix per tensor.
 
     The deltas of neighbouring checkpoints are so alike that lower precision drowns what tells
-    them apart.
+    them apart. Where all are adapters of the base, their factors are compared instead.
 
     Args:
         tensors: Indices of the FFN tensors to do.
@@ -95,31 +126,37 @@ def delta_gram(
         if index in tensors
     }
     size = gram_block_elements(len(checkpoints))
-    blocks = [
-        _Block(index, name, start, stop, devices[index % len(devices)])
-        for index, name in names.items()
-        for start, stop in row_blocks(architecture.specs[name], size)
-    ]
+    blocks: list[_Block] = []
+    for index, name in names.items():
+        spec, device = architecture.specs[name], devices[index % len(devices)]
+        if adapters := low_rank_deltas(base, checkpoints, name):
+            blocks.append(_Block(index, name, 0, spec.shape[0], device, adapters))
+            continue
+        blocks += [_Block(index, name, *rows, device) for rows in row_blocks(spec, size)]
+
+    def bytes_of(block: _Block) -> int:
+        if block.low_rank:
+            return sum(adapter.factor_bytes for adapter in block.low_rank)
+        return sum((block.stop - block.start) * m.specs[block.name].row_bytes for m in models)
 
     def run(block: _Block) -> torch.Tensor:
+        if block.low_rank:
+            return low_rank_gram(block.low_rank, block.name)
         rows = [m.rows(block.name, block.start, block.stop).to(block.device) for m in models]
         return block_gram(block.name, models, rows)
 
     total: dict[int, torch.Tensor] = {}
-    num_bytes = sum(m.specs[name].num_bytes for m in models for name in names.values())
-    with progress_bar(num_bytes, "comparing checkpoints", quiet=quiet) as bar:
+    with progress_bar(sum(map(bytes_of, blocks)), "comparing checkpoints", quiet=quiet) as bar:
         for block, gram in zip(blocks, map_in_order(run, blocks, workers), strict=True):
             total[block.tensor] = total.get(block.tensor, 0) + gram
             if block.stop == architecture.specs[block.name].shape[0]:
                 saver.finished(grams={block.tensor: total[block.tensor]})
-            bar.update(
-                sum((block.stop - block.start) * m.specs[block.name].row_bytes for m in models)
-            )
+            bar.update(bytes_of(block))
     return total
 
 
 def refuse_non_finite(
-    models: Sequence[Checkpoint], rows: Sequence[torch.Tensor], name: str
+    models: Sequence[DenseModel], rows: Sequence[torch.Tensor], name: str
 ) -> None:
     for model, values in zip(models, rows, strict=True):
         if not all_finite(values):
@@ -127,7 +164,11 @@ def refuse_non_finite(
                 f"Checkpoint {model.label} has NaN or infinite weights in {name}; use a checkpoint "
                 "from before the training diverged."
             )
-    raise UpitError(f"The differences between the checkpoints overflow in {name}; check them.")
+    raise _overflow(name)
+
+
+def _overflow(name: str) -> UpitError:
+    return UpitError(f"The differences between the checkpoints overflow in {name}; check them.")
 
 
 def cosine(gram: torch.Tensor) -> torch.Tensor:

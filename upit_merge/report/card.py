@@ -9,10 +9,12 @@ from typing import Any
 
 import yaml
 
-from upit_merge.checkpoints import Checkpoint, looks_like_path
+from upit_merge.checkpoints import looks_like_path
 from upit_merge.expansion.lineage import Lineage
 from upit_merge.formats import MoeFormat
+from upit_merge.recipe import split_reference
 from upit_merge.report.tables import origin_of
+from upit_merge.tensor_files import DenseModel
 
 _EXPERTS_HEADING = "## Experts"
 _ROUTER_HEADING = "## Router"
@@ -25,18 +27,19 @@ _METHOD = {
 }
 
 
-def _hub_ids(models: Sequence[Checkpoint]) -> list[str]:
+def _hub_ids(models: Sequence[DenseModel]) -> list[str]:
     """The references that name a model on the Hub: local folders mean nothing to other people."""
     ids = []
-    for model in models:
-        local = looks_like_path(model.label) or Path(model.label).expanduser().is_dir()
-        name = model.label.partition("@")[0]
+    references = (part for model in models for part in split_reference(model.label) if part)
+    for reference in references:
+        local = looks_like_path(reference) or Path(reference).expanduser().is_dir()
+        name = reference.partition("@")[0]
         if not local and name not in ids:
             ids.append(name)
     return ids
 
 
-def _base_card_metadata(base: Checkpoint) -> dict[str, Any]:
+def _base_card_metadata(base: DenseModel) -> dict[str, Any]:
     """`license` and `language` of the base's card, if it came with one."""
     try:
         text = (base.folder / "README.md").read_text(encoding="utf-8")
@@ -52,8 +55,8 @@ def _base_card_metadata(base: Checkpoint) -> dict[str, Any]:
 
 def model_card(
     name: str,
-    base: Checkpoint,
-    checkpoints: Sequence[Checkpoint],
+    base: DenseModel,
+    checkpoints: Sequence[DenseModel],
     lineage: Lineage,
     recipe_source: str,
     router_sentence: str,
@@ -201,5 +204,9 @@ def _assigned(rule: Any) -> str:
 
 
 def short_label(label: str) -> str:
-    """A local path says more about somebody's disk than about the model: keep its last part."""
+    """A local path says more about somebody's disk than about the model: keep its last part.
+
+    Of `BASE+ADAPTER` the adapter tells the experts apart.
+    """
+    label = split_reference(label)[1] or label
     return Path(label).name if looks_like_path(label) or Path(label).is_dir() else label

@@ -1,0 +1,83 @@
+"""Differences of low rank, as LoRA stores them: their inner products, and rows added to a base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Elements that are worked on at a time: they stay in the processor's cache.
+_TILE_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrix scale · up @ down.
+
+    Args:
+        up: float32, (rows, rank).
+        down: float32, (rank, columns).
+    """
+
+    scale: float
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+def factor_gram(deltas: Sequence[LowRank | None]) -> torch.Tensor:
+    """Inner products of matrices of low rank; none of them is ever formed.
+
+    ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ): with all factors side by side, two products give a
+    matrix's inner products with all others.
+
+    Args:
+        deltas: All of one shape; None is zero.
+
+    Returns:
+        float64, (m, m).
+    """
+    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    given = [(index, delta) for index, delta in enumerate(deltas) if delta is not None]
+    if not given:
+        return gram
+    ups = [delta.up.double() * delta.scale for _index, delta in given]
+    downs = [delta.down.double() for _index, delta in given]
+    up, down = torch.cat(ups, dim=1), torch.cat(downs)
+    owners = torch.tensor([index for index, delta in given for _row in delta.down])
+    for (index, _delta), own_up, own_down in zip(given, ups, downs, strict=True):
+        products = (own_up.T @ up) * (own_down @ down.T)
+        gram[index].index_add_(0, owners, products.sum(0))
+    return (gram + gram.T) / 2
+
+
+def add_low_rank(rows: torch.Tensor, delta: LowRank, start: int) -> torch.Tensor:
+    """`rows`, the base's from row `start` on, plus the same rows of a difference.
+
+    Products and sums are taken one by one, not by a matrix product: so a row has the same bits
+    whatever the block it is in, the processor and the number of threads.
+
+    Returns:
+        float32, of the shape of `rows`.
+    """
+    total = rows.to(torch.float32, copy=True)
+    step = max(1, _TILE_ELEMENTS // rows.shape[1])
+    for first in range(0, rows.shape[0], step):
+        tile = total[first : first + step]
+        up = delta.up[start + first : start + first + tile.shape[0]]
+        part, product = torch.zeros_like(tile), torch.empty_like(tile)
+        for column, row in zip(up.T, delta.down, strict=True):
+            part.add_(torch.mul(column.unsqueeze(1), row, out=product))
+        tile.add_(part.mul_(delta.scale))
+    return total
+
+
+def with_magnitudes(rows: torch.Tensor, magnitudes: torch.Tensor) -> torch.Tensor:
+    """Rows in their directions, in lengths that are given (DoRA).
+
+    Args:
+        rows: float32.
+        magnitudes: One per row.
+    """
+    lengths = rows.double().square().sum(1).sqrt()
+    return rows * (magnitudes.double() / lengths).float().unsqueeze(1)
