@@ -165,6 +165,11 @@ def adapter(family: Family) -> None:
     save_file({"lora_A": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
 
 
+def adapter_as_base(family: Family) -> Document:
+    adapter(family)
+    return family.recipe() | {"base_model": str(family.checkpoints[-1])}
+
+
 def seed_data(text: str | None, **settings: Any) -> Spoil:
     """A router block with this seed data."""
 
@@ -257,10 +262,9 @@ RECIPE_CASES = [
         "The checkpoint sft/checkpoint-1500/config.json is a file; give the folder that holds it.",
     ),
     Case(
-        "adapter on a base",
+        "adapter that is missing",
         recipe(models=[{"model": f"@{BASE}+@adapter"}]),
-        "The checkpoint base+adapter names a LoRA adapter, which is not supported yet; merge "
-        "it into its base first (PEFT's merge_and_unload).",
+        "The adapter adapter does not exist (looked in …); correct the path in the recipe.",
     ),
     Case(
         "unknown backbone",
@@ -384,10 +388,10 @@ FOLDER_CASES = [
         "its config.json but has it in shape [48, 32]; use a complete checkpoint.",
     ),
     Case(
-        "adapter",
-        adapter,
-        "Checkpoint sft/checkpoint-1500 is a LoRA adapter, which is not supported yet; merge "
-        "it into its base first (PEFT's merge_and_unload).",
+        "adapter as base",
+        adapter_as_base,
+        "sft/checkpoint-1500 is an adapter, but a complete model is needed here; name the model "
+        "the adapter was trained on.",
     ),
     Case(
         "pickle without the option",
