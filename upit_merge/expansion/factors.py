@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 # Elements that are worked on at a time: they stay in the processor's cache.
-_TILE_ELEMENTS = 1 << 18
+_TILE_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,17 @@ def factor_gram(deltas: Sequence[LowRank | None]) -> torch.Tensor:
     given = [(index, delta) for index, delta in enumerate(deltas) if delta is not None]
     if not given:
         return gram
-    ups = [delta.up.double() * delta.scale for _index, delta in given]
-    downs = [delta.down.double() for _index, delta in given]
-    up, down = torch.cat(ups, dim=1), torch.cat(downs)
+    up = torch.cat([delta.up.T for _index, delta in given]).double()
+    down = torch.cat([delta.down for _index, delta in given]).double()
     owners = torch.tensor([index for index, delta in given for _row in delta.down])
-    for (index, _delta), own_up, own_down in zip(given, ups, downs, strict=True):
-        products = (own_up.T @ up) * (own_down @ down.T)
-        gram[index].index_add_(0, owners, products.sum(0))
-    return (gram + gram.T) / 2
+    first = 0
+    for index, delta in given:  # the inner products with itself and with all that follow
+        own = slice(first, first + delta.down.shape[0])
+        products = (up[own] @ up[first:].T) * (down[own] @ down[first:].T)
+        gram[index].index_add_(0, owners[first:], products.sum(0))
+        first = own.stop
+    scales = torch.tensor([delta.scale if delta else 0.0 for delta in deltas], dtype=torch.float64)
+    return (gram + gram.triu(1).T) * scales * scales.unsqueeze(1)
 
 
 def add_low_rank(rows: torch.Tensor, delta: LowRank, start: int) -> torch.Tensor:
