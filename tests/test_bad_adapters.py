@@ -292,8 +292,13 @@ WEIGHT_CASES = [
     Case(
         "no factors for a target",
         tensors(lambda t: [t.pop(f"{PREFIX}.lora_{f}.weight") for f in "AB"]),
-        f"Checkpoint {LAST} has no factors for {MODULE}, which its adapter_config.json names as a "
-        "target; save the adapter again.",
+        f"Checkpoint {LAST} has no tensors for {MODULE}, which its adapter_config.json names; save "
+        "the adapter again.",
+    ),
+    Case(
+        "no module that was to be saved",
+        settings(modules_to_save=["lm_head"]),
+        f"Checkpoint {LAST} has no tensors for lm_head, which its adapter_config.json names; save …",
     ),
     Case(
         "another rank than told",

@@ -48,12 +48,14 @@ class AdapterConfig:
         base: The reference of the model it was trained on, if it says so.
         dora: Rows have magnitudes of their own.
         targets: The names of the modules it has factors for; None if a pattern says which.
+        replaced: Patterns of the modules that it has whole (`modules_to_save`).
     """
 
     label: str
     base: str | None
     dora: bool
     targets: frozenset[str] | None
+    replaced: tuple[str, ...]
     _peft: Any
 
     def rank(self, module: str) -> int:
@@ -72,9 +74,12 @@ class AdapterConfig:
         return pattern.get(get_pattern_key(pattern.keys(), module), default)
 
     def missing(self, modules: Collection[str], found: Collection[str]) -> str | None:
-        """The first of the base's modules that should have factors, but is not among the found."""
+        """The first of the base's modules that should be among the found, by PEFT's matching."""
         from peft.tuners.tuners_utils import check_target_module_exists
 
+        for pattern in self.replaced:
+            if not any(re.match(rf"(^|.*\.){pattern}($|\..*)", module) for module in found):
+                return pattern
         if self.targets is None:
             return None
         for module in modules:
@@ -105,6 +110,7 @@ def read_adapter_config(label: str, folder: Path) -> AdapterConfig:
         base=config.base_model_name_or_path or None,
         dora=bool(config.use_dora),
         targets=None if isinstance(targets, str) or targets is None else frozenset(targets),
+        replaced=tuple(config.modules_to_save or ()),
         _peft=config,
     )
 

@@ -112,11 +112,10 @@ class _Reader:
             for spec in self.base.specs.values()
             if len(spec.shape) == 2 and spec.name not in _TABLES
         ]
-        with_factors = {m for m, parts in by_module.items() if parts.keys() - {"weight"}}
-        if missing := self.settings.missing(linear, with_factors):
+        if missing := self.settings.missing(linear, by_module):
             raise UpitError(
-                f"Checkpoint {self.label} has no factors for {missing}, which its {CONFIG} names "
-                "as a target; save the adapter again."
+                f"Checkpoint {self.label} has no tensors for {missing}, which its {CONFIG} names; "
+                "save the adapter again."
             )
         if not any(name.split(".")[-2] in PROJECTIONS for name in changes):
             raise UpitError(

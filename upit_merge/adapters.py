@@ -124,7 +124,7 @@ class Adapter:
         else:  # an embedding's factors are those of its transpose
             up, down = self._whole(parts["embedding A"]).T, self._whole(parts["embedding B"]).T
         if not (all_finite(up) and all_finite(down)):
-            raise self._diverged(name)
+            raise self._diverged(name, self)
         return LowRank(change.scale, up, down)
 
     def _whole(self, part: str) -> torch.Tensor:
@@ -139,23 +139,21 @@ class Adapter:
         """
         change = self._changes.get(name)
         parts = change.parts if change else {}
-        source = self._file if "weight" in parts else self.base
-        rows = source.rows(parts.get("weight", name), start, stop)
+        own = "weight" in parts
+        stored = (self._file if own else self.base).rows(parts.get("weight", name), start, stop)
+        rows, factors = stored, self.low_rank(name)
+        if factors is not None:
+            rows = add_low_rank(stored, factors, start)
+            if "magnitudes" in parts:
+                rows = with_magnitudes(rows, self._file.rows(parts["magnitudes"], start, stop))
         if not all_finite(rows):
-            raise self._diverged(name, self if source is self._file else self.base)
-        if (factors := self.low_rank(name)) is None:
-            return rows
-        rows = add_low_rank(rows, factors, start)
-        if "magnitudes" in parts:
-            rows = with_magnitudes(rows, self._file.rows(parts["magnitudes"], start, stop))
-        if not all_finite(rows):
-            raise self._diverged(name)
+            raise self._diverged(name, self if own or all_finite(stored) else self.base)
         return rows
 
-    def _diverged(self, name: str, model: DenseModel | None = None) -> UpitError:
+    def _diverged(self, name: str, model: DenseModel) -> UpitError:
         return UpitError(
-            f"Checkpoint {(model or self).label} has NaN or infinite weights in {name}; use a "
-            "checkpoint from before the training diverged."
+            f"Checkpoint {model.label} has NaN or infinite weights in {name}; use a checkpoint "
+            "from before the training diverged."
         )
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -375,7 +375,7 @@ def expand_models(entries: Iterable[ModelEntry]) -> list[ModelEntry]:
     expanded: list[ModelEntry] = []
     for entry in entries:
         base, adapter = split_reference(entry.model)
-        if _is_folder(entry.model) or not glob.has_magic(entry.model):
+        if _is_folder(adapter or entry.model) or not glob.has_magic(entry.model):
             names = [entry.model]
         elif not (names := _matches(entry.model)) and adapter is not None:
             names = [f"{base}+{name}" for name in _matches(adapter)]

@@ -78,6 +78,8 @@ def add_low_rank(rows: torch.Tensor, delta: LowRank, start: int) -> torch.Tensor
 def with_magnitudes(rows: torch.Tensor, magnitudes: torch.Tensor) -> torch.Tensor:
     """Rows in their directions, in lengths that are given (DoRA).
 
+    Their own lengths are summed in float64: in what order does not show once they are rounded.
+
     Args:
         rows: float32.
         magnitudes: One per row.
