@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from tests.test_bad_input import (
     BASE,
     UP,
     Case,
-    Document,
     Malicious,
     Spoil,
     assert_refused,
@@ -32,6 +32,9 @@ from tests.test_bad_input import (
     snapshot,
     without,
 )
+from upit_merge.adapters import open_model
+from upit_merge.checkpoints import Checkpoint, OpenOptions
+from upit_merge.errors import UpitError
 
 LAST = "lora/checkpoint-1500"
 CONFIG = f"{LAST}/adapter_config.json"
@@ -153,16 +156,6 @@ def models(*references: str) -> Spoil:
 
 def set_entry(name: str, value: float) -> Spoil:
     return tensors(lambda t: t[name].view(-1)[3:4].fill_(value))
-
-
-def named(hub_id: str, base: str) -> Spoil:
-    """An adapter for one Hub id, a recipe with another."""
-
-    def spoil(family: Family) -> Document:
-        settings(base_model_name_or_path=hub_id)(family)
-        return family.recipe() | {"base_model": base}
-
-    return spoil
 
 
 CONFIG_CASES = [
@@ -459,6 +452,35 @@ def test_one_sentence_and_nothing_left(
     result = run("upit-merge", recipe, family.root / "new" / "out", *case.options)
     assert_refused(result, case.sentence, family)
     assert snapshot(family.root) == before
+
+
+def test_settings_of_any_kind(family: Family) -> None:
+    """Whatever a setting is, the adapter is opened or refused in a sentence."""
+    values = [None, True, 0, -1, 1.5, "x", "", "\ud800", [], [1], ["x"], [None], [[1]], "a\nb"]
+    values += [{}, {"x": 1}, {"x": None}, {"": 2}, float("inf"), 10**400]
+    path = family.root / CONFIG
+    plain, told = json.loads(path.read_text()), []
+    with closing(Checkpoint("base", family.base, OpenOptions())) as base:
+        for key in (*plain, "runtime_config", "unheard-of"):
+            for value in values:
+                path.write_text(json.dumps(plain | {key: value}))
+                try:
+                    open_model(str(path.parent), base, OpenOptions(), lambda *_: base).close()
+                except UpitError as error:
+                    told.append(error.message)
+    assert len(told) > 100
+    assert all(sentence.endswith(".") and len(sentence) < 1000 for sentence in told)
+    assert not any("\n" in sentence for sentence in told)
+
+
+def test_a_setting_that_peft_does_not_know(
+    family: Family, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings(invented_later=3, off_by_default=None)(family)
+    recipe = family.write_recipe(family.recipe())
+    assert run("upit-merge", recipe, family.root / "out").exit_code == 0
+    assert "sets invented_later, which the installed version of PEFT" in caplog.text
+    assert "off_by_default" not in caplog.text
 
 
 def test_nan_in_a_tensor_no_adapter_touches(family: Family) -> None:

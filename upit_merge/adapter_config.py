@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from upit_merge.checkpoints import looks_like_path, read_json
 from upit_merge.errors import UpitError, first_line, one_line, shown
+
+LOG = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 
@@ -97,14 +100,9 @@ def read_adapter_config(label: str, folder: Path) -> AdapterConfig:
     raw = read_json(folder / CONFIG, f"checkpoint {label}")
     _refuse_unsupported(label, raw)
     config = _parsed(label, folder, raw)
-    _check_numbers(label, folder, config)
-    targets = config.target_modules
-    for key, value in (("target_modules", targets), ("modules_to_save", config.modules_to_save)):
-        if isinstance(value, str) and key == "target_modules":
-            continue
-        if value is not None and not all(isinstance(name, str) for name in value):
-            raise _invalid(folder, key, value)
+    _check_values(folder, config)
     _refuse_slow_patterns(folder, config)
+    targets = config.target_modules
     return AdapterConfig(
         label=label,
         base=config.base_model_name_or_path or None,
@@ -137,7 +135,15 @@ def _parsed(label: str, folder: Path, raw: Mapping[str, Any]) -> Any:
     """PEFT's view of the configuration, with its defaults filled in."""
     from peft import LoraConfig
 
-    content = {key: value for key, value in raw.items() if key != "runtime_config"}
+    known = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
+    content = {key: value for key, value in raw.items() if key in known}
+    if unknown := [key for key, value in raw.items() if value and key not in known]:
+        LOG.warning(
+            "Checkpoint %s sets %s, which the installed version of PEFT does not know; what it "
+            "stands for is left out.",
+            label,
+            one_line(unknown[0]),
+        )
     try:
         with warnings.catch_warnings(record=True):  # on settings that were checked already
             return LoraConfig.from_peft_type(**content)
@@ -148,25 +154,41 @@ def _parsed(label: str, folder: Path, raw: Mapping[str, Any]) -> Any:
         ) from None
 
 
-def _check_numbers(label: str, folder: Path, config: Any) -> None:
-    """PEFT takes what it is given: ranks and scales must be what they are called."""
+def _check_values(folder: Path, config: Any) -> None:
+    """PEFT takes what it is given; here everything must be what it is called."""
 
-    def check(key: str, value: Any, kinds: tuple[type, ...]) -> None:
-        number = isinstance(value, kinds) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or (kinds == (int,) and value < 1):
+    def check(key: str, value: Any, right: bool) -> None:
+        if not right:
             raise _invalid(folder, key, value)
 
-    check("r", config.r, (int,))
-    check("lora_alpha", config.lora_alpha, (int, float))
-    for key, kinds in (("rank_pattern", (int,)), ("alpha_pattern", (int, float))):
+    check("r", config.r, _is_rank(config.r))
+    check("lora_alpha", config.lora_alpha, _is_number(config.lora_alpha))
+    for key, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         pattern = getattr(config, key) or {}
-        if not isinstance(pattern, dict):
-            raise _invalid(folder, key, pattern)
+        check(key, pattern, isinstance(pattern, dict))
         for value in pattern.values():
-            check(key, value, kinds)
+            check(key, value, is_right(value))
         setattr(config, key, pattern)
-    if not isinstance(config.base_model_name_or_path or "", str):
-        raise _invalid(folder, "base_model_name_or_path", config.base_model_name_or_path)
+    for key in ("use_dora", "use_rslora"):
+        check(key, getattr(config, key), isinstance(getattr(config, key), bool))
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        value = getattr(config, key)
+        names = {str: [value], type(None): []}.get(type(value), value)
+        right = isinstance(names, (list, set)) and all(isinstance(name, str) for name in names)
+        check(key, value, right and (key != "modules_to_save" or not isinstance(value, str)))
+    layers = config.layers_to_transform
+    numbers = layers if isinstance(layers, list) else [layers or 0]
+    check("layers_to_transform", layers, all(type(number) is int for number in numbers))
+    base = config.base_model_name_or_path
+    check("base_model_name_or_path", base, base is None or isinstance(base, str))
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1 << 63
 
 
 def _refuse_slow_patterns(folder: Path, config: Any) -> None:
