@@ -30,7 +30,8 @@ from upit_merge.cli import main as upit_merge
 from upit_merge.expansion.factors import LowRank, factor_gram
 from upit_merge.inputs import Inputs, opened
 from upit_merge.merging import Merger, measure_similarity
-from upit_merge.recipe import expand_models, parse_recipe, split_reference
+from upit_merge.recipe import parse_recipe
+from upit_merge.references import expand_models, split_reference
 from upit_merge.resume import has_progress
 from upit_merge.staging import STAGING
 

@@ -231,6 +231,7 @@ recipes = mappings(
     },
     dtype=dtypes,
     out_dtype=dtypes,
+    architecture=st.sampled_from(["auto", "mixtral", "qwen3_moe"]),
     tokenizer_source=sources,
     chat_template=st.none() | st.text(st.characters(codec="utf-8"), max_size=12),
     parameters=mappings(

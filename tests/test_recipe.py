@@ -16,11 +16,11 @@ from upit_merge.recipe import (
     FilteredDensity,
     Parameters,
     Recipe,
-    expand_models,
     load_recipe,
     parse_recipe,
     parse_recipe_text,
 )
+from upit_merge.references import expand_models
 from upit_merge.router.settings import ByColumn, Refinement, RouterSettings, UpitObjective
 
 Document = dict[str, Any]

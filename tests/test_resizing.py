@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import Family, build_family, byte_tokenizer
 from tests.crash import contents
+from tests.lora import save_adapter
 from tests.naive import PROJECTIONS, load_model
 from tests.test_output import load
 from tests.test_resume import crash
@@ -411,3 +412,23 @@ def test_no_room(four, moe, monkeypatch) -> None:
     for words in (extend(moe, four), shrink(moe, four, 2)):
         assert "has 0.00 GB free, but the changed files" in refused(*words)
         assert contents(moe) == before
+
+
+# ---- adapters ----------------------------------------------------------------------------------
+
+
+def test_an_adapter_becomes_an_expert(four, moe, tmp_path) -> None:
+    """Its base comes with it; alone it is refused."""
+    adapter = tmp_path / "adapter"
+    merged = save_adapter(four.base, adapter, target_modules=["gate_proj", "up_proj", "down_proj"])
+    told = refused("extend", moe, "--model", adapter, "--quiet")
+    assert told == f"Checkpoint {adapter} is an adapter; give its base too, as BASE+{adapter}."
+    done("extend", moe, "--model", f"{four.base}+{adapter}", "--quiet")
+    after = load_model(moe)
+    for layer in range(2):
+        for projection, short in PROJECTIONS.items():
+            found = after[f"model.layers.{layer}.block_sparse_moe.experts.4.{short}.weight"]
+            expected = merged[f"model.layers.{layer}.mlp.{projection}.weight"]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert "| 4 | adapter, added later | |" in (moe / "README.md").read_text()
+    done("verify", moe)

@@ -27,7 +27,7 @@ from upit_merge.checkpoints import (
 )
 from upit_merge.errors import UpitError
 from upit_merge.expansion.factors import LowRank, add_low_rank, with_magnitudes
-from upit_merge.recipe import split_reference
+from upit_merge.references import split_reference
 from upit_merge.tensor_files import DenseModel, TensorSpec, all_finite
 
 LOG = logging.getLogger(__name__)
@@ -176,14 +176,14 @@ class Adapter:
 
 def open_model(
     reference: str,
-    base: Checkpoint,
+    base: Checkpoint | None,
     options: OpenOptions,
     open_complete: Callable[[str, Path], Checkpoint],
 ) -> DenseModel:
     """Open what an entry of `models:` names: a complete model, an adapter, or `BASE+ADAPTER`.
 
     Args:
-        base: The recipe's, to which an adapter alone is applied.
+        base: The recipe's, to which an adapter alone is applied; None if there is no such model.
         open_complete: Opens a complete model by its label and folder.
 
     Raises:
@@ -194,6 +194,10 @@ def open_model(
         folder = resolve(reference, options)
         if not is_adapter(folder):
             return Checkpoint(reference, folder, options)
+        if base is None:
+            raise UpitError(
+                f"Checkpoint {reference} is an adapter; give its base too, as BASE+{reference}."
+            )
         settings = _settings(reference, folder)
         refuse_other_base(settings, base.label, base.folder)
         return Adapter(reference, folder, settings, base, options)

@@ -11,7 +11,7 @@ import torch
 from upit_merge.checkpoints import check_same_tensors
 from upit_merge.errors import UpitError
 from upit_merge.formats import DENSE_TYPES, FORMATS, PROJECTIONS, MoeFormat, format_of_dense
-from upit_merge.tensor_files import DenseModel, TensorSource, TensorSpec
+from upit_merge.tensor_files import DenseModel, TensorSpec
 
 # Settings that shape the computation, hence must be the same in every model.
 _SHARED_FIELDS = (
@@ -76,7 +76,7 @@ class DenseArchitecture:
         return [name for name in self.specs if name not in ffn]
 
 
-def _expected_shapes(
+def dense_shapes(
     form: MoeFormat, settings: Mapping[str, Any]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The tensors of a dense model without biases, in model order."""
@@ -101,7 +101,7 @@ def _expected_shapes(
         yield "lm_head.weight", (settings["vocab_size"], hidden)
 
 
-def _format_of(checkpoint: DenseModel) -> MoeFormat:
+def format_of(checkpoint: DenseModel) -> MoeFormat:
     """What a dense checkpoint becomes.
 
     Raises:
@@ -117,7 +117,7 @@ def _format_of(checkpoint: DenseModel) -> MoeFormat:
     return form
 
 
-def _dense_config(checkpoint: DenseModel) -> Any:
+def read_dense_config(checkpoint: DenseModel) -> Any:
     """transformers' view of a dense configuration, with its defaults filled in.
 
     Raises:
@@ -125,7 +125,7 @@ def _dense_config(checkpoint: DenseModel) -> Any:
     """
     from transformers.activations import ACT2FN
 
-    raw, form = checkpoint.config, _format_of(checkpoint)
+    raw, form = checkpoint.config, format_of(checkpoint)
     if unfit := form.unfit_dense(raw):
         raise UpitError(f"Checkpoint {checkpoint.label} {unfit}; use a model without it.")
     if "quantization_config" in raw:
@@ -136,7 +136,9 @@ def _dense_config(checkpoint: DenseModel) -> Any:
     try:
         config = form.read_dense(raw)
         # What the output could not be loaded with must show now, not after the merge.
-        fields = _settings(config) | _carried(config) | form.own_fields(_settings(config), 1)
+        fields = (
+            shared_settings(config) | _carried(config) | form.own_fields(shared_settings(config), 1)
+        )
         form.modules().moe_config.from_dict(fields)
         if config.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {config.hidden_act!r} is unknown")
@@ -149,7 +151,8 @@ def _dense_config(checkpoint: DenseModel) -> Any:
         ) from None
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def shared_settings(config: Any) -> dict[str, Any]:
+    """Settings that shape the computation, from transformers' view of a dense configuration."""
     return {field: getattr(config, field, None) for field in _SHARED_FIELDS}
 
 
@@ -160,7 +163,7 @@ def _carried(config: Any) -> dict[str, Any]:
 
 def context_length(checkpoint: DenseModel) -> int:
     """The longest input, in tokens, that a dense checkpoint's configuration allows."""
-    return int(_dense_config(checkpoint).max_position_embeddings)
+    return int(read_dense_config(checkpoint).max_position_embeddings)
 
 
 def inspect_models(
@@ -174,7 +177,7 @@ def inspect_models(
     Raises:
         UpitError: naming the checkpoint and the field or tensor that does not fit.
     """
-    form = _format_of(base)
+    form = format_of(base)
     if wanted not in ("auto", form.name):
         kinds = " or ".join(FORMATS[wanted].dense_types)
         raise UpitError(
@@ -182,16 +185,16 @@ def inspect_models(
             f"model_type {base.config['model_type']!r}, which becomes {form.name}; leave "
             "architecture out."
         )
-    config = _dense_config(base)
-    settings = _settings(config)
+    config = read_dense_config(base)
+    settings = shared_settings(config)
     for checkpoint in checkpoints:
-        theirs = _dense_config(checkpoint)
+        theirs = read_dense_config(checkpoint)
         if checkpoint.config["model_type"] != base.config["model_type"]:
             raise UpitError(
                 f"Checkpoint {checkpoint.label} is a {checkpoint.config['model_type']} model, the "
                 f"base {base.label} a {base.config['model_type']}; all must come from one base."
             )
-        for field, value in _settings(theirs).items():
+        for field, value in shared_settings(theirs).items():
             if value != settings[field]:
                 remedy = (
                     "resize the base's embeddings to the tokenizer the checkpoints were trained "
@@ -204,7 +207,7 @@ def inspect_models(
                     f"{settings[field]}; {remedy}."
                 )
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in _expected_shapes(form, settings):
+    for name, shape in dense_shapes(form, settings):
         spec = base.specs.get(name)
         if spec is None or spec.shape != shape:
             found = "lacks it" if spec is None else f"has it in shape {list(spec.shape)}"
@@ -219,7 +222,7 @@ def inspect_models(
     return DenseArchitecture(form, settings, {name: base.specs[name] for name in shapes})
 
 
-def _is_derived(name: str) -> bool:
+def is_derived(name: str) -> bool:
     """Old checkpoints carry rotary tables, tied ones a copy of the embeddings."""
     return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
 
@@ -228,7 +231,7 @@ def _refuse_unknown_tensors(
     checkpoint: DenseModel, form: MoeFormat, shapes: Mapping[str, Any]
 ) -> None:
     for name in checkpoint.specs:
-        if name not in shapes and not _is_derived(name):
+        if name not in shapes and not is_derived(name):
             raise UpitError(
                 f"Checkpoint {checkpoint.label} has the tensor {name}, which {form.title} has no "
                 "place for; use a plain checkpoint without biases or adapters."
@@ -263,9 +266,9 @@ def moe_config(
         donor: The checkpoint whose settings the output carries.
         token_donor: The one whose special token ids it carries, that of the tokenizer.
     """
-    config, form = _dense_config(donor), _format_of(donor)
-    tokens = _dense_config(token_donor)
-    settings = _settings(config)
+    config, form = read_dense_config(donor), format_of(donor)
+    tokens = read_dense_config(token_donor)
+    settings = shared_settings(config)
     rope = dict(settings.pop("rope_parameters"))
     rope_theta = rope.pop("rope_theta")
     scaled = rope.get("rope_type", "default") != "default"
@@ -303,146 +306,3 @@ def moe_specs(
     shape = (num_experts, architecture.hidden_size)
     gates = [TensorSpec(n, shape, dtype) for n in form.gate_names(architecture.num_layers)]
     return body, gates
-
-
-@dataclass(frozen=True)
-class MoeArchitecture:
-    """A mixture that is there.
-
-    Attributes:
-        format: Its names.
-        config: transformers' view of its configuration.
-        num_experts, intermediate_size: Of every layer.
-    """
-
-    format: MoeFormat
-    config: Any
-    num_experts: int
-    intermediate_size: int
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.config.num_hidden_layers)
-
-    def dense_config(self, **changes: Any) -> Any:
-        """One expert's configuration as a dense model."""
-        fields = self.format.dense_fields(self.config) | changes
-        fields = {k: v for k, v in fields.items() if k not in ("model_type", "dtype")}
-        return self.format.modules().dense_config(**fields)
-
-    def dense_settings(self) -> dict[str, Any]:
-        """The settings of `DenseArchitecture` that a dense model would have to share."""
-        settings = _settings(self.dense_config())
-        if settings["head_dim"] is None:
-            settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
-        return settings
-
-
-def inspect_moe(moe: TensorSource) -> MoeArchitecture:
-    """Check that a folder is a mixture, with every tensor under its published name.
-
-    Raises:
-        UpitError: its configuration is of another kind or not valid, or naming the tensor that is
-            missing, has another shape or should not be there.
-    """
-    form = FORMATS.get(str(moe.config.get("model_type")))
-    if form is None:
-        titles = " or ".join(form.title for form in FORMATS.values())
-        raise UpitError(
-            f"{moe.label} has model_type {moe.config.get('model_type')!r}; the router needs a "
-            f"{titles} folder, such as the output of a upit recipe."
-        )
-    try:
-        config = form.modules().moe_config.from_dict(dict(moe.config))
-    except Exception as error:  # validation errors of transformers and of huggingface_hub
-        reason = " ".join(str(error).split())
-        raise UpitError(
-            f"The config.json of {moe.label} is not a valid {form.title} configuration ({reason}); "
-            "make the model again."
-        ) from None
-    if unfit := form.unfit_moe(config):
-        raise UpitError(f"{moe.label} {unfit}; use a model of which every layer is a mixture.")
-    architecture = MoeArchitecture(form, config, *form.sizes(config))
-    _check_tensors(moe, architecture)
-    return architecture
-
-
-def check_expert(moe: TensorSource, dense: DenseModel) -> MoeArchitecture:
-    """Check that a dense model's FFN can become an expert of a mixture; returns the mixture's.
-
-    Raises:
-        UpitError: naming the setting or tensor that does not fit, or as `inspect_moe`.
-    """
-    architecture = inspect_moe(moe)
-    form = _format_of(dense)
-    if form is not architecture.format:
-        raise UpitError(
-            f"Checkpoint {dense.label} is a {dense.config['model_type']} model, of which no expert "
-            f"of a {architecture.format.title} can be made; give one of the kind {moe.label} was "
-            "made from."
-        )
-    settings, theirs = architecture.dense_settings(), _settings(_dense_config(dense))
-    for name, value in settings.items():
-        # Embeddings are not taken over.
-        if name not in ("vocab_size", "tie_word_embeddings") and theirs[name] != value:
-            raise UpitError(
-                f"Checkpoint {dense.label} has {name} {theirs[name]}, {moe.label} has {value}; "
-                "give a checkpoint of the model it was made from."
-            )
-    shapes = dict(_expected_shapes(form, settings))
-    for layer in range(architecture.num_layers):
-        for name in (ffn_tensor(layer, projection) for projection in PROJECTIONS):
-            spec = dense.specs.get(name)
-            if spec is None or spec.shape != shapes[name]:
-                found = "lacks it" if spec is None else f"has it in shape {list(spec.shape)}"
-                raise UpitError(
-                    f"Checkpoint {dense.label} should have {name} of shape {list(shapes[name])} "
-                    f"but {found}; use a complete checkpoint."
-                )
-    return architecture
-
-
-def moe_shapes(
-    architecture: MoeArchitecture, num_experts: int
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor of a mixture with this many experts; the gates come last."""
-    form, settings = architecture.format, architecture.dense_settings()
-    layers, experts = range(architecture.num_layers), range(num_experts)
-    ffn = {ffn_tensor(layer, p): (layer, p) for layer in layers for p in PROJECTIONS}
-    for name, shape in _expected_shapes(form, settings):
-        if name not in ffn:
-            yield name, shape
-            continue
-        layer, projection = ffn[name]
-        for expert in experts:
-            yield form.expert_tensor(layer, expert, projection), shape
-    for name in form.gate_names(len(layers)):
-        yield name, (len(experts), settings["hidden_size"])
-
-
-def _check_tensors(moe: TensorSource, architecture: MoeArchitecture) -> None:
-    title, config = architecture.format.title, architecture.config
-    shapes = dict(moe_shapes(architecture, architecture.num_experts))
-    for name in moe.specs:
-        if name not in shapes and not _is_derived(name):
-            raise UpitError(
-                f"{moe.label} has the tensor {name}, which a {title} has not; the router needs a "
-                f"plain {title}, such as the output of a upit recipe."
-            )
-    if config.num_experts_per_tok > architecture.num_experts:
-        raise UpitError(
-            f"The config.json of {moe.label} routes a token to {config.num_experts_per_tok} of "
-            f"{architecture.num_experts} experts; correct num_experts_per_tok."
-        )
-    for name, shape in shapes.items():
-        spec = moe.specs.get(name)
-        if spec is None:
-            raise UpitError(
-                f"{moe.label} has no tensor {name}; the router needs a complete {title} under the "
-                "published names, such as the output of a upit recipe."
-            )
-        if spec.shape != shape:
-            raise UpitError(
-                f"{moe.label} has {name} of shape {list(spec.shape)}, its config.json says "
-                f"{list(shape)}; make the model again."
-            )

@@ -358,13 +358,6 @@ def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -
         ) from error
 
 
-def open_checkpoint(
-    reference: str, options: OpenOptions, *, role: str = "checkpoint"
-) -> Checkpoint:
-    """Open a local folder or a Hub id; see `resolve` for what is raised."""
-    return Checkpoint(reference, resolve(reference, options, role=role), options)
-
-
 def check_same_tensors(
     base: DenseModel, others: Sequence[DenseModel], names: Iterable[str]
 ) -> None:

@@ -22,7 +22,8 @@ from upit_merge.architecture import (
 from upit_merge.checkpoints import Checkpoint, OpenOptions, resolve
 from upit_merge.errors import UpitError
 from upit_merge.expansion.density import resolve_densities
-from upit_merge.recipe import Recipe, expand_models, split_reference
+from upit_merge.recipe import Recipe
+from upit_merge.references import expand_models, split_reference
 from upit_merge.shards import Shard, plan_shards
 from upit_merge.tensor_files import DenseModel
 from upit_merge.tokenizer import (

@@ -12,7 +12,7 @@ import yaml
 from upit_merge.checkpoints import looks_like_path
 from upit_merge.expansion.lineage import Lineage
 from upit_merge.formats import MoeFormat
-from upit_merge.recipe import split_reference
+from upit_merge.references import split_reference
 from upit_merge.report.tables import origin_of
 from upit_merge.tensor_files import DenseModel
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from upit_merge.architecture import check_expert
-from upit_merge.checkpoints import Checkpoint, open_checkpoint
+from upit_merge.adapters import open_model
+from upit_merge.checkpoints import Checkpoint, OpenOptions
 from upit_merge.device import resolve_devices
 from upit_merge.editing import Edit
 from upit_merge.errors import UpitError
+from upit_merge.mixture import check_expert
 from upit_merge.preflight import require_router_memory
 from upit_merge.processes import refuse_company
 from upit_merge.report.card import router_sentence, short_label, with_experts, with_router_sentence
@@ -38,6 +39,7 @@ from upit_merge.router.progress import Progress
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 from upit_merge.staging import REPORT, explained_failures, scratch_folder
+from upit_merge.tensor_files import DenseModel
 from upit_merge.tokenizer import load_tokenizer
 
 
@@ -82,7 +84,7 @@ def extend_output(
         edit = Edit(out, "extend")
         stack.enter_context(edit.begun())
         moe = stack.enter_context(opened_moe(out, str(out)))
-        dense = stack.enter_context(contextlib.closing(open_checkpoint(reference, options.open)))
+        dense = _opened(reference, options.open, stack)
         extended = ExtendedMoe(moe, check_expert(moe, dense), dense)
         model = LayerwiseMoe(extended, resolve_devices(options.device)[0])
         seeds = load_seed_set(
@@ -122,6 +124,15 @@ def extend_output(
         print(f"{dense.label} is expert {extended.expert} of {out}. {told}")
 
 
+def _opened(reference: str, options: OpenOptions, stack: contextlib.ExitStack) -> DenseModel:
+    """A dense model, or an adapter with its base."""
+
+    def open_base(label: str, folder: Path) -> Checkpoint:
+        return stack.enter_context(contextlib.closing(Checkpoint(label, folder, options)))
+
+    return stack.enter_context(contextlib.closing(open_model(reference, None, options, open_base)))
+
+
 def _refuse_joint(settings: RouterSettings, *, all_gates: bool) -> None:
     """Refuse settings that would change more than the new expert's gates."""
     if settings.trains_experts:
@@ -156,7 +167,7 @@ def _report(
     out: Path,
     fitted: RouterResult,
     extended: ExtendedMoe,
-    dense: Checkpoint,
+    dense: DenseModel,
     model: LayerwiseMoe,
     *,
     all_gates: bool,
@@ -180,7 +191,7 @@ def _report(
 
 
 def _write_card(
-    edit: Edit, extended: ExtendedMoe, dense: Checkpoint, changes: Mapping[str, Any]
+    edit: Edit, extended: ExtendedMoe, dense: DenseModel, changes: Mapping[str, Any]
 ) -> None:
     last = changes["extensions"][-1]
     row = f"| {extended.expert} | {short_label(dense.label)}, added later | |"

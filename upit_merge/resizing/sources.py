@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from upit_merge.architecture import MoeArchitecture, ffn_tensor, moe_shapes
+from upit_merge.architecture import ffn_tensor
+from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
 from upit_merge.formats import PROJECTIONS
-from upit_merge.tensor_files import TensorSpec, all_finite
-
-
-class RowSource(Protocol):
-    """A model on disk, read by row ranges."""
-
-    @property
-    def label(self) -> str: ...
-
-    @property
-    def config(self) -> Mapping[str, Any]: ...
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]: ...
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, on the CPU."""
+from upit_merge.mixture import MoeArchitecture, moe_shapes
+from upit_merge.tensor_files import DenseModel, TensorSpec, all_finite
 
 
 class ResizedMoe:
@@ -40,7 +25,7 @@ class ResizedMoe:
         num_experts: How many there are to be.
     """
 
-    def __init__(self, moe: RowSource, architecture: MoeArchitecture, num_experts: int) -> None:
+    def __init__(self, moe: Checkpoint, architecture: MoeArchitecture, num_experts: int) -> None:
         form = architecture.format
         self._moe = moe
         dtype = moe.specs[form.gate_tensor(0)].dtype
@@ -69,7 +54,7 @@ class ExtendedMoe(ResizedMoe):
     Of its gates only the shape is known.
     """
 
-    def __init__(self, moe: RowSource, architecture: MoeArchitecture, dense: RowSource) -> None:
+    def __init__(self, moe: Checkpoint, architecture: MoeArchitecture, dense: DenseModel) -> None:
         super().__init__(moe, architecture, architecture.num_experts + 1)
         self.expert = architecture.num_experts
         self._dense = dense
@@ -125,7 +110,7 @@ class ShrunkMoe(ResizedMoe):
 
     def __init__(
         self,
-        moe: RowSource,
+        moe: Checkpoint,
         architecture: MoeArchitecture,
         groups: Groups,
         gates: Sequence[Tensor],

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upit_merge.architecture import MoeArchitecture, ffn_tensor, inspect_moe
+from upit_merge.architecture import ffn_tensor
 from upit_merge.blocks import progress_bar
 from upit_merge.errors import UpitError
 from upit_merge.formats import PROJECTIONS
+from upit_merge.mixture import MoeArchitecture, inspect_moe
 from upit_merge.router.layerwise import LOGIT_ROWS
 from upit_merge.router.seed_tokens import TokenizedSample
 from upit_merge.router.settings import UpitObjective

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upit_merge.architecture import inspect_moe
 from upit_merge.blocks import map_in_order
 from upit_merge.formats import PROJECTIONS
+from upit_merge.mixture import inspect_moe
 from upit_merge.router.packed import MEAN, Batch, PackedStates, Stream
 from upit_merge.router.seed_tokens import TokenizedSample
 from upit_merge.tensor_files import TensorSource

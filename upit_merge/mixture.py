@@ -1,0 +1,162 @@
+"""A mixture of experts that is there: what it is, and what fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from upit_merge.architecture import (
+    dense_shapes,
+    ffn_tensor,
+    format_of,
+    is_derived,
+    read_dense_config,
+    shared_settings,
+)
+from upit_merge.errors import UpitError
+from upit_merge.formats import FORMATS, PROJECTIONS, MoeFormat
+from upit_merge.tensor_files import DenseModel, TensorSource
+
+
+@dataclass(frozen=True)
+class MoeArchitecture:
+    """A mixture that is there.
+
+    Attributes:
+        format: Its names.
+        config: transformers' view of its configuration.
+        num_experts, intermediate_size: Of every layer.
+    """
+
+    format: MoeFormat
+    config: Any
+    num_experts: int
+    intermediate_size: int
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    def dense_config(self, **changes: Any) -> Any:
+        """One expert's configuration as a dense model."""
+        fields = self.format.dense_fields(self.config) | changes
+        fields = {k: v for k, v in fields.items() if k not in ("model_type", "dtype")}
+        return self.format.modules().dense_config(**fields)
+
+    def dense_settings(self) -> dict[str, Any]:
+        """The settings of `DenseArchitecture` that a dense model would have to share."""
+        settings = shared_settings(self.dense_config())
+        if settings["head_dim"] is None:
+            settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
+        return settings
+
+
+def inspect_moe(moe: TensorSource) -> MoeArchitecture:
+    """Check that a folder is a mixture, with every tensor under its published name.
+
+    Raises:
+        UpitError: its configuration is of another kind or not valid, or naming the tensor that is
+            missing, has another shape or should not be there.
+    """
+    form = FORMATS.get(str(moe.config.get("model_type")))
+    if form is None:
+        titles = " or ".join(form.title for form in FORMATS.values())
+        raise UpitError(
+            f"{moe.label} has model_type {moe.config.get('model_type')!r}; the router needs a "
+            f"{titles} folder, such as the output of a upit recipe."
+        )
+    try:
+        config = form.modules().moe_config.from_dict(dict(moe.config))
+    except Exception as error:  # validation errors of transformers and of huggingface_hub
+        reason = " ".join(str(error).split())
+        raise UpitError(
+            f"The config.json of {moe.label} is not a valid {form.title} configuration ({reason}); "
+            "make the model again."
+        ) from None
+    if unfit := form.unfit_moe(config):
+        raise UpitError(f"{moe.label} {unfit}; use a model of which every layer is a mixture.")
+    architecture = MoeArchitecture(form, config, *form.sizes(config))
+    _check_tensors(moe, architecture)
+    return architecture
+
+
+def check_expert(moe: TensorSource, dense: DenseModel) -> MoeArchitecture:
+    """Check that a dense model's FFN can become an expert of a mixture; returns the mixture's.
+
+    Raises:
+        UpitError: naming the setting or tensor that does not fit, or as `inspect_moe`.
+    """
+    architecture = inspect_moe(moe)
+    form = format_of(dense)
+    if form is not architecture.format:
+        raise UpitError(
+            f"Checkpoint {dense.label} is a {dense.config['model_type']} model, of which no expert "
+            f"of a {architecture.format.title} can be made; give one of the kind {moe.label} was "
+            "made from."
+        )
+    settings, theirs = architecture.dense_settings(), shared_settings(read_dense_config(dense))
+    for name, value in settings.items():
+        # Embeddings are not taken over.
+        if name not in ("vocab_size", "tie_word_embeddings") and theirs[name] != value:
+            raise UpitError(
+                f"Checkpoint {dense.label} has {name} {theirs[name]}, {moe.label} has {value}; "
+                "give a checkpoint of the model it was made from."
+            )
+    shapes = dict(dense_shapes(form, settings))
+    for layer in range(architecture.num_layers):
+        for name in (ffn_tensor(layer, projection) for projection in PROJECTIONS):
+            spec = dense.specs.get(name)
+            if spec is None or spec.shape != shapes[name]:
+                found = "lacks it" if spec is None else f"has it in shape {list(spec.shape)}"
+                raise UpitError(
+                    f"Checkpoint {dense.label} should have {name} of shape {list(shapes[name])} "
+                    f"but {found}; use a complete checkpoint."
+                )
+    return architecture
+
+
+def moe_shapes(
+    architecture: MoeArchitecture, num_experts: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every tensor of a mixture with this many experts; the gates come last."""
+    form, settings = architecture.format, architecture.dense_settings()
+    layers, experts = range(architecture.num_layers), range(num_experts)
+    ffn = {ffn_tensor(layer, p): (layer, p) for layer in layers for p in PROJECTIONS}
+    for name, shape in dense_shapes(form, settings):
+        if name not in ffn:
+            yield name, shape
+            continue
+        layer, projection = ffn[name]
+        for expert in experts:
+            yield form.expert_tensor(layer, expert, projection), shape
+    for name in form.gate_names(len(layers)):
+        yield name, (len(experts), settings["hidden_size"])
+
+
+def _check_tensors(moe: TensorSource, architecture: MoeArchitecture) -> None:
+    title, config = architecture.format.title, architecture.config
+    shapes = dict(moe_shapes(architecture, architecture.num_experts))
+    for name in moe.specs:
+        if name not in shapes and not is_derived(name):
+            raise UpitError(
+                f"{moe.label} has the tensor {name}, which a {title} has not; the router needs a "
+                f"plain {title}, such as the output of a upit recipe."
+            )
+    if config.num_experts_per_tok > architecture.num_experts:
+        raise UpitError(
+            f"The config.json of {moe.label} routes a token to {config.num_experts_per_tok} of "
+            f"{architecture.num_experts} experts; correct num_experts_per_tok."
+        )
+    for name, shape in shapes.items():
+        spec = moe.specs.get(name)
+        if spec is None:
+            raise UpitError(
+                f"{moe.label} has no tensor {name}; the router needs a complete {title} under the "
+                "published names, such as the output of a upit recipe."
+            )
+        if spec.shape != shape:
+            raise UpitError(
+                f"{moe.label} has {name} of shape {list(spec.shape)}, its config.json says "
+                f"{list(shape)}; make the model again."
+            )
