@@ -238,18 +238,18 @@ def _edit_trials(kind: str, recipe: Path, before: Path, out: Path) -> Iterator[A
         return state
 
     # Of writing and flushing there is much, and all of it aside: not every moment is tried.
-    for name, step in (("replace", 1), ("unlink", 1), ("pwrite", 9), ("fsync", 4)):
+    for name, step in (("replace", 1), ("unlink", 2), ("pwrite", 25), ("fsync", 12)):
         for count in range(1, 200, step):
             shutil.copytree(before, out)
 
             def edit_and_die(name: str = name, count: int = count) -> None:
                 original, left = getattr(os, name), [count]
 
-                def counted(*args: Any) -> Any:
+                def counted(*args: Any, **kwargs: Any) -> Any:
                     left[0] -= 1
                     if not left[0]:
                         os.kill(os.getpid(), signal.SIGKILL)
-                    return original(*args)
+                    return original(*args, **kwargs)
 
                 setattr(os, name, counted)
                 edited(kind, recipe, out)
@@ -259,7 +259,7 @@ def _edit_trials(kind: str, recipe: Path, before: Path, out: Path) -> Iterator[A
             if state["status"] == 0:
                 break
     generator = random.Random(0)
-    for _ in range(8):
+    for _ in range(4):
         shutil.copytree(before, out)
         pid = forked(lambda: edited(kind, recipe, out))
         time.sleep(generator.uniform(0, longest))

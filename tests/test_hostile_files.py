@@ -23,7 +23,7 @@ from tests.test_bad_input import (
     run,
     sharded,
 )
-from upit_merge.checkpoints import OpenOptions, open_checkpoint, resolve
+from upit_merge.checkpoints import Checkpoint, OpenOptions, resolve
 from upit_merge.cli import main as upit_merge
 from upit_merge.errors import UpitError
 
@@ -124,7 +124,8 @@ def test_a_link_in_an_output(family: Family) -> None:
 
 
 def opened(reference: Path | str, **options: Any) -> list[str]:
-    checkpoint = open_checkpoint(str(reference), OpenOptions(**options))
+    allowed = OpenOptions(**options)
+    checkpoint = Checkpoint(str(reference), resolve(str(reference), allowed), allowed)
     checkpoint.tensor(UP)
     checkpoint.close()
     return sorted(checkpoint.specs)

@@ -219,6 +219,15 @@ router_settings: dict[str, st.SearchStrategy[Any]] = {
     ),
 }
 
+
+def _has_idle_density(document: Document) -> bool:
+    """Of a model, although nothing is grown."""
+    copies = (document.get("parameters") or {}).get("expansion") == "copy"
+    return copies and any(
+        (model.get("parameters") or {}).get("density") is not None for model in document["models"]
+    )
+
+
 recipes = mappings(
     {
         "merge_method": st.just("upit"),
@@ -278,6 +287,8 @@ recipes = mappings(
         **router_settings,
     ),
 )
+
+recipes = recipes.filter(lambda document: not _has_idle_density(document))
 
 anything: st.SearchStrategy[Any] = st.recursive(
     st.none()

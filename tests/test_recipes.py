@@ -6,12 +6,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import Family
+from tests.lora import save_adapter
+from tests.naive import PROJECTIONS, load_model
+from tests.test_upcycling import unlike_naive
 from upit_merge.cli import main as upit_merge
 from upit_merge.recipe import load_recipe
 
@@ -27,10 +31,16 @@ def domains(family: Family) -> None:
         shutil.copytree(folder, family.root / "experts" / domain)
 
 
+def adapters(family: Family) -> None:
+    for index, skill in enumerate(("code", "math", "wiki")):
+        save_adapter(family.base, family.root / "adapters" / skill, seed=index)
+
+
 # What a recipe's models: are, where they are not `./base` and `./sft/checkpoint-*`.
 BUILDERS: dict[str, Callable[[Family], None]] = {
     "btx.yml": domains,
     "drop-upcycling.yml": one_model,
+    "self-moe.yml": adapters,
     "sparse-upcycling.yml": one_model,
 }
 
@@ -58,6 +68,45 @@ def test_recipes_run_on_models_laid_out_as_they_say(
     assert verified.exit_code == 0, verified.output
 
 
+def run_recipe_file(name: str, family: Family, monkeypatch: pytest.MonkeyPatch) -> Path:
+    family.seed_file(count=150)
+    BUILDERS[name](family)
+    monkeypatch.chdir(family.root)
+    path = next(path for path in RECIPES if path.name == name)
+    assert CliRunner().invoke(upit_merge, ["run", str(path), "out", "--quiet"]).exit_code == 0
+    return family.root / "out"
+
+
+@pytest.mark.parametrize("name", ["sparse-upcycling.yml", "drop-upcycling.yml"])
+def test_upcycled_models_are_the_naive_ones(family: Family, monkeypatch, name: str) -> None:
+    out = run_recipe_file(name, family, monkeypatch)
+    assert unlike_naive(family, out, [len(family.checkpoints) - 1]) == []
+
+
+def test_branch_train_mix_is_the_naive_one(family: Family, monkeypatch) -> None:
+    """Experts as they are, to the bit; all else the mean of the models, in numpy."""
+    written = load_model(run_recipe_file("btx.yml", family, monkeypatch))
+    models = [load_model(family.root / "experts" / name) for name in ("code", "math", "wiki")]
+    expected = {}
+    for name, tensor in models[0].items():
+        if ".mlp." not in name:
+            mean = np.mean([model[name].double().numpy() for model in models], axis=0)
+            torch.testing.assert_close(
+                written[name].double(), torch.from_numpy(mean), rtol=2**-8, atol=0
+            )
+            assert written[name].dtype == torch.bfloat16
+            continue
+        layer, projection = name.split(".")[2], name.split(".")[4]
+        for expert, model in enumerate(models):
+            target = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+            expected[f"{target}.{PROJECTIONS[projection]}.weight"] = model[name].bfloat16()
+        assert tensor.dtype == torch.float32
+    for name, tensor in expected.items():
+        assert torch.equal(written[name], tensor), name
+    gates = {name for name in written if name.endswith("gate.weight")}
+    assert written.keys() - gates == expected.keys() | {n for n in models[0] if ".mlp." not in n}
+
+
 def test_the_table_of_recipes_has_a_row_for_each() -> None:
     table = (RECIPES[0].parent / "README.md").read_text()
     for path in RECIPES:
@@ -67,11 +116,8 @@ def test_the_table_of_recipes_has_a_row_for_each() -> None:
 def test_the_sparse_upcycling_recipe_computes_what_the_dense_model_does(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one_model(family)
-    monkeypatch.chdir(family.root)
-    path = next(path for path in RECIPES if path.name == "sparse-upcycling.yml")
-    assert CliRunner().invoke(upit_merge, ["run", str(path), "out", "--quiet"]).exit_code == 0
+    out = run_recipe_file("sparse-upcycling.yml", family, monkeypatch)
     ids = torch.arange(3, 40).unsqueeze(0)
     dense = AutoModelForCausalLM.from_pretrained("model", dtype=torch.bfloat16).float()
-    moe = AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32)
+    moe = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     torch.testing.assert_close(moe(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
