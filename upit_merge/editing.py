@@ -52,6 +52,12 @@ class Edit:
         """The files that will take the place of the model's own."""
         return self.root / "model"
 
+    def emptied(self) -> Path:
+        """`model`, without what a call that was killed has left in it."""
+        shutil.rmtree(self.model, ignore_errors=True)
+        self.model.mkdir(parents=True)
+        return self.model
+
     @property
     def progress(self) -> Path:
         """What is done of the work, for a call that was cut off."""

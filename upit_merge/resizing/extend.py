@@ -112,7 +112,7 @@ def extend_output(
             stem = f"model-expert-{extended.expert:05d}"
             layout = extended_layout(moe, extended, names, stem, options.max_shard_bytes)
             named = named_gates(model.format, fitted.gates)
-            write_model(edit, layout, extended, named, quiet=options.quiet)
+            write_model(edit.emptied(), layout, extended, named, quiet=options.quiet)
             changes = _report(out, fitted, extended, dense, model, all_gates=all_gates)
             write_report(edit, layout, changes)
             _write_card(edit, extended, dense, changes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,21 +110,20 @@ def shrunk_layout(
 
 
 def write_model(
-    edit: Edit, layout: Layout, source: ResizedMoe, added: Mapping[str, Any], *, quiet: bool
+    folder: Path, layout: Layout, source: ResizedMoe, added: Mapping[str, Any], *, quiet: bool
 ) -> None:
-    """Write what is new into the edit's folder: weights, index, `config.json`.
+    """Write what is new into a folder: weights, index, `config.json`.
 
     Args:
+        folder: Must be there.
         added: Tensors that are in memory, by name, instead of the source's.
 
     Raises:
         UpitError: a tensor is broken.
         ResumableError: the files do not fit the disk.
     """
-    shutil.rmtree(edit.model, ignore_errors=True)  # of a call that was killed
-    edit.model.mkdir(parents=True)
     total = sum(shard.num_bytes for shard in layout.written)
-    require_space(edit.model, total, "the changed files")
+    require_space(folder, total, "the changed files")
     blocks = [
         (spec, start, stop)
         for shard in layout.written
@@ -133,7 +131,7 @@ def write_model(
         for start, stop in row_blocks(spec, _BLOCK_ELEMENTS)
     ]
     with (
-        ShardWriter(edit.model, layout.written) as writer,
+        ShardWriter(folder, layout.written) as writer,
         progress_bar(total, "writing", quiet=quiet) as bar,
     ):
 
@@ -147,8 +145,8 @@ def write_model(
         for done in map_in_order(write, blocks, workers=2):
             bar.update(done)
     if len(layout.shards) > 1:
-        write_json(edit.model / WEIGHT_INDEX, shard_index(layout.shards))
-    write_json(edit.model / "config.json", source.config)
+        write_json(folder / WEIGHT_INDEX, shard_index(layout.shards))
+    write_json(folder / "config.json", source.config)
 
 
 def write_report(edit: Edit, layout: Layout, changes: Mapping[str, Any]) -> None:

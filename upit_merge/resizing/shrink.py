@@ -15,6 +15,7 @@ from upit_merge.checkpoints import Checkpoint
 from upit_merge.device import resolve_devices
 from upit_merge.editing import Edit
 from upit_merge.errors import UpitError
+from upit_merge.mixture import MoeArchitecture
 from upit_merge.preflight import require_router_memory
 from upit_merge.processes import refuse_company
 from upit_merge.report.card import with_experts
@@ -80,11 +81,11 @@ def shrink_output(
         with edit.interruptible("the model is as it was"):
             found = routing_statistics(stage)
             groups = _groups(found, num_experts)
-            gates = _mean_gates(moe, model, groups)
+            gates = mean_gates(moe, model.architecture, groups)
             shrunk = ShrunkMoe(moe, model.architecture, groups, gates)
             names = model.format.gate_names(model.num_layers)
             layout = shrunk_layout(moe, shrunk, names, options.max_shard_bytes)
-            write_model(edit, layout, shrunk, {}, quiet=options.quiet)
+            write_model(edit.emptied(), layout, shrunk, {}, quiet=options.quiet)
             record = _record(model, found, groups, stage)
             changes: dict[str, Any] = {"shrunk": [*read_report(out).get("shrunk", []), record]}
             if router := read_report(out).get("router"):
@@ -123,10 +124,11 @@ def _groups(found: RoutingStatistics, num_experts: int) -> list[list[Group]]:
     ]
 
 
-def _mean_gates(moe: Checkpoint, model: LayerwiseMoe, groups: Groups) -> list[Tensor]:
+def mean_gates(moe: Checkpoint, architecture: MoeArchitecture, groups: Groups) -> list[Tensor]:
     """Routing vectors of the groups: on a token, the mean of what the members' would say."""
     gates = []
-    for name, row in zip(model.format.gate_names(model.num_layers), groups, strict=True):
+    names = architecture.format.gate_names(architecture.num_layers)
+    for name, row in zip(names, groups, strict=True):
         gate = moe.tensor(name).float()
         shares = torch.zeros(len(row), len(gate))
         for index, group in enumerate(row):
