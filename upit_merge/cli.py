@@ -180,7 +180,8 @@ def shrink(
     """Merge experts of the MoE in the folder OUT, which is changed in place, until few are left.
 
     Which ones: those the router uses least join the ones it judges alike, layer by layer, on the
-    tokens of --data. After MC-SMoE (arXiv 2310.01334).
+    tokens of --data. After MC-SMoE (arXiv 2310.01334); for experts of one origin, as upcycled ones
+    are: others would have to have their neurons aligned first, which is not done.
     """
     from upit_merge.checkpoints import OpenOptions
     from upit_merge.resizing.rewriting import ResizeOptions
