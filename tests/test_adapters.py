@@ -24,7 +24,7 @@ from tests.conftest import Family, build_family
 from tests.lora import save_adapter, with_adapters
 from tests.naive import PROJECTIONS, load_model
 from upit_merge import resume
-from upit_merge.adapters import Adapter, open_model
+from upit_merge.adapters.adapter import Adapter, open_model
 from upit_merge.checkpoints import Checkpoint, OpenOptions
 from upit_merge.cli import main as upit_merge
 from upit_merge.expansion.factors import LowRank, factor_gram

@@ -32,7 +32,7 @@ from tests.test_bad_input import (
     snapshot,
     without,
 )
-from upit_merge.adapters import open_model
+from upit_merge.adapters.adapter import open_model
 from upit_merge.checkpoints import Checkpoint, OpenOptions
 from upit_merge.errors import UpitError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from upit_merge.adapters import open_model, warn_of_unlike_adapters
+from upit_merge.adapters.adapter import open_model, warn_of_unlike_adapters
 from upit_merge.architecture import (
     DenseArchitecture,
     default_dtype,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from upit_merge.adapters import Adapter
+from upit_merge.adapters.adapter import Adapter
 from upit_merge.device import merge_workers
 from upit_merge.expansion.experts import ExpertBuilder, Sink, block_bytes, write_experts
 from upit_merge.expansion.growth import needs_gram, plan_lineage

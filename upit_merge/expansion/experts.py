@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from upit_merge.adapters import Adapter
+from upit_merge.adapters.adapter import Adapter
 from upit_merge.architecture import DenseArchitecture
 from upit_merge.blocks import map_in_order, progress_bar, row_blocks
 from upit_merge.errors import UpitError

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from upit_merge.adapters import open_model
+from upit_merge.adapters.adapter import open_model
 from upit_merge.checkpoints import Checkpoint, OpenOptions
 from upit_merge.device import resolve_devices
 from upit_merge.editing import Edit

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from upit_merge.adapter_config import (
+from upit_merge.adapters.config import (
     CONFIG,
     AdapterConfig,
     read_adapter_config,
     refuse_other_base,
 )
-from upit_merge.adapter_files import Change, open_weights, read_changes
+from upit_merge.adapters.files import Change, open_weights, read_changes
 from upit_merge.checkpoints import (
     Checkpoint,
     OpenOptions,

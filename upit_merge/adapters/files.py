@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from upit_merge.adapter_config import CONFIG, AdapterConfig
+from upit_merge.adapters.config import CONFIG, AdapterConfig
 from upit_merge.checkpoints import Checkpoint, OpenOptions, PickleFile, own_file
 from upit_merge.errors import UpitError
 from upit_merge.formats import PROJECTIONS
