@@ -35,9 +35,8 @@ from upit_merge.recipe import RouterSettings, parse_recipe  # noqa: E402
 from upit_merge.router.evaluation import Evaluation, Groups, run_mixture  # noqa: E402
 from upit_merge.router.gate_files import opened_moe  # noqa: E402
 from upit_merge.router.layerwise import LayerwiseMoe  # noqa: E402
-from upit_merge.router.pretrain import load_seed_set  # noqa: E402
+from upit_merge.router.pretrain import seed_set_for  # noqa: E402
 from upit_merge.router.stage import RouterStage  # noqa: E402
-from upit_merge.tokenizer import load_tokenizer  # noqa: E402
 
 Result = dict[str, Any]
 Rules = dict[str, dict[str, Any]]
@@ -75,14 +74,7 @@ def perplexity(folder: Path, data: Path, sample: int | None) -> float:
     settings = RouterSettings(data=str(data), sample=sample)
     with opened_moe(folder) as moe, tempfile.TemporaryDirectory() as scratch:
         model = LayerwiseMoe(moe, CPU)
-        samples = load_seed_set(
-            settings,
-            load_tokenizer(folder),
-            context=model.context,
-            vocab_size=model.vocab_size,
-            seed=0,
-            column="domain",
-        )
+        samples = seed_set_for(model, folder, settings, 0, column="domain")
         stage = RouterStage(model, samples, settings, 0, Path(scratch), quiet=True)
         sums, routing = run_mixture(stage)
     groups = Groups.of(samples.samples)

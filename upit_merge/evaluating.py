@@ -24,13 +24,12 @@ from upit_merge.router.buckets import assign_by_loss
 from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
 from upit_merge.router.gate_files import opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import load_seed_set, refined_gates
+from upit_merge.router.pretrain import refined_gates, seed_set_for
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 from upit_merge.router.worth import measure_worth
 from upit_merge.staging import REPORT, explained_failures
 from upit_merge.text_files import write_json
-from upit_merge.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,15 +93,14 @@ def _evaluate(
         tempfile.TemporaryDirectory() as scratch,
     ):
         model = LayerwiseMoe(moe, resolve_devices(options.device)[0])
-        tokenizer = load_tokenizer(out, trust_remote_code=options.trust_remote_code)
 
         def stage(settings: RouterSettings, seed: int, column: str | None = None) -> RouterStage:
-            seeds = load_seed_set(
+            seeds = seed_set_for(
+                model,
+                out,
                 settings,
-                tokenizer,
-                context=model.context,
-                vocab_size=model.vocab_size,
-                seed=seed,
+                seed,
+                trust_remote_code=options.trust_remote_code,
                 column=column,
             )
             return RouterStage(

@@ -27,13 +27,12 @@ from upit_merge.report.tables import show
 from upit_merge.resume import Saver
 from upit_merge.router.gate_files import gates_digest, opened_moe, tensors_digest
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import load_seed_set, pretrain_router
+from upit_merge.router.pretrain import pretrain_router, seed_set_for
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 from upit_merge.staging import REPORT
 from upit_merge.tensor_files import TensorSpec
 from upit_merge.text_files import write_json
-from upit_merge.tokenizer import load_tokenizer
 
 RECIPE_COPY = "mergekit_config.yml"
 
@@ -300,12 +299,12 @@ def _fitted_gates(
 ) -> Sequence[torch.Tensor]:
     settings = RouterSettings.model_validate(told["settings"])
     model = LayerwiseMoe(moe, merger.devices[0])
-    seeds = load_seed_set(
+    seeds = seed_set_for(
+        model,
+        moe.folder,
         settings,
-        load_tokenizer(moe.folder, trust_remote_code=options.open.trust_remote_code),
-        context=model.context,
-        vocab_size=model.vocab_size,
-        seed=told["seed"],
+        told["seed"],
+        trust_remote_code=options.open.trust_remote_code,
     )
     with tempfile.TemporaryDirectory() as scratch:
         stage = RouterStage(

@@ -93,14 +93,13 @@ def model_card(
         "| expert | grown from | share of each checkpoint |",
         "|---|---|---|",
     ]
+    names = _told_apart([checkpoint.label for checkpoint in checkpoints])
     for index, expert in enumerate(lineage.experts):
         if expert.checkpoint is not None:
-            lines.append(f"| {index} | {short_label(checkpoints[expert.checkpoint].label)} | |")
+            lines.append(f"| {index} | {names[expert.checkpoint]} | |")
             continue
         shares = ", ".join(
-            f"{short_label(checkpoints[i].label)} {share:.0%}"
-            for i, share in enumerate(expert.weights)
-            if share
+            f"{names[i]} {share:.0%}" for i, share in enumerate(expert.weights) if share
         )
         lines.append(f"| {index} | {origin_of(lineage, index)} | {shares} |")
     lines += [
@@ -201,6 +200,15 @@ def _assigned(rule: Any) -> str:
     if rule == "shuffled":
         return "each assigned to an expert at random (a control)"
     return "each assigned to an expert by its perplexity"
+
+
+def _told_apart(labels: Sequence[str]) -> list[str]:
+    """Short labels; with the folder they are in where several would be the same."""
+    short = [short_label(label) for label in labels]
+    return [
+        "/".join(Path(label).parts[-2:]) if short.count(name) > 1 else name
+        for label, name in zip(labels, short, strict=True)
+    ]
 
 
 def short_label(label: str) -> str:

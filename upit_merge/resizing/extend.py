@@ -34,13 +34,12 @@ from upit_merge.router import objectives
 from upit_merge.router.command import router_identity
 from upit_merge.router.gate_files import gates_digest, named_gates, opened_moe, tensors_digest
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
+from upit_merge.router.pretrain import RouterResult, pretrain_router, seed_set_for
 from upit_merge.router.progress import Progress
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 from upit_merge.staging import REPORT, explained_failures, scratch_folder
 from upit_merge.tensor_files import DenseModel
-from upit_merge.tokenizer import load_tokenizer
 
 
 def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
@@ -87,12 +86,12 @@ def extend_output(
         dense = _opened(reference, options.open, stack)
         extended = ExtendedMoe(moe, check_expert(moe, dense), dense)
         model = LayerwiseMoe(extended, resolve_devices(options.device)[0])
-        seeds = load_seed_set(
+        seeds = seed_set_for(
+            model,
+            out,
             settings,
-            load_tokenizer(out, trust_remote_code=options.open.trust_remote_code),
-            context=model.context,
-            vocab_size=model.vocab_size,
-            seed=options.seed,
+            options.seed,
+            trust_remote_code=options.open.trust_remote_code,
         )
         require_router_memory(model, [len(s.input_ids) for s in seeds.samples], settings, out)
         added = {"model": file_states(dense.files(), ""), "all gates": all_gates}

@@ -33,11 +33,10 @@ from upit_merge.resizing.sources import Group, Groups, ShrunkMoe
 from upit_merge.router.command import router_identity
 from upit_merge.router.gate_files import gates_digest, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import load_seed_set
+from upit_merge.router.pretrain import seed_set_for
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 from upit_merge.staging import explained_failures, scratch_folder
-from upit_merge.tokenizer import load_tokenizer
 
 
 def shrink_output(
@@ -62,12 +61,12 @@ def shrink_output(
         stack.enter_context(edit.begun())
         moe = stack.enter_context(opened_moe(out, str(out)))
         model = LayerwiseMoe(moe, resolve_devices(options.device)[0])
-        seeds = load_seed_set(
+        seeds = seed_set_for(
+            model,
+            out,
             settings,
-            load_tokenizer(out, trust_remote_code=options.open.trust_remote_code),
-            context=model.context,
-            vocab_size=model.vocab_size,
-            seed=options.seed,
+            options.seed,
+            trust_remote_code=options.open.trust_remote_code,
         )
         wanted = {**router_identity(seeds, settings, options.seed), "experts": num_experts}
         if edit.finished == wanted:

@@ -24,14 +24,13 @@ from upit_merge.report.tables import show_buckets
 from upit_merge.resume import NO_MATTER, file_states
 from upit_merge.router.gate_files import PatchedCopies, named_gates, opened_moe
 from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
+from upit_merge.router.pretrain import RouterResult, pretrain_router, seed_set_for
 from upit_merge.router.progress import Progress
 from upit_merge.router.seed_tokens import SeedSet
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 from upit_merge.staging import REPORT, explained_failures, scratch_folder
 from upit_merge.text_files import replace_text, write_json
-from upit_merge.tokenizer import load_tokenizer
 
 LOG = logging.getLogger(__name__)
 
@@ -100,13 +99,7 @@ def train_router(
         with processes.together():
             moe = stack.enter_context(opened_moe(out, str(out)))
             model = LayerwiseMoe(moe, resolve_devices(device)[0])
-            seeds = load_seed_set(
-                settings,
-                load_tokenizer(out, trust_remote_code=trust_remote_code),
-                context=model.context,
-                vocab_size=model.vocab_size,
-                seed=seed,
-            )
+            seeds = seed_set_for(model, out, settings, seed, trust_remote_code=trust_remote_code)
             lengths = [len(sample.input_ids) for sample in seeds.samples]
             require_router_memory(model, lengths, settings, out)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from upit_merge.router.seed_tokens import SeedSet, tokenize_seed_data
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 from upit_merge.tensor_files import TensorSource
+from upit_merge.tokenizer import load_tokenizer
 
 
 class ExpertSink(Protocol):
@@ -75,6 +77,26 @@ def load_seed_set(
         max_length=settings.max_length,
         context=context,
         vocab_size=vocab_size,
+    )
+
+
+def seed_set_for(
+    model: LayerwiseMoe,
+    folder: Path,
+    settings: RouterSettings,
+    seed: int,
+    *,
+    trust_remote_code: bool = False,
+    column: str | None = None,
+) -> SeedSet:
+    """The seed data as a mixture takes it, with the tokenizer in a folder; see `load_seed_set`."""
+    return load_seed_set(
+        settings,
+        load_tokenizer(folder, trust_remote_code=trust_remote_code),
+        context=model.context,
+        vocab_size=model.vocab_size,
+        seed=seed,
+        column=column,
     )
 
 
