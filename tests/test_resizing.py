@@ -22,10 +22,11 @@ from tests.conftest import Family, build_family, byte_tokenizer
 from tests.crash import contents
 from tests.lora import save_adapter
 from tests.naive import PROJECTIONS, load_model
-from tests.test_output import load
+from tests.test_output import LLAMA3_ROPE, load
 from tests.test_resume import crash
 from upit_merge.cli import main
 from upit_merge.resizing.grouping import group_experts
+from upit_merge.shards import ShardWriter
 from upit_merge.staging import EDIT_STAGING
 
 
@@ -432,3 +433,188 @@ def test_an_adapter_becomes_an_expert(four, moe, tmp_path) -> None:
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert "| 4 | adapter, added later | |" in (moe / "README.md").read_text()
     done("verify", moe)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_cuda_does_what_the_cpu_does(tmp_path, merge, kind: str) -> None:
+    """The same experts; gates within rounding."""
+    family = build_family(tmp_path / "f", count=4, kind=kind)
+    models = [str(path) for path in family.checkpoints[:3]]
+    router = {"data": str(family.seed_file())}
+    out = merge(family.recipe(models=models, parameters={"num_experts": 4}, router=router))
+    found = []
+    for device in ("cpu", "cuda"):
+        folder = shutil.copytree(out, tmp_path / device / "out")
+        done(*extend(folder, family, "--device", device))
+        done(*shrink(folder, family, 3, "--device", device))
+        found.append(load_model(folder))
+    for name, tensor in found[0].items():
+        if is_gate(name):
+            torch.testing.assert_close(found[1][name], tensor, rtol=0.02, atol=1e-3)
+        elif ".experts." not in name:
+            assert torch.equal(found[1][name], tensor)
+        else:
+            torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+# ---- what others write -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_model_that_transformers_saved(tmp_path, merge, kind: str) -> None:
+    """Its config.json spells the number of experts otherwise; the result loads all the same."""
+    family = build_family(tmp_path / "f", count=3, kind=kind)
+    out = merge(family.recipe(parameters={"num_experts": 4}))
+    tensors = load_model(out)
+    config = json.loads((out / "config.json").read_text())
+    load(out).config.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(saved | {"num_experts": 4}))
+    assert config["torch_dtype"] == saved["dtype"]
+    done("extend", out, "--model", family.base, "--data", family.seed_file(), "--quiet")
+    assert load(out).config.num_local_experts == 5
+    done(*shrink(out, family, 3))
+    assert load(out).config.num_local_experts == 3
+    after = load_model(out)
+    assert all(torch.equal(after[n], t) for n, t in tensors.items() if ".self_attn." in n)
+
+
+def test_files_of_others_survive_a_later_run(four, moe, tmp_path) -> None:
+    (moe / "notes.md").write_text("mine")
+    done(*extend(moe, four))
+    done(*shrink(moe, four, 3))
+    recipe = tmp_path / "again.yml"
+    recipe.write_text((moe / "mergekit_config.yml").read_text())
+    done("run", recipe, moe, "--overwrite", "--quiet")
+    assert (moe / "notes.md").read_text() == "mine"
+    assert not list(moe.glob("model-expert*"))
+    done("verify", moe)
+
+
+TRAINED = ["--objective", "upit", "--upit-train-experts", "--upit-epochs", "1"]
+
+
+@pytest.mark.parametrize("extended_first", [True, False])
+def test_trained_experts_are_verified_beside_added_ones(four, moe, extended_first: bool) -> None:
+    train = ["router", moe, "--data", four.seed_file(), "--quiet", *TRAINED]
+    steps = [extend(moe, four, "--all-gates"), train]
+    for words in steps if extended_first else reversed(steps):
+        done(*words)
+        done("verify", moe)
+
+
+def test_scaled_rotary_embeddings_are_left_alone(tmp_path, merge) -> None:
+    family = build_family(tmp_path / "f", count=3, rope_parameters=LLAMA3_ROPE)
+    out = merge(family.recipe(router={"data": str(family.seed_file())}))
+    before = json.loads((out / "config.json").read_text())
+    done("extend", out, "--model", family.base, "--quiet")
+    after = json.loads((out / "config.json").read_text())
+    assert after == before | {"num_local_experts": 4}
+    done("verify", out)
+
+
+def test_gates_in_another_dtype_than_the_experts(tmp_path, merge) -> None:
+    family = build_family(tmp_path / "f", count=3, dtype=torch.bfloat16)
+    out = merge(family.recipe())
+    tensors = {n: t.float() if is_gate(n) else t for n, t in load_model(out).items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    done("extend", out, "--model", family.base, "--data", family.seed_file(), "--quiet")
+    for name, tensor in load_model(out).items():
+        assert tensor.dtype == (torch.float32 if is_gate(name) else torch.bfloat16)
+
+
+def test_the_card_after_all_of_it(four, moe) -> None:
+    done(*extend(moe, four))
+    done(*shrink(moe, four, 3))
+    done(*extend(moe, four))
+    card = (moe / "README.md").read_text()
+    assert "A mixture of 4 experts" in card
+    assert "\n\nExpert 3 is checkpoint-2000, added later.\n" in card
+    assert "Expert 3 was added later: its gate" in card
+    assert "Expert 4" not in card
+    assert "| 3 |" not in card
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[1]", "is not a JSON object"),
+        ('{"router": [1]}', "is not the report of a upit run (router: "),
+        ('{"extensions": 5}', "is not the report of a upit run (extensions: "),
+        ('{"extensions": [{}]}', "is not the report of a upit run (extensions.0.expert: "),
+        ('{"shrunk": 3}', "is not the report of a upit run (shrunk: "),
+        ('{"lineage": {"experts": 3}}', "is not the report of a upit run (lineage.experts: "),
+        ('{"router": {"experts_sha256": 5}}', "is not the report of a upit run (router."),
+    ],
+)
+def test_a_damaged_report_is_told_before_the_work(four, moe, text: str, told: str) -> None:
+    (moe / "upit_report.json").write_text(text)
+    data = ["--data", four.seed_file(), "--quiet"]
+    before = contents_without_report(moe)
+    for words in (
+        ["extend", moe, "--model", four.base, *data],
+        shrink(moe, four, 2),
+        ["router", moe, *data],
+        ["verify", moe],
+        ["evaluate", moe, *data, "--control"],
+    ):
+        assert told in refused(*words)
+        assert contents_without_report(moe) == before
+
+
+def contents_without_report(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in paths if path.name != "upit_report.json"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_local_experts": 10**8}, "has num_local_experts 100000000, but the model has only"),
+        ({"num_hidden_layers": 10**8}, "has num_hidden_layers 100000000, but the model has only"),
+        ({"num_experts_per_tok": 0}, "routes a token to 0 of 4 experts"),
+        ({"num_experts_per_tok": -1}, "routes a token to -1 of 4 experts"),
+        ({"hidden_act": "exec"}, "is not a valid Mixtral configuration (hidden_act 'exec' is"),
+        ({"rope_theta": "x"}, "is not a valid Mixtral configuration ("),
+        ({"quantization_config": {"bits": 4}}, "is quantised (quantization_config); use the"),
+    ],
+)
+def test_a_damaged_configuration_is_told(four, moe, changes: dict[str, Any], told: str) -> None:
+    config = json.loads((moe / "config.json").read_text())
+    (moe / "config.json").write_text(json.dumps(config | changes))
+    for words in (extend(moe, four), shrink(moe, four, 2)):
+        assert told in refused(*words)
+
+
+def test_words_for_small_mistakes(four, moe, tmp_path) -> None:
+    for words, told in [
+        (["extend", "nope", "--model", four.base], "The folder nope does not exist"),
+        (["extend", moe, "--model", f"{four.base}+"], "The adapter has an empty name"),
+        (["extend", moe, "--model", ""], "The checkpoint has an empty name"),
+        (extend(moe, four, "--split", "validation"), "--split is of the data; name that with"),
+    ]:
+        assert told in refused(*words)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    torch.save({}, pickled / "pytorch_model.bin")
+    shutil.copy(moe / "config.json", pickled)
+    told = refused("extend", pickled, "--model", four.base, "--data", four.seed_file())
+    assert told == f"{pickled} has its weights in .bin files; convert it to safetensors first."
+
+
+def test_a_full_disk_leaves_no_copy(four, moe, monkeypatch) -> None:
+    def full(*_arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = contents_without_report(moe)
+    for words in (extend(moe, four), shrink(moe, four, 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardWriter, "write", full)
+            assert "is full; free some space" in refused(*words)
+        left = contents_without_report(moe)
+        assert not [name for name in left if ".upit-" in name and "/model/" in name]
+        assert {n: data for n, data in left.items() if ".upit-" not in n} == before
+        done(*words)
+        before = contents_without_report(moe)

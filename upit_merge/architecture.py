@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,16 @@ from typing import Any
 import torch
 
 from upit_merge.checkpoints import check_same_tensors
-from upit_merge.errors import UpitError
-from upit_merge.formats import DENSE_TYPES, FORMATS, PROJECTIONS, MoeFormat, format_of_dense
-from upit_merge.tensor_files import DenseModel, TensorSpec
+from upit_merge.errors import UpitError, shown
+from upit_merge.formats import (
+    COUNT_FIELDS,
+    DENSE_TYPES,
+    FORMATS,
+    PROJECTIONS,
+    MoeFormat,
+    format_of_dense,
+)
+from upit_merge.tensor_files import DenseModel, TensorSource, TensorSpec
 
 # Settings that shape the computation, hence must be the same in every model.
 _SHARED_FIELDS = (
@@ -117,6 +125,23 @@ def format_of(checkpoint: DenseModel) -> MoeFormat:
     return form
 
 
+def refuse_promises(model: TensorSource) -> None:
+    """Refuse a configuration that names more layers or experts than there are tensors.
+
+    What is made of it would have to be listed before the first missing one is noticed.
+
+    Raises:
+        UpitError: naming the setting.
+    """
+    for field in ("num_hidden_layers", *COUNT_FIELDS):
+        count = model.config.get(field)
+        if isinstance(count, int) and count > len(model.specs):
+            raise UpitError(
+                f"The config.json of {model.label} has {field} {shown(count)}, but the model has "
+                f"only {len(model.specs)} tensors; use a complete one."
+            )
+
+
 def read_dense_config(checkpoint: DenseModel) -> Any:
     """transformers' view of a dense configuration, with its defaults filled in.
 
@@ -125,7 +150,8 @@ def read_dense_config(checkpoint: DenseModel) -> Any:
     """
     from transformers.activations import ACT2FN
 
-    raw, form = checkpoint.config, format_of(checkpoint)
+    raw, form = copy.deepcopy(checkpoint.config), format_of(checkpoint)
+    refuse_promises(checkpoint)
     if unfit := form.unfit_dense(raw):
         raise UpitError(f"Checkpoint {checkpoint.label} {unfit}; use a model without it.")
     if "quantization_config" in raw:

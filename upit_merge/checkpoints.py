@@ -323,6 +323,8 @@ def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -
     Raises:
         UpitError: there is no such folder, or the Hub has no such model or cannot be reached.
     """
+    if not reference.strip():
+        raise UpitError(f"The {role} has an empty name; give a folder or a Hub id.")
     # Unlike Path's, these take whatever a recipe may hold: `~nobody`, names too long for the disk.
     folder = Path(os.path.expanduser(reference))
     if os.path.isdir(folder):

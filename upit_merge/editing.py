@@ -80,11 +80,12 @@ class Edit:
             yield
 
     @contextlib.contextmanager
-    def interruptible(self, unchanged: str) -> Iterator[None]:
+    def interruptible(self, unchanged: str, *, keeps_files: bool = False) -> Iterator[None]:
         """Do the work inside: what is kept of it if it is cut off, and what is said then.
 
         Args:
             unchanged: What is as it was, in words.
+            keeps_files: Prepared files are part of what the same command goes on with.
         """
 
         def last_words() -> str:
@@ -102,11 +103,14 @@ class Edit:
         try:
             with ends_at_once(last_words):
                 yield
-        except UpitError as error:
-            # Else the same command would fail again, or there is nothing to go on with.
-            goes_on = isinstance(error, ResumableError) and has_begun(self.progress)
-            if not goes_on and not is_moving(self.root):
-                shutil.rmtree(self.root, ignore_errors=True)
+        except Exception as error:
+            # A mistake would be made again by the same command; else it goes on, if it has begun.
+            mistake = isinstance(error, UpitError) and not isinstance(error, ResumableError)
+            if not is_moving(self.root):
+                if mistake or not has_begun(self.progress):
+                    shutil.rmtree(self.root, ignore_errors=True)
+                elif not keeps_files:
+                    shutil.rmtree(self.model, ignore_errors=True)
             raise
 
     def put_into_place(self, identity: Mapping[str, Any], obsolete: Sequence[str] = ()) -> None:

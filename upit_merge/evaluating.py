@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from upit_merge.checkpoints import read_json
 from upit_merge.device import resolve_devices
 from upit_merge.errors import UpitError
 from upit_merge.interrupt import ends_at_once
 from upit_merge.preflight import require_router_memory
 from upit_merge.processes import Processes, joined
 from upit_merge.report.heatmap import check_format, draw_routing
+from upit_merge.report.stored import read_report
 from upit_merge.report.tables import show
 from upit_merge.router.buckets import assign_by_loss
 from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
@@ -28,7 +28,7 @@ from upit_merge.router.pretrain import refined_gates, seed_set_for
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 from upit_merge.router.worth import measure_worth
-from upit_merge.staging import REPORT, explained_failures
+from upit_merge.staging import explained_failures
 from upit_merge.text_files import write_json
 
 
@@ -127,7 +127,7 @@ def _evaluate(
 
 def _control(stage: Any, out: Path) -> RouterStage:
     """The stage that made the gates of `out`, but with shuffled buckets."""
-    report = read_json(out / REPORT, f"the output {out}") if (out / REPORT).is_file() else {}
+    report = read_report(out)
     try:
         told = report["router"]
         settings, seed = RouterSettings.model_validate(told["settings"]), int(told["seed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from upit_merge.architecture import (
     format_of,
     is_derived,
     read_dense_config,
+    refuse_promises,
     shared_settings,
 )
 from upit_merge.errors import UpitError
@@ -59,6 +61,8 @@ def inspect_moe(moe: TensorSource) -> MoeArchitecture:
         UpitError: its configuration is of another kind or not valid, or naming the tensor that is
             missing, has another shape or should not be there.
     """
+    from transformers.activations import ACT2FN
+
     form = FORMATS.get(str(moe.config.get("model_type")))
     if form is None:
         titles = " or ".join(form.title for form in FORMATS.values())
@@ -66,8 +70,18 @@ def inspect_moe(moe: TensorSource) -> MoeArchitecture:
             f"{moe.label} has model_type {moe.config.get('model_type')!r}; the router needs a "
             f"{titles} folder, such as the output of a upit recipe."
         )
+    refuse_promises(moe)
+    if "quantization_config" in moe.config:
+        raise UpitError(
+            f"{moe.label} is quantised (quantization_config); use the unquantised model."
+        )
     try:
-        config = form.modules().moe_config.from_dict(dict(moe.config))
+        # A copy, for transformers completes what is nested in it.
+        config = form.modules().moe_config.from_dict(copy.deepcopy(dict(moe.config)))
+        architecture = MoeArchitecture(form, config, *form.sizes(config))
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {config.hidden_act!r} is unknown")
+        form.modules().rotary(config=architecture.dense_config())
     except Exception as error:  # validation errors of transformers and of huggingface_hub
         reason = " ".join(str(error).split())
         raise UpitError(
@@ -76,7 +90,6 @@ def inspect_moe(moe: TensorSource) -> MoeArchitecture:
         ) from None
     if unfit := form.unfit_moe(config):
         raise UpitError(f"{moe.label} {unfit}; use a model of which every layer is a mixture.")
-    architecture = MoeArchitecture(form, config, *form.sizes(config))
     _check_tensors(moe, architecture)
     return architecture
 
@@ -143,7 +156,7 @@ def _check_tensors(moe: TensorSource, architecture: MoeArchitecture) -> None:
                 f"{moe.label} has the tensor {name}, which a {title} has not; the router needs a "
                 f"plain {title}, such as the output of a upit recipe."
             )
-    if config.num_experts_per_tok > architecture.num_experts:
+    if not 1 <= config.num_experts_per_tok <= architecture.num_experts:
         raise UpitError(
             f"The config.json of {moe.label} routes a token to {config.num_experts_per_tok} of "
             f"{architecture.num_experts} experts; correct num_experts_per_tok."

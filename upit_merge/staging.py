@@ -303,6 +303,8 @@ def _explained(error: OSError, out: Path) -> ResumableError:
             "Too many files are open at once; raise the limit (`ulimit -n`) or --out-shard-size."
         )
     where = error.filename or out
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ResumableError(f"{where} may not be read or written; check the rights of {out}.")
     return ResumableError(
         f"Reading or writing {where} failed ({error.strerror or error}); check the disk."
     )

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from upit_merge import __version__
 from upit_merge.architecture import moe_specs
-from upit_merge.checkpoints import Checkpoint, read_json
+from upit_merge.checkpoints import Checkpoint
 from upit_merge.device import resolve_devices
 from upit_merge.errors import UpitError
 from upit_merge.expansion.lineage import Lineage
@@ -23,6 +23,7 @@ from upit_merge.interrupt import ends_at_once
 from upit_merge.merging import Merger, measure_similarity
 from upit_merge.pipeline import RunOptions, output_config, write_settings
 from upit_merge.recipe import Recipe, load_recipe
+from upit_merge.report.stored import read_report
 from upit_merge.report.tables import show
 from upit_merge.resume import Saver
 from upit_merge.router.gate_files import gates_digest, opened_moe, tensors_digest
@@ -146,7 +147,7 @@ def _findings(
         trained = (report["router"] or {}).get("experts_sha256")
         told = {extension["expert"]: extension["sha256"] for extension in extensions}
         if trained:
-            told = {**dict(enumerate(trained)), **told}
+            told |= dict(enumerate(trained))
         names -= set(architecture.format.expert_names(architecture.num_layers, told))
         comparison = Comparison(moe, names)
         with Saver(None) as saver:
@@ -169,9 +170,9 @@ def _report(out: Path) -> dict[str, Any]:
             f"{out} has no {REPORT}; it is not the output of a upit recipe, so nothing can be "
             "verified."
         )
-    report = read_json(out / REPORT, f"the output {out}")
+    report = read_report(out)
     for key in ("seed", "checkpoints", "lineage", "router"):
-        if key not in report:
+        if key not in report or (key == "lineage" and not report[key]):
             raise UpitError(
                 f"{out / REPORT} has no {key}; it is not the report of a upit run, so nothing can "
                 "be verified."
@@ -297,19 +298,23 @@ def _gate_finding(
 def _fitted_gates(
     moe: Checkpoint, told: Mapping[str, Any], merger: Merger, options: RunOptions
 ) -> Sequence[torch.Tensor]:
-    settings = RouterSettings.model_validate(told["settings"])
+    try:
+        settings, seed = RouterSettings.model_validate(told["settings"]), int(told["seed"])
+    except (KeyError, TypeError, ValueError):  # pydantic's own is a ValueError
+        raise UpitError(
+            f"The report of {moe.label} does not say how its gates were fitted, or in another "
+            "version's words; verify it without --gates."
+        ) from None
     model = LayerwiseMoe(moe, merger.devices[0])
     seeds = seed_set_for(
         model,
         moe.folder,
         settings,
-        told["seed"],
+        seed,
         trust_remote_code=options.open.trust_remote_code,
     )
     with tempfile.TemporaryDirectory() as scratch:
-        stage = RouterStage(
-            model, seeds, settings, told["seed"], Path(scratch), quiet=options.quiet
-        )
+        stage = RouterStage(model, seeds, settings, seed, Path(scratch), quiet=options.quiet)
         return pretrain_router(stage).gates  # no expert is trained
 
 

@@ -41,6 +41,10 @@ _VARIANTS = (
 
 # PEFT takes the names in a pattern for regular expressions, which may take for ever to match.
 _MAX_REPEATS = 4
+_MAX_GROUPS = 4
+_MAX_ALTERNATIVES = 128
+_MAX_CHARACTERS = 1000
+_MAX_PATTERNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -200,13 +204,31 @@ def _refuse_slow_patterns(folder: Path, config: Any) -> None:
         ("layers_pattern", [layers] if isinstance(layers, str) else layers or ()),
         ("exclude_modules", [e] if isinstance(e := config.exclude_modules, str) else ()),
     ):
+        if len(patterns) > _MAX_PATTERNS:
+            raise _invalid(folder, key, f"of {len(patterns)} entries")
         for pattern in patterns:
             try:
                 re.compile(pattern)
             except (re.error, TypeError, RecursionError, OverflowError):
                 raise _invalid(folder, key, pattern) from None
-            if re.search(r"\)[*+{?]", pattern) or len(re.findall("[*+{]", pattern)) > _MAX_REPEATS:
-                raise _invalid(folder, key, pattern)
+            if _may_be_slow(pattern):
+                raise UpitError(
+                    f"{folder / CONFIG} has {key} {shown(pattern)}, a pattern that could take for "
+                    "ever to match; write the names of the modules instead."
+                )
+
+
+def _may_be_slow(pattern: str) -> bool:
+    """Whether a regular expression has more ways to match than are tried in a moment."""
+    repeats = len(re.findall(r"[*+{]|(?<!\()\?", pattern))
+    return bool(
+        len(pattern) > _MAX_CHARACTERS
+        or repeats > _MAX_REPEATS
+        or pattern.count("(") > _MAX_GROUPS
+        or pattern.count("|") > _MAX_ALTERNATIVES
+        or re.search(r"\)[*+{?]", pattern)
+        or re.search(r"(^|[(|])(\||\)|$)", pattern)  # an alternative that matches nothing
+    )
 
 
 def _invalid(folder: Path, key: str, value: Any) -> UpitError:

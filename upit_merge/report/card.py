@@ -19,6 +19,8 @@ from upit_merge.tensor_files import DenseModel
 _EXPERTS_HEADING = "## Experts"
 _ROUTER_HEADING = "## Router"
 _USE_HEADING = "## Use"
+_TABLE_RULE = "|---|---|---|"
+_ADDED_LATER = " was added later:"
 
 _METHOD = {
     "genetic": "It was grown from the checkpoints of an instruction-tuning run with upit-merge, an "
@@ -91,7 +93,7 @@ def model_card(
         ),
         "",
         "| expert | grown from | share of each checkpoint |",
-        "|---|---|---|",
+        _TABLE_RULE,
     ]
     names = _told_apart([checkpoint.label for checkpoint in checkpoints])
     for index, expert in enumerate(lineage.experts):
@@ -134,30 +136,41 @@ def with_router_sentence(card: str, sentence: str) -> str:
     return _with_section(card, _ROUTER_HEADING, _USE_HEADING, lambda _old: sentence)
 
 
-def with_experts(
-    card: str,
-    count: int,
-    *,
-    row: str | None = None,
-    text: str | None = None,
-    sentence: str | None = None,
-) -> str:
-    """The card of a model with another number of experts; unchanged if it is not one of ours.
+def with_added_expert(card: str, expert: int, name: str, sentence: str | None) -> str:
+    """The card of a model with one more expert; unchanged if it is not one of ours.
 
     Args:
-        row: Added to the table of experts.
-        text: Instead of the section about them.
-        sentence: Added to the section about the router.
+        expert: Its number.
+        name: What it was made from.
+        sentence: About its gate; None if all gates are new.
     """
-    counted = re.sub(
-        r"(?m)^A mixture of \d+ experts", f"A mixture of {count} experts", card, count=1
-    )
-    changed = _with_section(
-        counted, _EXPERTS_HEADING, _ROUTER_HEADING, lambda old: text or f"{old}\n{row}"
-    )
+
+    def added(old: str) -> str:
+        if _TABLE_RULE in old:
+            return f"{old}\n| {expert} | {name}, added later | |"
+        return f"{old}\n\nExpert {expert} is {name}, added later."
+
+    card = _with_section(_counted(card, expert + 1), _EXPERTS_HEADING, _ROUTER_HEADING, added)
     if sentence is None:
-        return changed
-    return _with_section(changed, _ROUTER_HEADING, _USE_HEADING, lambda old: f"{old}\n\n{sentence}")
+        return card
+    told = f"Expert {expert}{_ADDED_LATER} {sentence}"
+    return _with_section(card, _ROUTER_HEADING, _USE_HEADING, lambda old: f"{old}\n\n{told}")
+
+
+def with_merged_experts(card: str, count: int, text: str) -> str:
+    """The card of a model with fewer experts, about which `text` says all; as above."""
+
+    def forgotten(old: str) -> str:
+        return "\n\n".join(part for part in old.split("\n\n") if _ADDED_LATER not in part)
+
+    card = _with_section(
+        _counted(card, count), _EXPERTS_HEADING, _ROUTER_HEADING, lambda _old: text
+    )
+    return _with_section(card, _ROUTER_HEADING, _USE_HEADING, forgotten)
+
+
+def _counted(card: str, count: int) -> str:
+    return re.sub(r"(?m)^A mixture of \d+ experts", f"A mixture of {count} experts", card, count=1)
 
 
 def _with_section(card: str, heading: str, following: str, change: Callable[[str], str]) -> str:

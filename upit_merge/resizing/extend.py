@@ -18,12 +18,17 @@ from upit_merge.errors import UpitError
 from upit_merge.mixture import check_expert
 from upit_merge.preflight import require_router_memory
 from upit_merge.processes import refuse_company
-from upit_merge.report.card import router_sentence, short_label, with_experts, with_router_sentence
+from upit_merge.report.card import (
+    router_sentence,
+    short_label,
+    with_added_expert,
+    with_router_sentence,
+)
+from upit_merge.report.stored import read_report
 from upit_merge.report.tables import show_buckets
 from upit_merge.resizing.rewriting import (
     ResizeOptions,
     extended_layout,
-    read_report,
     rewrite_card,
     write_model,
     write_report,
@@ -41,6 +46,8 @@ from upit_merge.router.stage import RouterStage
 from upit_merge.staging import REPORT, explained_failures, scratch_folder
 from upit_merge.tensor_files import DenseModel
 
+_DEFAULTS = {key: RouterSettings.model_fields[key].default for key in ("subset", "split")}
+
 
 def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Settings in which the data, if none is named, is what the gates of `out` were trained on.
@@ -50,6 +57,11 @@ def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """
     if values.get("data") is not None:
         return dict(values)
+    if not out.is_dir():
+        raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
+    given = [key for key in ("subset", "split") if values.get(key) not in (None, _DEFAULTS[key])]
+    if given:
+        raise UpitError(f"--{given[0]} is of the data; name that with --data.")
     told = (read_report(out).get("router") or {}).get("settings") or {}
     if not isinstance(told.get("data"), str):
         raise UpitError(
@@ -85,6 +97,7 @@ def extend_output(
         moe = stack.enter_context(opened_moe(out, str(out)))
         dense = _opened(reference, options.open, stack)
         extended = ExtendedMoe(moe, check_expert(moe, dense), dense)
+        before = read_report(out)
         model = LayerwiseMoe(extended, resolve_devices(options.device)[0])
         seeds = seed_set_for(
             model,
@@ -112,8 +125,8 @@ def extend_output(
             layout = extended_layout(moe, extended, names, stem, options.max_shard_bytes)
             named = named_gates(model.format, fitted.gates)
             write_model(edit.emptied(), layout, extended, named, quiet=options.quiet)
-            changes = _report(out, fitted, extended, dense, model, all_gates=all_gates)
-            write_report(edit, layout, changes)
+            changes = _report(before, fitted, extended, dense, model, all_gates=all_gates)
+            write_report(edit, layout, before, changes)
             _write_card(edit, extended, dense, changes)
             edit.put_into_place(wanted, layout.obsolete)
     if not options.quiet:
@@ -163,7 +176,7 @@ def _with_new_row(stage: RouterStage, gates: Sequence[Tensor]) -> RouterResult:
 
 
 def _report(
-    out: Path,
+    before: Mapping[str, Any],
     fitted: RouterResult,
     extended: ExtendedMoe,
     dense: DenseModel,
@@ -172,7 +185,6 @@ def _report(
     all_gates: bool,
 ) -> dict[str, Any]:
     """What changes in the report."""
-    before = read_report(out)
     names = sorted(model.format.expert_names(model.num_layers, [extended.expert]))
     extension = {
         "expert": extended.expert,
@@ -183,7 +195,9 @@ def _report(
     }
     router = before.get("router")
     if all_gates:
-        router = fitted.report
+        # Experts that were trained before are so still.
+        earlier = (router or {}).get("experts_sha256")
+        router = {**({"experts_sha256": earlier} if earlier else {}), **fitted.report}
     elif router is not None:  # else the other gates are random still
         router = {**router, "gates_sha256": fitted.report["gates_sha256"]}
     return {"router": router, "extensions": [*before.get("extensions", []), extension]}
@@ -193,17 +207,14 @@ def _write_card(
     edit: Edit, extended: ExtendedMoe, dense: DenseModel, changes: Mapping[str, Any]
 ) -> None:
     last = changes["extensions"][-1]
-    row = f"| {extended.expert} | {short_label(dense.label)}, added later | |"
     samples = last["router"]["data"]["samples"]
-    sentence = (
-        f"Expert {extended.expert} was added later: its gate was fitted on {samples} samples, the "
-        "others stayed as they were."
-    )
+    own = f"its gate was fitted on {samples} samples, the others stayed as they were."
+    new_gates = last["gates"] == "all"
 
     def changed(card: str) -> str:
-        if last["gates"] != "all":
-            return with_experts(card, extended.expert + 1, row=row, sentence=sentence)
-        card = with_experts(card, extended.expert + 1, row=row)
-        return with_router_sentence(card, router_sentence(last["router"]))
+        if new_gates:
+            card = with_router_sentence(card, router_sentence(last["router"]))
+        name = short_label(dense.label)
+        return with_added_expert(card, extended.expert, name, None if new_gates else own)
 
     rewrite_card(edit, changed)

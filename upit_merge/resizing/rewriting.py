@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from upit_merge.blocks import map_in_order, progress_bar, row_blocks
-from upit_merge.checkpoints import WEIGHT_FILE, WEIGHT_INDEX, Checkpoint, OpenOptions, read_json
+from upit_merge.checkpoints import WEIGHT_FILE, WEIGHT_INDEX, Checkpoint, OpenOptions
 from upit_merge.editing import Edit
 from upit_merge.resizing.sources import ResizedMoe
 from upit_merge.shards import Shard, ShardWriter, plan_shards, shard_index
@@ -149,16 +148,19 @@ def write_model(
     write_json(folder / "config.json", source.config)
 
 
-def write_report(edit: Edit, layout: Layout, changes: Mapping[str, Any]) -> None:
-    """The model's report with some keys replaced, if it has one."""
-    if not (edit.out / REPORT).is_file():
+def write_report(
+    edit: Edit, layout: Layout, before: Mapping[str, Any], changes: Mapping[str, Any]
+) -> None:
+    """The model's report with some keys replaced, if it has one.
+
+    Args:
+        before: From `read_report`.
+    """
+    if not before:
         return
-    report = {**read_json(edit.out / REPORT, f"the output {edit.out}"), **changes}
-    present = {path.name for path in edit.out.iterdir() if path.is_file()}
-    new = {path.name for path in edit.model.iterdir()}
-    names = {name for name in present | new if not name.startswith(".")}
-    report["files"] = sorted(names - set(layout.obsolete))
-    write_json(edit.model / REPORT, report)
+    ours = {*before.get("files", []), *(path.name for path in edit.model.iterdir())}
+    files = sorted(ours - set(layout.obsolete))
+    write_json(edit.model / REPORT, {**before, **changes, "files": files})
 
 
 def rewrite_card(edit: Edit, change: Callable[[str], str]) -> None:
@@ -169,11 +171,3 @@ def rewrite_card(edit: Edit, change: Callable[[str], str]) -> None:
     text = card.read_text(encoding="utf-8", errors="replace")
     if (changed := change(text)) != text:
         replace_text(edit.model / card.name, changed)
-
-
-def read_report(out: Path) -> dict[str, Any]:
-    """The model's report; empty if it has none that can be read."""
-    try:
-        return dict(json.loads((out / REPORT).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}

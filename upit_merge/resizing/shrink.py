@@ -18,12 +18,12 @@ from upit_merge.errors import UpitError
 from upit_merge.mixture import MoeArchitecture
 from upit_merge.preflight import require_router_memory
 from upit_merge.processes import refuse_company
-from upit_merge.report.card import with_experts
+from upit_merge.report.card import with_merged_experts
+from upit_merge.report.stored import read_report
 from upit_merge.report.tables import show
 from upit_merge.resizing.grouping import RoutingStatistics, group_experts, routing_statistics
 from upit_merge.resizing.rewriting import (
     ResizeOptions,
-    read_report,
     rewrite_card,
     shrunk_layout,
     write_model,
@@ -60,6 +60,7 @@ def shrink_output(
         edit = Edit(out, "shrink")
         stack.enter_context(edit.begun())
         moe = stack.enter_context(opened_moe(out, str(out)))
+        before = read_report(out)
         model = LayerwiseMoe(moe, resolve_devices(options.device)[0])
         seeds = seed_set_for(
             model,
@@ -86,12 +87,13 @@ def shrink_output(
             layout = shrunk_layout(moe, shrunk, names, options.max_shard_bytes)
             write_model(edit.emptied(), layout, shrunk, {}, quiet=options.quiet)
             record = _record(model, found, groups, stage)
-            changes: dict[str, Any] = {"shrunk": [*read_report(out).get("shrunk", []), record]}
-            if router := read_report(out).get("router"):
+            changes: dict[str, Any] = {"shrunk": [*before.get("shrunk", []), record]}
+            if router := before.get("router"):
                 digest = gates_digest(gates, model.stored_dtype)
-                changes["router"] = {**router, "gates_sha256": digest}
-            write_report(edit, layout, changes)
-            rewrite_card(edit, lambda card: with_experts(card, num_experts, text=_text(record)))
+                kept = {key: value for key, value in router.items() if key != "experts_sha256"}
+                changes["router"] = {**kept, "gates_sha256": digest}
+            write_report(edit, layout, before, changes)
+            rewrite_card(edit, lambda card: with_merged_experts(card, num_experts, _text(record)))
             edit.put_into_place(wanted, layout.obsolete)
     if not options.quiet:
         print(seeds.summary())

@@ -11,7 +11,7 @@ from torch import Tensor
 from upit_merge.architecture import ffn_tensor
 from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
-from upit_merge.formats import PROJECTIONS
+from upit_merge.formats import COUNT_FIELDS, PROJECTIONS
 from upit_merge.mixture import MoeArchitecture, moe_shapes
 from upit_merge.tensor_files import DenseModel, TensorSpec, all_finite
 
@@ -28,12 +28,14 @@ class ResizedMoe:
     def __init__(self, moe: Checkpoint, architecture: MoeArchitecture, num_experts: int) -> None:
         form = architecture.format
         self._moe = moe
-        dtype = moe.specs[form.gate_tensor(0)].dtype
+        dtype = moe.specs[form.expert_tensor(0, 0, PROJECTIONS[0])].dtype
         ours = moe_shapes(architecture, num_experts)
         self._form = form
         self.label = moe.label
-        self.config = {**moe.config, form.count_field: num_experts}
-        # Of the model itself a tensor keeps its dtype: some keep norms in float32.
+        # transformers 5 takes, and writes, other spellings than the published ones.
+        spelled = [key for key in COUNT_FIELDS if key in moe.config] or [form.count_field]
+        self.config = {**moe.config, **dict.fromkeys(spelled, num_experts)}
+        # Of the model itself a tensor keeps its dtype: some keep norms or gates in float32.
         self.specs: dict[str, TensorSpec] = {
             name: TensorSpec(name, shape, moe.specs[name].dtype if name in moe.specs else dtype)
             for name, shape in ours

@@ -20,6 +20,7 @@ from upit_merge.preflight import require_router_memory
 from upit_merge.processes import Processes, joined
 from upit_merge.recipe_errors import explain
 from upit_merge.report.card import router_sentence, with_router_sentence
+from upit_merge.report.stored import read_report
 from upit_merge.report.tables import show_buckets
 from upit_merge.resume import NO_MATTER, file_states
 from upit_merge.router.gate_files import PatchedCopies, named_gates, opened_moe
@@ -98,6 +99,7 @@ def train_router(
                 stack.enter_context(edit.begun())
         with processes.together():
             moe = stack.enter_context(opened_moe(out, str(out)))
+            before = read_report(out)
             model = LayerwiseMoe(moe, resolve_devices(device)[0])
             seeds = seed_set_for(model, out, settings, seed, trust_remote_code=trust_remote_code)
             lengths = [len(sample.input_ids) for sample in seeds.samples]
@@ -113,13 +115,13 @@ def train_router(
         progress = Progress(edit.progress, identity, processes)
         stage = RouterStage(model, seeds, settings, seed, scratch, processes, progress, quiet)
         copies = PatchedCopies(moe, edit.model)
-        with edit.interruptible("the gates are as they were"):
+        with edit.interruptible("the gates are as they were", keeps_files=True):
             _prepare(copies, model, settings, progress, processes)
             result = pretrain_router(stage, copies)
             processes.gather(None)  # nobody looks into the folders any more
             if processes.is_first:
                 copies.write(named_gates(model.format, result.gates))
-                _add_papers(edit, result)
+                _add_papers(edit, result, before)
                 edit.put_into_place(wanted)
         if processes.is_first and not quiet:
             print(seeds.summary())
@@ -155,7 +157,7 @@ def _prepare(
             copies.prepare(model.format.expert_names(model.num_layers, experts))
 
 
-def _add_papers(edit: Edit, result: RouterResult) -> None:
+def _add_papers(edit: Edit, result: RouterResult, before: Mapping[str, Any]) -> None:
     """Card and report that speak of the new gates."""
     out, folder = edit.out, edit.model
     card = out / "README.md"
@@ -164,15 +166,13 @@ def _add_papers(edit: Edit, result: RouterResult) -> None:
         changed = with_router_sentence(text, router_sentence(result.report))
         if changed != text:  # a card that is not ours stays as it is, to the last byte
             replace_text(folder / card.name, changed)
-    try:
-        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not before:
         LOG.info("%s has no %s; it is not updated.", out, REPORT)
     else:
         # Experts that were trained before are so still.
-        earlier = (report.get("router") or {}).get("experts_sha256")
+        earlier = (before.get("router") or {}).get("experts_sha256")
         kept = {"experts_sha256": earlier} if earlier else {}
-        write_json(folder / REPORT, {**report, "router": {**kept, **result.report}})
+        write_json(folder / REPORT, {**before, "router": {**kept, **result.report}})
     if len(list(folder.glob("*.safetensors"))) > 1:
         # Between the first and the last of them the folder must not load as a model.
         shutil.copyfile(out / "config.json", folder / "config.json")

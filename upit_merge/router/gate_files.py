@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-from upit_merge.checkpoints import Checkpoint, OpenOptions
+from upit_merge.checkpoints import (
+    PICKLE_FILE,
+    PICKLE_INDEX,
+    WEIGHT_FILE,
+    WEIGHT_INDEX,
+    Checkpoint,
+    OpenOptions,
+)
+from upit_merge.errors import UpitError
 from upit_merge.formats import MoeFormat
 from upit_merge.staging import require_space
 from upit_merge.tensor_files import (
@@ -36,7 +44,13 @@ def opened_moe(
 
     Args:
         config: The content of its `config.json`, if that is not written yet.
+
+    Raises:
+        UpitError: it cannot be read, or not without running code.
     """
+    complete = any((folder / name).is_file() for name in (WEIGHT_FILE, WEIGHT_INDEX))
+    if not complete and any((folder / name).is_file() for name in (PICKLE_FILE, PICKLE_INDEX)):
+        raise UpitError(f"{label} has its weights in .bin files; convert it to safetensors first.")
     with contextlib.closing(Checkpoint(label, folder, OpenOptions(), config=config)) as moe:
         yield moe
 
