@@ -1,9 +1,10 @@
 """Which checkpoints are kept and who is crossed with whom: do the rules matter?
 
-python benchmarks/rules.py --folder F [--seeds 0 1 2] [--sample 600] [--json FILE]
+python benchmarks/rules.py --folder F [--mixed] [--seeds 0 1 2] [--sample 600] [--json FILE]
 python benchmarks/rules.py --tables FILE [FILE ...]                # of earlier runs
 
-On the checkpoints that specialised of benchmarks/router_models.py; models that are in F already
+On the checkpoints of benchmarks/router_models.py that specialised, or with --mixed on those of a
+well-mixed run (of which only the choice among too many is measured); models that are in F already
 are used again and not written to. Every rule's MoE is built whole, with the router's defaults on
 the seed data, and its held-out perplexity measured before any further training; that takes about
 a minute a row, ten minutes a seed, on one core.
@@ -116,7 +117,7 @@ def measure_rule(
     }
 
 
-def measure(folder: Path, seed: int, sample: int) -> dict[str, dict[str, Result]]:
+def measure(folder: Path, seed: int, sample: int, *, mixed: bool) -> dict[str, dict[str, Result]]:
     """All rules on the models of one seed."""
     checkpoints = sorted(
         (folder / "sft").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
@@ -126,6 +127,8 @@ def measure(folder: Path, seed: int, sample: int) -> dict[str, dict[str, Result]
         ("too few", TOO_FEW, evenly(checkpoints, FEW), MANY),
         ("too many", TOO_MANY, checkpoints, FEW),
     ):
+        if mixed and situation == "too few":
+            continue
         for name, rule in rules.items():
             parameters = {"num_experts": experts, "seed": seed, **rule}
             result = measure_rule(folder, listed, parameters, sample)
@@ -140,6 +143,8 @@ def print_tables(results: list[dict[str, dict[str, Result]]]) -> None:
         "too many": f"all checkpoints to {FEW} experts",
     }
     for situation, title in titles.items():
+        if not results[0][situation]:
+            continue
         print(f"\n{title}, {len(results)} seed(s): minimum / mean / maximum\n")
         print("| | smallest distance | mean distance | held-out perplexity | build, s |")
         print("|---|---|---|---|---|")
@@ -161,6 +166,9 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, help="for the models; 100 MB a seed")
     parser.add_argument("--tables", type=Path, nargs="+", metavar="FILE", help="of earlier runs")
+    parser.add_argument(
+        "--mixed", action="store_true", help="on checkpoints that did not specialise"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sample", type=int, default=600, help="seed samples of the router")
     parser.add_argument("--json", type=Path, help="write all numbers here")
@@ -174,9 +182,10 @@ def main() -> None:
         results += json.loads(path.read_text(encoding="utf-8"))
     if not arguments.tables:
         for seed in arguments.seeds:
-            folder = arguments.folder / f"specialised-{seed}"
-            build(folder, seed, mixed=False)
-            results.append(measure(folder, seed, arguments.sample))
+            kind = "mixed" if arguments.mixed else "specialised"
+            folder = arguments.folder / f"{kind}-{seed}"
+            build(folder, seed, mixed=arguments.mixed)
+            results.append(measure(folder, seed, arguments.sample, mixed=arguments.mixed))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     print_tables(results)
