@@ -58,9 +58,9 @@ TOO_FEW: Rules = {
     "farthest_child, by tensor": {**FARTHEST, "granularity": "tensor"},
 }
 TOO_MANY: Rules = {
-    "diverse (default)": {},
+    "last (default)": {},
+    "diverse": {"select": "diverse"},
     "merge_similar": {"select": "merge_similar"},
-    "last": {"select": "last"},
 }
 
 

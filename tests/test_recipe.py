@@ -153,7 +153,7 @@ WRONG_VALUES: list[tuple[Document, str, str, str]] = [
         parameters(select="first"),
         "parameters.select",
         "'first'",
-        "'diverse', 'merge_similar' or 'last'",
+        "'last', 'diverse' or 'merge_similar'",
     ),
     (
         parameters(parents="all"),
@@ -445,7 +445,7 @@ def test_defaults() -> None:
         "noise": 0,
         "reinitialise": 0,
         "density": 0.9,
-        "select": "diverse",
+        "select": "last",
         "parents": "most_dissimilar",
         "granularity": "model",
         "repeat_pairs": False,

@@ -84,8 +84,8 @@ class Parameters(Strict):
         0, description="Of copies: share of the FFN's dimensions drawn anew (Drop-Upcycling)."
     )
     density: Density = Field(0.9, description="Share of delta entries DARE keeps, in (0, 1].")
-    select: Literal["diverse", "merge_similar", "last"] = Field(
-        "diverse", description="What becomes of more checkpoints than experts."
+    select: Literal["last", "diverse", "merge_similar"] = Field(
+        "last", description="What becomes of more checkpoints than experts."
     )
     parents: Literal["most_dissimilar", "farthest_child", "random"] = Field(
         "most_dissimilar", description="How the two parents of a new expert are chosen."
