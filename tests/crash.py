@@ -15,12 +15,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +39,9 @@ from upit_merge.staging import EDIT_STAGING, STAGING
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+# Its own is shared with forks: killed while it holds it, one would make all others wait for ever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 OPTIONS = RunOptions(max_shard_bytes=60_000, quiet=True)
 
 

@@ -235,9 +235,9 @@ def test_select_says_nothing_without_too_many(select: str) -> None:
 @pytest.mark.parametrize(
     ("counts", "parameters", "expected"),
     [
-        ((6, 3), {}, True),
+        ((6, 3), {"select": "diverse"}, True),
         ((6, 3), {"select": "merge_similar"}, True),
-        ((6, 3), {"select": "last"}, False),
+        ((6, 3), {}, False),
         ((6, 1), {"select": "merge_similar", "experts_per_token": 1}, False),
         ((3, 6), {"parents": "farthest_child"}, True),
         ((3, 6), {"parents": "random", "granularity": "tensor"}, False),

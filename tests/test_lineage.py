@@ -153,8 +153,10 @@ def test_more_checkpoints_than_experts_keeps_a_diverse_set() -> None:
     points = torch.stack([angles.cos(), angles.sin()], 1)
     kept = keep_diverse(points @ points.T, 3, "cosine")
     assert kept == [0, 3, 4]
-    lineage = plan((points @ points.T).unsqueeze(0), 3)
+    lineage = plan((points @ points.T).unsqueeze(0), 3, select="diverse")
     assert [expert.checkpoint for expert in lineage.experts] == [0, 3, 4]
+    lineage = plan((points @ points.T).unsqueeze(0), 3)
+    assert [expert.checkpoint for expert in lineage.experts] == [2, 3, 4]
     assert plan((points @ points.T).unsqueeze(0), 1).experts[0].checkpoint == 4
 
 

@@ -374,7 +374,7 @@ OTHERWISE_WRONG = [
             "copied and nothing is grown; remove it.",
         )
         for name, value in {
-            "select": "last",
+            "select": "diverse",
             "parents": "random",
             "granularity": "layer",
             "repeat_pairs": True,
