@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from scipy.optimize import linear_sum_assignment
 from transformers.utils import logging
 
@@ -29,13 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.router import spread  # noqa: E402
-from benchmarks.router_models import build  # noqa: E402
+from benchmarks.router_models import build, merged  # noqa: E402
 from benchmarks.rules import perplexity  # noqa: E402
 from upit_merge.checkpoints import Checkpoint  # noqa: E402
 from upit_merge.formats import PROJECTIONS  # noqa: E402
 from upit_merge.mixture import inspect_moe  # noqa: E402
-from upit_merge.pipeline import RunOptions, run_recipe  # noqa: E402
-from upit_merge.recipe import RouterSettings, parse_recipe  # noqa: E402
+from upit_merge.recipe import RouterSettings  # noqa: E402
 from upit_merge.resizing.extend import extend_output  # noqa: E402
 from upit_merge.resizing.rewriting import ResizeOptions, shrunk_layout, write_model  # noqa: E402
 from upit_merge.resizing.shrink import mean_gates, shrink_output  # noqa: E402
@@ -47,26 +45,12 @@ QUIET = ResizeOptions(quiet=True)
 COUNTS = (6, 4, 3, 2)
 
 
-def built(folder: Path, checkpoints: Sequence[Path], out: Path, **parameters: Any) -> Path:
-    document = {
-        "merge_method": "upit",
-        "base_model": str(folder / "base"),
-        "models": [{"model": str(path)} for path in checkpoints],
-        "dtype": "float32",
-        "parameters": parameters,
-        "router": {"data": str(folder / "seed.jsonl")},
-    }
-    source = yaml.safe_dump(document, sort_keys=False)
-    run_recipe(parse_recipe(document), source, out, RunOptions(quiet=True))
-    return out
-
-
 def measure_extension(folder: Path, checkpoints: Sequence[Path], scratch: Path) -> Result:
     """A mixture of all but the last checkpoint, to which that one is added."""
     held_out = folder / "held-out.jsonl"
     settings = RouterSettings(data=str(folder / "seed.jsonl"))
     found: Result = {}
-    small = built(folder, checkpoints[:-1], scratch / "small")
+    small = merged(folder, checkpoints[:-1], scratch / "small", {})
     found["without the last checkpoint"] = perplexity(small, held_out, None)
     for name, all_gates in (("its own gate row", False), ("all gates fitted", True)):
         out = shutil.copytree(small, scratch / name)
@@ -75,7 +59,7 @@ def measure_extension(folder: Path, checkpoints: Sequence[Path], scratch: Path) 
         found[f"seconds, {name}"] = time.perf_counter() - started
         found[f"extended, {name}"] = perplexity(out, held_out, None)
     found["built from all checkpoints"] = perplexity(
-        built(folder, checkpoints, scratch / "all"), held_out, None
+        merged(folder, checkpoints, scratch / "all", {}), held_out, None
     )
     return found
 
@@ -109,7 +93,7 @@ def measure_shrinking(
     """Eight experts, merged by what the router does, at random, or thrown away."""
     held_out = folder / "held-out.jsonl"
     settings = RouterSettings(data=str(folder / "seed.jsonl"))
-    whole = built(folder, checkpoints, scratch / "whole", num_experts=8, seed=seed)
+    whole = merged(folder, checkpoints, scratch / "whole", {"num_experts": 8, "seed": seed})
     found: Result = {"8 experts": perplexity(whole, held_out, None)}
     for count in COUNTS:
         out = shutil.copytree(whole, scratch / f"shrunk-{count}")

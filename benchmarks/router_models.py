@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -49,6 +50,23 @@ def build(folder: Path, seed: int, *, mixed: bool) -> None:
     }
     source = yaml.safe_dump(document, sort_keys=False)
     run_recipe(parse_recipe(document), source, folder / "moe", RunOptions(quiet=True))
+
+
+def merged(
+    folder: Path, checkpoints: Sequence[Path], out: Path, parameters: dict, **router
+) -> Path:
+    """Merge some checkpoints of a folder from `build`, with a router; returns the output."""
+    document = {
+        "merge_method": "upit",
+        "base_model": str(folder / "base"),
+        "models": [{"model": str(path)} for path in checkpoints],
+        "dtype": "float32",
+        "parameters": parameters,
+        "router": {"data": str(folder / "seed.jsonl"), **router},
+    }
+    source = yaml.safe_dump(document, sort_keys=False)
+    run_recipe(parse_recipe(document), source, out, RunOptions(quiet=True))
+    return out
 
 
 def _write(path: Path, domains: list[Domain], texts) -> None:

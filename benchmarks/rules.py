@@ -22,7 +22,6 @@ from statistics import geometric_mean, mean
 from typing import Any
 
 import torch
-import yaml
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,9 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.router import spread  # noqa: E402
 from benchmarks.router_fits import CPU  # noqa: E402
-from benchmarks.router_models import build  # noqa: E402
-from upit_merge.pipeline import RunOptions, run_recipe  # noqa: E402
-from upit_merge.recipe import RouterSettings, parse_recipe  # noqa: E402
+from benchmarks.router_models import build, merged  # noqa: E402
+from upit_merge.recipe import RouterSettings  # noqa: E402
 from upit_merge.router.evaluation import Evaluation, Groups, run_mixture  # noqa: E402
 from upit_merge.router.gate_files import opened_moe  # noqa: E402
 from upit_merge.router.layerwise import LayerwiseMoe  # noqa: E402
@@ -91,19 +89,9 @@ def measure_rule(
     folder: Path, checkpoints: list[Path], parameters: dict[str, Any], sample: int
 ) -> Result:
     """Build one MoE; how far apart its experts are, and its perplexity."""
-    document = {
-        "merge_method": "upit",
-        "base_model": str(folder / "base"),
-        "models": [{"model": str(path)} for path in checkpoints],
-        "dtype": "float32",
-        "parameters": parameters,
-        "router": {"data": str(folder / "seed.jsonl"), "sample": sample},
-    }
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "moe"
         started = time.perf_counter()
-        source = yaml.safe_dump(document, sort_keys=False)
-        run_recipe(parse_recipe(document), source, out, RunOptions(quiet=True))
+        out = merged(folder, checkpoints, Path(scratch) / "moe", parameters, sample=sample)
         built = time.perf_counter() - started
         report = json.loads((out / "upit_report.json").read_text(encoding="utf-8"))
         value = perplexity(out, folder / "held-out.jsonl", None)

@@ -126,6 +126,24 @@ def build_family(
     return Family(root, folders[0], folders[1:])
 
 
+def train_on(family: Family, texts: dict[str, str]) -> PreTrainedTokenizerFast:
+    """Train the base's FFNs on each text, into folders of these names; returns the tokenizer."""
+    tokenizer = byte_tokenizer()
+    for name, text in texts.items():
+        model = AutoModelForCausalLM.from_pretrained(family.base)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(".mlp." in parameter_name)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+        model.save_pretrained(family.root / name)
+        tokenizer.save_pretrained(family.root / name)
+    return tokenizer
+
+
 @pytest.fixture(scope="session")
 def shared_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """A float32 Llama and three checkpoints; do not write into it."""
@@ -157,3 +175,18 @@ def merge(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return run
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """The last of the four checkpoints becomes an expert later."""
+    return build_family(tmp_path_factory.mktemp("four"), count=4)
+
+
+@pytest.fixture
+def moe(four: Family, merge: Callable[..., Path]) -> Path:
+    """Four experts of three checkpoints, in several files."""
+    models = [str(path) for path in four.checkpoints[:3]]
+    router = {"data": str(four.seed_file())}
+    document = four.recipe(models=models, parameters={"num_experts": 4}, router=router)
+    return merge(document, max_shard_bytes=50_000)

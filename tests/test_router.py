@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import Family, build_family
+from tests.conftest import Family, build_family, train_on
 from tests.naive import load_model
 from upit_merge.cli import main
 from upit_merge.errors import UpitError
@@ -298,23 +298,8 @@ def test_experts_are_routed_to_their_own_kind(tmp_path, merge) -> None:
     """Two checkpoints trained on different text: the gates send each text to its checkpoint."""
     family = build_family(tmp_path, count=1, seed=3)
     texts = {"one": "abcabcabc" * 3, "two": "987654321" * 3}
-    folders = []
-    from tests.conftest import byte_tokenizer
-
-    tokenizer = byte_tokenizer()
-    for name, text in texts.items():
-        model = AutoModelForCausalLM.from_pretrained(family.base)
-        for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad_(".mlp." in parameter_name)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        for _ in range(20):
-            optimizer.zero_grad()
-            model(ids, labels=ids).loss.backward()
-            optimizer.step()
-        folders.append(tmp_path / name)
-        model.save_pretrained(folders[-1])
-        tokenizer.save_pretrained(folders[-1])
+    tokenizer = train_on(family, texts)
+    folders = [family.root / name for name in texts]
     seeds = tmp_path / "both.jsonl"
     seeds.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*texts.values()] * 4))
     out = merge(family.recipe(models=[str(f) for f in folders], router={"data": str(seeds)}))

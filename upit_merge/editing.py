@@ -79,6 +79,13 @@ class Edit:
             self.finished = self._moved()
             yield
 
+    def was_finished(self, identity: Mapping[str, Any]) -> bool:
+        """Whether the earlier call that was all but finished is this one; says so."""
+        same = self.processes.gather(self.finished)[0] == identity
+        if same and self.processes.is_first:
+            print("The earlier call was complete but for the last files, now in place.")
+        return same
+
     @contextlib.contextmanager
     def interruptible(self, unchanged: str, *, keeps_files: bool = False) -> Iterator[None]:
         """Do the work inside: what is kept of it if it is cut off, and what is said then.

@@ -109,8 +109,7 @@ def extend_output(
         require_router_memory(model, [len(s.input_ids) for s in seeds.samples], settings, out)
         added = {"model": file_states(dense.files(), ""), "all gates": all_gates}
         wanted = {**router_identity(seeds, settings, options.seed), **added}
-        if edit.finished == wanted:
-            print("The earlier call was complete but for the last files, now in place.")
+        if edit.was_finished(wanted):
             return
         scratch = stack.enter_context(scratch_folder(out))
         progress = Progress(edit.progress, {**wanted, "files": file_states(moe.files(), "")})

@@ -70,8 +70,7 @@ def shrink_output(
             trust_remote_code=options.open.trust_remote_code,
         )
         wanted = {**router_identity(seeds, settings, options.seed), "experts": num_experts}
-        if edit.finished == wanted:
-            print("The earlier call was complete but for the last files, now in place.")
+        if edit.was_finished(wanted):
             return
         _refuse_number(out, model, num_experts)
         lengths = [len(sample.input_ids) for sample in seeds.samples]

@@ -106,9 +106,7 @@ def train_router(
             require_router_memory(model, lengths, settings, out)
 
         wanted = router_identity(seeds, settings, seed)
-        if processes.gather(edit.finished)[0] == wanted:
-            if processes.is_first:
-                print("The earlier call was complete but for the last files, now in place.")
+        if edit.was_finished(wanted):
             return
         scratch = stack.enter_context(scratch_folder(out, processes.rank))
         identity = {**wanted, "files": file_states(moe.files(), "")}
