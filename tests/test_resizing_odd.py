@@ -129,6 +129,9 @@ def test_trained_experts_are_verified_beside_added_ones(four, moe, extended_firs
     for words in steps if extended_first else reversed(steps):
         done(*words)
         done("verify", moe)
+    report = json.loads((moe / "upit_report.json").read_text())
+    assert len(report["router"]["experts_sha256"]) == 4 + extended_first
+    assert [extension["expert"] for extension in report["extensions"]] == [4]
 
 
 def test_scaled_rotary_embeddings_are_left_alone(tmp_path, merge) -> None:
