@@ -109,6 +109,23 @@ def dense_shapes(
         yield "lm_head.weight", (settings["vocab_size"], hidden)
 
 
+def moe_shapes(
+    form: MoeFormat, settings: Mapping[str, Any], num_experts: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every tensor of a mixture, in model order; the gates come last."""
+    layers = range(settings["num_hidden_layers"])
+    ffn = {ffn_tensor(layer, p): (layer, p) for layer in layers for p in PROJECTIONS}
+    for name, shape in dense_shapes(form, settings):
+        if name not in ffn:
+            yield name, shape
+            continue
+        layer, projection = ffn[name]
+        for expert in range(num_experts):
+            yield form.expert_tensor(layer, expert, projection), shape
+    for name in form.gate_names(len(layers)):
+        yield name, (num_experts, settings["hidden_size"])
+
+
 def format_of(checkpoint: DenseModel) -> MoeFormat:
     """What a dense checkpoint becomes.
 
@@ -319,16 +336,7 @@ def moe_specs(
     architecture: DenseArchitecture, num_experts: int, dtype: torch.dtype
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """The output's tensors: all but the gates in model order, and the gates."""
-    body, form = [], architecture.format
-    projections = {name: (layer, p) for layer, p, name in architecture.ffn_names()}
-    for name, spec in architecture.specs.items():
-        if name not in projections:
-            body.append(TensorSpec(name, spec.shape, dtype))
-            continue
-        layer, projection = projections[name]
-        for expert in range(num_experts):
-            target = form.expert_tensor(layer, expert, projection)
-            body.append(TensorSpec(target, spec.shape, dtype))
-    shape = (num_experts, architecture.hidden_size)
-    gates = [TensorSpec(n, shape, dtype) for n in form.gate_names(architecture.num_layers)]
-    return body, gates
+    shapes = dict(moe_shapes(architecture.format, architecture.settings, num_experts))
+    gates = set(architecture.format.gate_names(architecture.num_layers))
+    specs = [TensorSpec(name, shape, dtype) for name, shape in shapes.items()]
+    return [s for s in specs if s.name not in gates], [s for s in specs if s.name in gates]

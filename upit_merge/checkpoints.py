@@ -27,6 +27,8 @@ WEIGHT_FILE = "model.safetensors"
 WEIGHT_INDEX = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+SAFE_WEIGHTS = (WEIGHT_FILE, WEIGHT_INDEX)
+PICKLED_WEIGHTS = (PICKLE_FILE, PICKLE_INDEX)
 
 # What a download needs: weights, configuration, tokenizer. Not optimizer states, other formats
 # (`consolidated.safetensors` is a second copy of everything), or what is in subfolders.
@@ -250,8 +252,12 @@ def refuse_foreign_files(label: str, folder: Path) -> None:
 
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds an adapter, and not a complete model beside it."""
-    complete = any((folder / name).is_file() for name in (WEIGHT_FILE, WEIGHT_INDEX))
-    return (folder / "adapter_config.json").is_file() and not complete
+    return (folder / "adapter_config.json").is_file() and not has_any(folder, SAFE_WEIGHTS)
+
+
+def has_any(folder: Path, names: Iterable[str]) -> bool:
+    """Whether one of these files is there."""
+    return any((folder / name).is_file() for name in names)
 
 
 def _weight_files(

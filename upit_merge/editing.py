@@ -11,6 +11,7 @@ from typing import Any
 from upit_merge.errors import ResumableError, UpitError
 from upit_merge.interrupt import ends_at_once
 from upit_merge.processes import ALONE, Processes
+from upit_merge.router.gate_files import require_output
 from upit_merge.router.progress import has_begun
 from upit_merge.staging import (
     EDIT_STAGING,
@@ -70,10 +71,7 @@ class Edit:
         Raises:
             UpitError: `out` is no folder, is in use, or half changed by another command.
         """
-        if not self.out.is_dir():
-            raise UpitError(
-                f"The folder {self.out} does not exist; give the output of a upit recipe."
-            )
+        require_output(self.out)
         refuse_half_edited(self.out, self._command)
         with exclusive(self.out):
             self.finished = self._moved()

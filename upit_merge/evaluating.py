@@ -18,11 +18,11 @@ from upit_merge.interrupt import ends_at_once
 from upit_merge.preflight import require_router_memory
 from upit_merge.processes import Processes, joined
 from upit_merge.report.heatmap import check_format, draw_routing
-from upit_merge.report.stored import read_report
+from upit_merge.report.stored import read_report, recorded_router
 from upit_merge.report.tables import show
 from upit_merge.router.buckets import assign_by_loss
 from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
-from upit_merge.router.gate_files import opened_moe
+from upit_merge.router.gate_files import opened_moe, require_output
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.pretrain import refined_gates, seed_set_for
 from upit_merge.router.settings import RouterSettings
@@ -71,8 +71,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
         UpitError: `out` is no MoE folder with a tokenizer, the data does not fit, or a file
             cannot be written.
     """
-    if not out.is_dir():
-        raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
+    require_output(out)
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UpitError(f"The folder of {path} does not exist; create it first.")
@@ -127,15 +126,13 @@ def _evaluate(
 
 def _control(stage: Any, out: Path) -> RouterStage:
     """The stage that made the gates of `out`, but with shuffled buckets."""
-    report = read_report(out)
-    try:
-        told = report["router"]
-        settings, seed = RouterSettings.model_validate(told["settings"]), int(told["seed"])
-    except (KeyError, TypeError, ValueError):  # pydantic's own is a ValueError
+    recorded = recorded_router(read_report(out).get("router"))
+    if recorded is None:
         raise UpitError(
             f"{out} has no record of how its gates were trained, so there is nothing to compare "
             "shuffled buckets with; leave out --control, or train them with `upit-merge router`."
-        ) from None
+        )
+    settings, seed = recorded
     if settings.objective == "random" or settings.trains_experts:
         raise UpitError(
             f"The gates of {out} come from objective: {settings.objective}"

@@ -12,6 +12,7 @@ from upit_merge.architecture import (
     ffn_tensor,
     format_of,
     is_derived,
+    moe_shapes,
     read_dense_config,
     refuse_promises,
     shared_settings,
@@ -53,13 +54,28 @@ class MoeArchitecture:
             settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
         return settings
 
+    def shapes(self, num_experts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of every tensor it would have with this many experts."""
+        return moe_shapes(self.format, self.dense_settings(), num_experts)
+
 
 def inspect_moe(moe: TensorSource) -> MoeArchitecture:
     """Check that a folder is a mixture, with every tensor under its published name.
 
     Raises:
-        UpitError: its configuration is of another kind or not valid, or naming the tensor that is
-            missing, has another shape or should not be there.
+        UpitError: as `read_moe`, or naming the tensor that is missing, has another shape or should
+            not be there.
+    """
+    architecture = read_moe(moe)
+    _check_tensors(moe, architecture)
+    return architecture
+
+
+def read_moe(moe: TensorSource) -> MoeArchitecture:
+    """What a mixture is by its configuration; its tensors are not looked at.
+
+    Raises:
+        UpitError: its configuration is of another kind or not valid.
     """
     from transformers.activations import ACT2FN
 
@@ -90,7 +106,6 @@ def inspect_moe(moe: TensorSource) -> MoeArchitecture:
         ) from None
     if unfit := form.unfit_moe(config):
         raise UpitError(f"{moe.label} {unfit}; use a model of which every layer is a mixture.")
-    _check_tensors(moe, architecture)
     return architecture
 
 
@@ -129,27 +144,9 @@ def check_expert(moe: TensorSource, dense: DenseModel) -> MoeArchitecture:
     return architecture
 
 
-def moe_shapes(
-    architecture: MoeArchitecture, num_experts: int
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor of a mixture with this many experts; the gates come last."""
-    form, settings = architecture.format, architecture.dense_settings()
-    layers, experts = range(architecture.num_layers), range(num_experts)
-    ffn = {ffn_tensor(layer, p): (layer, p) for layer in layers for p in PROJECTIONS}
-    for name, shape in dense_shapes(form, settings):
-        if name not in ffn:
-            yield name, shape
-            continue
-        layer, projection = ffn[name]
-        for expert in experts:
-            yield form.expert_tensor(layer, expert, projection), shape
-    for name in form.gate_names(len(layers)):
-        yield name, (len(experts), settings["hidden_size"])
-
-
 def _check_tensors(moe: TensorSource, architecture: MoeArchitecture) -> None:
     title, config = architecture.format.title, architecture.config
-    shapes = dict(moe_shapes(architecture, architecture.num_experts))
+    shapes = dict(architecture.shapes(architecture.num_experts))
     for name in moe.specs:
         if name not in shapes and not is_derived(name):
             raise UpitError(

@@ -23,13 +23,12 @@ from upit_merge.interrupt import ends_at_once
 from upit_merge.merging import Merger, measure_similarity
 from upit_merge.pipeline import RunOptions, output_config, write_settings
 from upit_merge.recipe import Recipe, load_recipe
-from upit_merge.report.stored import read_report
+from upit_merge.report.stored import read_report, recorded_router
 from upit_merge.report.tables import show
 from upit_merge.resume import Saver
-from upit_merge.router.gate_files import gates_digest, opened_moe, tensors_digest
+from upit_merge.router.gate_files import gates_digest, opened_moe, require_output, tensors_digest
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.pretrain import pretrain_router, seed_set_for
-from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 from upit_merge.staging import REPORT
 from upit_merge.tensor_files import TensorSpec
@@ -163,8 +162,7 @@ def _findings(
 
 
 def _report(out: Path) -> dict[str, Any]:
-    if not out.is_dir():
-        raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
+    require_output(out)
     if not (out / REPORT).is_file():
         raise UpitError(
             f"{out} has no {REPORT}; it is not the output of a upit recipe, so nothing can be "
@@ -298,13 +296,13 @@ def _gate_finding(
 def _fitted_gates(
     moe: Checkpoint, told: Mapping[str, Any], merger: Merger, options: RunOptions
 ) -> Sequence[torch.Tensor]:
-    try:
-        settings, seed = RouterSettings.model_validate(told["settings"]), int(told["seed"])
-    except (KeyError, TypeError, ValueError):  # pydantic's own is a ValueError
+    recorded = recorded_router(told)
+    if recorded is None:
         raise UpitError(
             f"The report of {moe.label} does not say how its gates were fitted, or in another "
             "version's words; verify it without --gates."
-        ) from None
+        )
+    settings, seed = recorded
     model = LayerwiseMoe(moe, merger.devices[0])
     seeds = seed_set_for(
         model,

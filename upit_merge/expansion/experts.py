@@ -75,12 +75,6 @@ class ExpertBuilder:
     seed: int
     alteration: Alteration | None = None
 
-    def checkpoints_needed(self, tensor: int) -> list[int]:
-        """Indices of the checkpoints that occur in some expert's part of an FFN tensor."""
-        experts = self.lineage.unit_of(tensor).experts
-        weights = torch.tensor([expert.weights for expert in experts])
-        return [int(i) for i in weights.any(0).nonzero().flatten()]
-
     def block(
         self,
         tensor: int,
@@ -224,8 +218,7 @@ def write_experts(
     Raises:
         UpitError: a backbone weight is NaN or infinite, or an expert overflows float16.
     """
-    tensors = [tensor for unit in builder.lineage.units for tensor in unit.tensors]
-    needed = {tensor: builder.checkpoints_needed(tensor) for tensor in tensors}
+    needed = {t: unit.checkpoints for unit in builder.lineage.units for t in unit.tensors}
     models = (base, *checkpoints)
     low_rank = {
         index: low_rank_deltas(base, checkpoints, name)

@@ -58,6 +58,12 @@ class Unit:
     experts: tuple[Expert, ...]
     gram: torch.Tensor
 
+    @cached_property
+    def checkpoints(self) -> list[int]:
+        """Indices of the checkpoints that occur in some expert."""
+        weights = torch.tensor([expert.weights for expert in self.experts])
+        return [int(i) for i in weights.any(0).nonzero().flatten()]
+
 
 @dataclass(frozen=True)
 class Lineage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel, StrictInt, StrictStr, ValidationError
 
 from upit_merge.checkpoints import read_json
 from upit_merge.errors import UpitError, one_line
+from upit_merge.router.settings import RouterSettings
 from upit_merge.staging import REPORT
 
 Weights = list[dict[str, Any]]
@@ -71,3 +73,14 @@ def read_report(out: Path) -> dict[str, Any]:
             "original back, or remove it."
         ) from None
     return report
+
+
+def recorded_router(told: Mapping[str, Any] | None) -> tuple[RouterSettings, int] | None:
+    """Settings and seed of gates that were fitted, from the router's part of a report.
+
+    None if they are not there, or not in this version's words.
+    """
+    try:
+        return RouterSettings.model_validate((told or {})["settings"]), int((told or {})["seed"])
+    except (KeyError, TypeError, ValueError):  # pydantic's own is a ValueError
+        return None

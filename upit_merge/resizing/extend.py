@@ -37,7 +37,13 @@ from upit_merge.resizing.sources import ExtendedMoe
 from upit_merge.resume import file_states
 from upit_merge.router import objectives
 from upit_merge.router.command import router_identity
-from upit_merge.router.gate_files import gates_digest, named_gates, opened_moe, tensors_digest
+from upit_merge.router.gate_files import (
+    gates_digest,
+    named_gates,
+    opened_moe,
+    require_output,
+    tensors_digest,
+)
 from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.pretrain import RouterResult, pretrain_router, seed_set_for
 from upit_merge.router.progress import Progress
@@ -57,8 +63,7 @@ def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """
     if values.get("data") is not None:
         return dict(values)
-    if not out.is_dir():
-        raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
+    require_output(out)
     given = [key for key in ("subset", "split") if values.get(key) not in (None, _DEFAULTS[key])]
     if given:
         raise UpitError(f"--{given[0]} is of the data; name that with --data.")

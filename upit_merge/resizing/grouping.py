@@ -9,7 +9,7 @@ from torch import Tensor
 
 from upit_merge.expansion.similarity import cosine
 from upit_merge.resizing.sources import Group
-from upit_merge.router.assembled import AssembledMoe
+from upit_merge.router.evaluation import swept
 from upit_merge.router.packed import Batch
 from upit_merge.router.stage import RouterStage
 
@@ -42,17 +42,9 @@ class RoutingStatistics:
 
 def routing_statistics(stage: RouterStage) -> RoutingStatistics:
     """Push the stage's samples through the mixture and look at its router."""
-    model, samples = stage.model, stage.seeds.samples
-    found = RoutingStatistics(model.num_layers, model.num_experts)
-    stream = stage.stream(0, stage.everything)
-    with (
-        stage.states([stream]) as states,
-        stage.bar(sum(stage.lengths) * model.num_layers, "routing") as bar,
-    ):
-        AssembledMoe(model).sweep(
-            samples, stream.batches, states, on_routing=found.count, on_progress=bar.update
-        )
-    return found
+    found = RoutingStatistics(stage.model.num_layers, stage.model.num_experts)
+    with swept(stage, found.count, "routing"):
+        return found
 
 
 def group_experts(chosen: Tensor, products: Tensor, num_groups: int) -> list[Group]:

@@ -12,7 +12,7 @@ from upit_merge.architecture import ffn_tensor
 from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
 from upit_merge.formats import COUNT_FIELDS, PROJECTIONS
-from upit_merge.mixture import MoeArchitecture, moe_shapes
+from upit_merge.mixture import MoeArchitecture
 from upit_merge.tensor_files import DenseModel, TensorSpec, all_finite
 
 
@@ -29,7 +29,6 @@ class ResizedMoe:
         form = architecture.format
         self._moe = moe
         dtype = moe.specs[form.expert_tensor(0, 0, PROJECTIONS[0])].dtype
-        ours = moe_shapes(architecture, num_experts)
         self._form = form
         self.label = moe.label
         # transformers 5 takes, and writes, other spellings than the published ones.
@@ -38,7 +37,7 @@ class ResizedMoe:
         # Of the model itself a tensor keeps its dtype: some keep norms or gates in float32.
         self.specs: dict[str, TensorSpec] = {
             name: TensorSpec(name, shape, moe.specs[name].dtype if name in moe.specs else dtype)
-            for name, shape in ours
+            for name, shape in architecture.shapes(num_experts)
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from upit_merge.errors import UpitError, one_line
-from upit_merge.router.assembled import AssembledMoe
+from upit_merge.router.assembled import AssembledMoe, RoutingCallback
 from upit_merge.router.buckets import Buckets
-from upit_merge.router.packed import Batch
+from upit_merge.router.packed import Batch, PackedStates
 from upit_merge.router.seed_tokens import TokenizedSample
 from upit_merge.router.stage import RouterStage
 
@@ -42,9 +43,7 @@ class Routing:
         )
         self.entropy = torch.zeros(shape[:2], dtype=torch.float64)
 
-    def counter(
-        self, samples: Sequence[TokenizedSample]
-    ) -> Callable[[int, Batch, Tensor, Tensor], None]:
+    def counter(self, samples: Sequence[TokenizedSample]) -> RoutingCallback:
         """To be told of every batch, see `AssembledMoe.sweep`."""
 
         def count(layer: int, batch: Batch, logits: Tensor, chosen: Tensor) -> None:
@@ -202,6 +201,36 @@ class Evaluation:
         return report
 
 
+@contextlib.contextmanager
+def swept(
+    stage: RouterStage,
+    on_routing: RoutingCallback,
+    description: str,
+    gates: Sequence[Tensor] | None = None,
+) -> Iterator[PackedStates]:
+    """Push all samples through the assembled mixture; gives the hidden states that come out.
+
+    Args:
+        on_routing: Told what the router does.
+        description: Of the progress bar.
+        gates: Instead of the folder's, float32, (num_experts, hidden_size) per layer.
+    """
+    stream = stage.stream(0, stage.everything)
+    tokens = sum(stage.lengths[index] for index in stream.samples)
+    with (
+        stage.states([stream]) as states,
+        stage.bar(tokens * stage.model.num_layers, description) as bar,
+    ):
+        AssembledMoe(stage.model, gates).sweep(
+            stage.seeds.samples,
+            stream.batches,
+            states,
+            on_routing=on_routing,
+            on_progress=bar.update,
+        )
+        yield states
+
+
 def run_mixture(
     stage: RouterStage, gates: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Routing]:
@@ -218,22 +247,9 @@ def run_mixture(
         UpitError: a loss is NaN or infinite.
     """
     model, samples = stage.model, stage.seeds.samples
-    moe = AssembledMoe(model, gates)
     routing = Routing(len(samples), model.num_layers, model.num_experts)
-    stream = stage.stream(0, stage.everything)
-    tokens = sum(stage.lengths[index] for index in stream.samples)
     description = "the mixture" if gates is None else "the control"
-    with (
-        stage.states([stream]) as states,
-        stage.bar(tokens * model.num_layers, description) as bar,
-    ):
-        moe.sweep(
-            samples,
-            stream.batches,
-            states,
-            on_routing=routing.counter(samples),
-            on_progress=bar.update,
-        )
+    with swept(stage, routing.counter(samples), description, gates) as states:
         sums = stage.processes.total(model.losses(samples, states)).sum(1)
     if not sums.isfinite().all():
         raise UpitError(

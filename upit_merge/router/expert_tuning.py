@@ -29,7 +29,7 @@ from upit_merge.architecture import ffn_tensor
 from upit_merge.blocks import progress_bar
 from upit_merge.errors import UpitError
 from upit_merge.formats import PROJECTIONS
-from upit_merge.mixture import MoeArchitecture, inspect_moe
+from upit_merge.mixture import MoeArchitecture, read_moe
 from upit_merge.router.layerwise import LOGIT_ROWS
 from upit_merge.router.seed_tokens import TokenizedSample
 from upit_merge.router.settings import UpitObjective
@@ -141,7 +141,7 @@ def load_expert(
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    architecture = inspect_moe(moe)
+    architecture = read_moe(moe)
     modules = architecture.format.modules()
     # Without the padding id, which need not be in the embedding table and is of no use here, and
     # without dropout, which did not act on the losses that chose the samples either.
@@ -205,7 +205,7 @@ def tune_expert(
     Raises:
         UpitError: the loss, a weight or a routing vector is NaN or infinite after the training.
     """
-    names = _ffn_names(inspect_moe(moe), expert)
+    names = _ffn_names(read_moe(moe), expert)
     if not samples:
         vectors = torch.zeros(len(names) // len(PROJECTIONS), int(moe.config["hidden_size"]))
         return TunedExpert({name: moe.tensor(name) for name in names.values()}, vectors, math.nan)

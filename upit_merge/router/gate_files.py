@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 from upit_merge.checkpoints import (
-    PICKLE_FILE,
-    PICKLE_INDEX,
-    WEIGHT_FILE,
-    WEIGHT_INDEX,
+    PICKLED_WEIGHTS,
+    SAFE_WEIGHTS,
     Checkpoint,
     OpenOptions,
+    has_any,
 )
 from upit_merge.errors import UpitError
 from upit_merge.formats import MoeFormat
@@ -36,6 +35,16 @@ from upit_merge.tensor_files import (
 Tensors = Mapping[str, torch.Tensor]
 
 
+def require_output(out: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        UpitError: naming it.
+    """
+    if not out.is_dir():
+        raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
+
+
 @contextlib.contextmanager
 def opened_moe(
     folder: Path, label: str = "the output", config: dict[str, Any] | None = None
@@ -48,8 +57,7 @@ def opened_moe(
     Raises:
         UpitError: it cannot be read, or not without running code.
     """
-    complete = any((folder / name).is_file() for name in (WEIGHT_FILE, WEIGHT_INDEX))
-    if not complete and any((folder / name).is_file() for name in (PICKLE_FILE, PICKLE_INDEX)):
+    if not has_any(folder, SAFE_WEIGHTS) and has_any(folder, PICKLED_WEIGHTS):
         raise UpitError(f"{label} has its weights in .bin files; convert it to safetensors first.")
     with contextlib.closing(Checkpoint(label, folder, OpenOptions(), config=config)) as moe:
         yield moe
