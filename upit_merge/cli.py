@@ -246,6 +246,48 @@ def evaluate(
     evaluate_output(out, parse_settings(settings), options)
 
 
+@main.command(
+    cls=Verbatim,
+    epilog="upit-merge finetune prepare.yml\naccelerate launch -m upit_merge finetune post-train.yml",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("config", type=_FILE)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--KEY VALUE]...")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def finetune(config: Path, overrides: tuple[str, ...], quiet: bool) -> None:
+    """Train a dense model, whose checkpoints become experts, or a finished mixture (TRL).
+
+    CONFIG is YAML with the keys of `trl sft --config`, each of which may also be given as --KEY
+    VALUE, and three of ours: data (a file), train_modules (all, ffn or router) and
+    keep_checkpoints. A mixture's routing is logged, and it is written under the names it had. A
+    run that was cut off goes on when it is started again. Needs `pip install 'upit-merge[train]'`.
+    """
+    from upit_merge.training.settings import require_trl
+
+    require_trl()
+    from upit_merge.training import finetune as training
+
+    training.finetune(config, overrides, quiet=quiet)
+
+
+@main.command(cls=Verbatim, epilog="upit-merge pipeline pipeline.yml")
+@click.argument("config", type=_FILE)
+@click.option("--redo", metavar="STAGE", help="Do this stage, and what follows it, again.")
+@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@click.option("--quiet", is_flag=True, help="No progress bars, no tables.")
+def pipeline(config: Path, redo: str | None, until: str | None, quiet: bool) -> None:
+    """Go from a dense model to a trained mixture, in the stages that CONFIG describes.
+
+    prepare (fine-tune the dense model), merge (grow experts, train their router), post_train
+    (train the mixture), baseline (the dense model on the same tokens, to compare) and evaluate.
+    Stages that are done are skipped, one that was cut off goes on. Training needs `pip install
+    'upit-merge[train]'`.
+    """
+    from upit_merge.stages.run import run_pipeline
+
+    run_pipeline(config, redo=redo, until=until, quiet=quiet)
+
+
 @main.command(cls=Verbatim, epilog="upit-merge demo demo/")
 @click.argument("folder", type=_FOLDER)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)

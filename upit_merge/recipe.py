@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,16 +20,14 @@ from pydantic import (
     model_validator,
 )
 
-from upit_merge.errors import UpitError, first_line, one_line, shown
+from upit_merge.errors import UpitError, shown
 from upit_merge.formats import FORMATS
 from upit_merge.recipe_errors import explain, refuse_monster
 from upit_merge.router.settings import ByColumn, Refinement, RouterSettings, UpitObjective
 from upit_merge.settings import Name, Number, Strict, as_number
+from upit_merge.yaml_files import parse_yaml, read_yaml_text
 
 METHOD = "upit"
-
-_MAX_CHARACTERS = 250_000  # a recipe is a page of text
-_MAX_MERGED = 10_000  # keys that come by `<<`
 
 Share = Annotated[Number, BeforeValidator(as_number), Field(gt=0, le=1)]
 PartialShare = Annotated[Number, BeforeValidator(as_number), Field(ge=0, lt=1)]
@@ -278,67 +275,10 @@ def load_recipe(path: Path) -> tuple[Recipe, str]:
     Raises:
         UpitError: the file cannot be read, is not YAML, or is not a valid recipe.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(_MAX_CHARACTERS + 1)
-    except FileNotFoundError:
-        raise UpitError(f"The recipe {path} does not exist; correct the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UpitError(f"The recipe {path} cannot be read ({error}); check the file.") from None
+    text = read_yaml_text(path, "recipe")
     return parse_recipe_text(text, str(path)), text
-
-
-class _CarefulLoader(yaml.SafeLoader):
-    """The safe loader, which would silently let the last of two equal keys win.
-
-    It would also copy whatever merge keys (`<<`) name, and what those name in turn, without end.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._merged = 0
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} is given twice", key.start_mark
-                )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return node
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    if isinstance(source, yaml.MappingNode):
-                        self.flatten_mapping(source)
-                        self._merged += len(source.value)
-                    if self._merged > _MAX_MERGED:
-                        problem = "merge keys (`<<`) copy too much"
-                        raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        super().flatten_mapping(node)
 
 
 def parse_recipe_text(text: str, source: str = "the recipe") -> Recipe:
     """Validate a recipe given as YAML text; see `parse_recipe`."""
-    if len(text) > _MAX_CHARACTERS:
-        raise UpitError(
-            f"{source} has more than {_MAX_CHARACTERS:,} characters; give a recipe, such as "
-            "recipes/upit-8x.yml."
-        )
-    try:
-        document = yaml.load(text, Loader=_CarefulLoader)
-    except Exception as error:  # a wrong date or tag makes PyYAML raise whatever comes up
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        told = [getattr(error, name, None) for name in ("context", "problem", "reason")]
-        problem = ", ".join(map(str, filter(None, told))) or first_line(error)
-        if not isinstance(error, (yaml.YAMLError, ValueError, RecursionError)):
-            problem = "a value does not fit its tag"
-        raise UpitError(
-            f"{source} is not valid YAML ({where}{one_line(problem)}); correct the file."
-        ) from None
-    return parse_recipe(document, source)
+    return parse_recipe(parse_yaml(text, source), source)

@@ -78,7 +78,7 @@ def _is_mapping_for_word(detail: Any) -> bool:
 def _hint(key: str, location: list[int | str], blocks: Blocks) -> str:
     """What the writer of an unknown key may have meant."""
     path = ".".join(part for part in location if isinstance(part, str))
-    known = list(blocks.get(path, blocks["density"]).model_fields)
+    known = list((blocks.get(path) or blocks.get("density") or blocks[""]).model_fields)
     # `num-experts` and `Num_Experts` are as close to a key as can be.
     if close := difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1):
         return f"did you mean {close[0]}?"

@@ -27,7 +27,7 @@ STAGING = ".upit-staging"
 # Of the commands that change a model that is there.
 EDIT_STAGING = {name: f".upit-{name}" for name in ("router", "extend", "shrink")}
 REPORT = "upit_report.json"
-_LOCK = ".upit-lock"
+LOCK = ".upit-lock"
 STATE = "run.json"
 
 
@@ -190,7 +190,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         UpitError: another process holds it, or the folder cannot be written to.
     """
-    path = folder / _LOCK
+    path = folder / LOCK
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -211,7 +211,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 def release(folder: Path) -> None:
     """Remove the lock of a process that is about to end."""
-    (folder / _LOCK).unlink(missing_ok=True)
+    (folder / LOCK).unlink(missing_ok=True)
 
 
 def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
@@ -227,7 +227,7 @@ def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
     if is_moving(out / STAGING):  # a complete output, in part here and in part still there
         return
     refuse_half_edited(out)
-    ours = (STAGING, *EDIT_STAGING.values(), _LOCK)
+    ours = (STAGING, *EDIT_STAGING.values(), LOCK)
     present = sorted(path.name for path in out.iterdir() if path.name not in ours)
     if not present:
         return

@@ -1,0 +1,217 @@
+"""`upit-merge finetune`: prepares experts (stage 1), trains the finished mixture (stage 4)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_callback import PrinterCallback
+
+from upit_merge import __version__
+from upit_merge.checkpoints import SAFE_WEIGHTS, OpenOptions, has_any, read_json, resolve
+from upit_merge.errors import UpitError, first_line, one_line
+from upit_merge.formats import FORMATS
+from upit_merge.interrupt import ends_at_once
+from upit_merge.processes import Processes, joined
+from upit_merge.resume import file_states
+from upit_merge.staging import exclusive, explained_failures, refuse_half_edited, release
+from upit_merge.training.outcome import finish_move, write_mixture
+from upit_merge.training.run_state import RunState
+from upit_merge.training.settings import FinetuneJob, load_job
+from upit_merge.training.trainable import freeze_others
+from upit_merge.training.trainer import ExpertTrainer, Progress, SaveWatch
+
+LOG = logging.getLogger(__name__)
+
+_NO_NEWS = ("keys in the checkpoint model loaded", "arguments do not match the ones")
+
+
+def finetune(config: Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> None:
+    """Train a model as a configuration says.
+
+    A dense model leaves `checkpoint-*` in `output_dir`, which become experts; a mixture becomes a
+    model there, with the names, `config.json` and tokenizer of the one it was. A call that was cut
+    off goes on from its last checkpoint, and on the CPU ends with the same bytes.
+
+    Under `accelerate launch` all processes must call this.
+
+    Args:
+        config: YAML, see `settings.load_job`.
+        overrides: `--key value` pairs that win over it.
+
+    Raises:
+        UpitError: a mistake in the configuration, or in what it names.
+    """
+    _quieten()
+    job = load_job(config, overrides)
+    out = Path(job.training.output_dir)
+    folder = resolve(job.model.model_name_or_path, OpenOptions(), role="model")
+    refuse_half_edited(folder)
+    is_mixture = read_json(folder / "config.json", "the model").get("model_type") in FORMATS
+    keep = not is_mixture if job.own.keep_checkpoints is None else job.own.keep_checkpoints
+    _ = job.training.device  # accelerate meets the other processes first: it knows the device
+    with joined() as processes, contextlib.ExitStack() as stack:
+        with processes.together():
+            if processes.is_first:
+                stack.enter_context(_owned(out))
+        with processes.together():
+            state = RunState(out, _identity(job, folder, processes))
+        if state.is_finished:
+            if processes.is_first:
+                state.tidy(keep_checkpoints=keep)
+                print(f"{out} holds the result of this run already.")
+            return
+
+        def last_words() -> str:
+            if not processes.is_first:
+                return ""
+            release(out)
+            return "Interrupted; the same command goes on from the last checkpoint."
+
+        stack.enter_context(explained_failures(out))
+        stack.enter_context(ends_at_once(last_words))
+        with processes.together():
+            if processes.is_first:
+                state.begin()
+        trainer = _trainer(job, folder, state.newest)
+        seconds = _train(trainer, job, state, quiet=quiet)
+        if is_mixture:
+            write_mixture(trainer, job, folder, out, seconds)
+        processes.gather(None)
+        if processes.is_first:
+            state.finish(keep_checkpoints=keep)
+            _tell(out, seconds, is_mixture=is_mixture)
+
+
+def _quieten() -> None:
+    """One progress bar is enough, and TRL's advice is for those who call TRL."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.trainer").addFilter(_is_news)
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that weights were not found which are there already, see `_trainer`."""
+    return not any(text in record.getMessage() for text in _NO_NEWS)
+
+
+@contextlib.contextmanager
+def _owned(out: Path) -> Iterator[None]:
+    """Hold the output folder, and finish what an earlier call had all but finished."""
+    if out.is_file():
+        raise UpitError(f"The output {out} is a file; give a folder.")
+    with explained_failures(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with exclusive(out):
+        finish_move(out)
+        yield
+
+
+def _identity(job: FinetuneJob, folder: Path, processes: Processes) -> dict[str, Any]:
+    """What decides the result: a call that differs in any of it cannot go on with another's."""
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json")]
+    return {
+        "upit-merge": __version__,
+        **job.identity(),
+        "number of processes": processes.size,
+        "file": file_states(files, job.own.data or ""),
+    }
+
+
+def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrainer:
+    """TRL's trainer, as `trl sft` sets it up, with only some weights trainable.
+
+    Args:
+        folder: Of the model that is trained.
+        newest: The checkpoint from which an earlier call goes on. transformers' trainer takes the
+            optimiser from there, but the weights of a mixture only in part: it looks for experts
+            under the names they have in memory, which are others in files. So they are read here.
+    """
+    from transformers import AutoTokenizer
+    from trl import get_peft_config, get_quantization_config
+
+    training, model = job.training, job.model
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    training.disable_tqdm = True  # there is a bar of our own
+    training.include_num_input_tokens_seen = "non_padding"
+    try:
+        complete = newest is not None and has_any(newest, SAFE_WEIGHTS)
+        trainer = ExpertTrainer(
+            model=str(newest if complete else folder),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            args=training,
+            train_dataset=_dataset(job),
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    except (ValueError, KeyError, TypeError, ImportError) as error:
+        raise UpitError(
+            f"The training cannot be set up: {one_line(first_line(error))}; correct the "
+            "configuration or the data."
+        ) from error
+    if job.own.train_modules != "all":
+        freeze_others(trainer.model, job.own.train_modules)
+    return trainer
+
+
+def _dataset(job: FinetuneJob) -> Any:
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    script = job.script
+    try:
+        if job.data.datasets:
+            found = get_dataset(job.data)
+        else:
+            found = load_dataset(script.dataset_name, name=script.dataset_config)
+    except Exception as error:  # a reader of files from elsewhere raises whatever comes up
+        raise UpitError(
+            f"The training data cannot be read ({one_line(first_line(error))}); check the file, or "
+            "the name of the dataset."
+        ) from error
+    return found[script.dataset_train_split]
+
+
+def _train(trainer: ExpertTrainer, job: FinetuneJob, state: RunState, *, quiet: bool) -> float:
+    """Train to the end, from the last checkpoint of an earlier call; seconds over all calls."""
+    started, before = time.perf_counter(), state.seconds
+
+    def seconds() -> float:
+        return before + time.perf_counter() - started
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress(f"train {job.own.train_modules}", quiet=quiet))
+    trainer.add_callback(
+        SaveWatch(trainer.accelerator.wait_for_everyone, lambda step: state.saved(step, seconds()))
+    )
+    newest = state.newest
+    if newest is not None:
+        LOG.info("Going on from %s.", newest)
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    return seconds()
+
+
+def _tell(out: Path, seconds: float, *, is_mixture: bool) -> None:
+    if is_mixture:
+        print(f"Trained in {seconds / 60:.1f} minutes; the model is in {out}.")
+        return
+    count = len(list(out.glob("checkpoint-*")))
+    print(
+        f"Trained in {seconds / 60:.1f} minutes; {count} checkpoints are in {out}. In a recipe:\n"
+        f"models:\n  - model: {out}/checkpoint-*"
+    )

@@ -1,0 +1,169 @@
+"""The trained mixture, written as the one it was: same names, settings and tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upit_merge.architecture import is_derived
+from upit_merge.checkpoints import read_json
+from upit_merge.errors import UpitError
+from upit_merge.mixture import inspect_moe
+from upit_merge.report.stored import read_report
+from upit_merge.router.gate_files import opened_moe
+from upit_merge.staging import REPORT, STAGING, STATE, Staging, is_moving, move_into_place
+from upit_merge.text_files import write_json
+from upit_merge.training.settings import FinetuneJob
+
+_WEIGHTS = (".safetensors", ".bin", ".index.json")
+# Of TRL's settings, those that say what was done.
+_TOLD = (
+    "learning_rate",
+    "num_train_epochs",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "packing",
+    "seed",
+)
+_HISTORY = ("loss", "aux_loss", "routing_entropy", "load_entropy", "dead_experts")
+
+
+def finish_move(out: Path) -> None:
+    """Move what an earlier call had not moved into place when it was killed."""
+    root = out / STAGING
+    if is_moving(root):
+        move_into_place(Staging(root, complete=True), out)
+    else:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def write_mixture(trainer: Any, job: FinetuneJob, source: Path, out: Path, seconds: float) -> None:
+    """Write the trained model into `out`, complete or not at all.
+
+    All processes must call this: the weights may be spread over them.
+
+    Args:
+        source: The mixture that was trained; what training does not change is copied from it.
+        seconds: What the training took.
+
+    Raises:
+        UpitError: transformers would write other tensors than those that were read.
+    """
+    staging = Staging(out / STAGING)
+    adapter = staging.root / "adapter"
+    state = None
+    if job.model.use_peft:
+        trainer.save_model(str(adapter))
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.accelerator.is_main_process:
+        return
+    staging.model.mkdir(parents=True)
+    write_json(staging.root / STATE, {"identity": None, "moving": None})
+    names, dtype = _tensors(source)
+    if state is None:
+        model = _merged(source, adapter)
+        state = model.state_dict()
+    else:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+    cast = {
+        name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in state.items()
+        # A copy of the embeddings has lost its tie to them.
+        if not (model.config.tie_word_embeddings and is_derived(name))
+    }
+    model.save_pretrained(staging.model, state_dict=cast)
+    _copy_rest(source, staging.model)
+    _adapt_settings(trainer, job, model.config, staging.model)
+    written, _dtype = _tensors(staging.model)
+    if written != names:
+        other = sorted(written ^ names)[0]
+        raise UpitError(
+            f"This version of transformers writes the mixture under other names than it was read "
+            f"({other}), which other programs would not find; install the one that "
+            "constraints.txt pins, and run the same command again."
+        )
+    _write_report(trainer, job, source, staging.model, seconds)
+    move_into_place(staging, out)
+
+
+def _tensors(folder: Path) -> tuple[set[str], torch.dtype]:
+    """The names of a mixture's tensors, and the dtype of its weights."""
+    with opened_moe(folder, str(folder)) as moe:
+        gate = inspect_moe(moe).format.gate_tensor(0)
+        return {name for name in moe.specs if not is_derived(name)}, moe.specs[gate].dtype
+
+
+def _merged(source: Path, adapter: Path) -> Any:
+    """The mixture with what LoRA learned added to its weights."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def _copy_rest(source: Path, folder: Path) -> None:
+    """Everything of a model but its weights: settings, tokenizer, recipe."""
+    for path in source.iterdir():
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _adapt_settings(trainer: Any, job: FinetuneJob, config: Any, folder: Path) -> None:
+    """What a new chat template or end token changes, if one was given."""
+    if not (job.training.chat_template_path or job.training.eos_token):
+        return
+    trainer.processing_class.save_pretrained(folder)
+    settings = read_json(folder / "config.json", "the mixture")
+    settings |= {"vocab_size": config.vocab_size, "eos_token_id": config.eos_token_id}
+    write_json(folder / "config.json", settings)
+
+
+def _write_report(
+    trainer: Any, job: FinetuneJob, source: Path, folder: Path, seconds: float
+) -> None:
+    report = read_report(source)
+    if not report:
+        return  # a mixture from elsewhere
+    # Measured on the model as it was.
+    report.pop("evaluation", None)
+    report["post_training"] = _record(trainer, job, seconds)
+    report["files"] = sorted({path.name for path in folder.iterdir()} | {REPORT})
+    write_json(folder / REPORT, report)
+
+
+def _record(trainer: Any, job: FinetuneJob, seconds: float) -> dict[str, Any]:
+    """What was done, for the report."""
+    training, state = job.training, trainer.state
+    settings = {name: getattr(training, name) for name in _TOLD}
+    settings["lr_scheduler_type"] = str(getattr(training.lr_scheduler_type, "value", ""))
+    settings["train_modules"] = "lora" if job.model.use_peft else job.own.train_modules
+    settings["router_aux_loss_coef"] = float(trainer.router_aux_loss_coef)
+    history = [
+        {"step": entry["step"], **{key: entry[key] for key in _HISTORY if key in entry}}
+        for entry in state.log_history
+        if "loss" in entry
+    ]
+    return {
+        "settings": settings,
+        "data": _data_name(job),
+        "samples": len(trainer.train_dataset),
+        "tokens": int(state.num_input_tokens_seen),
+        "steps": int(state.global_step),
+        "seconds": round(seconds, 1),
+        "history": history,
+    }
+
+
+def _data_name(job: FinetuneJob) -> str:
+    """Files by their last part: where they are on this machine is nobody's business."""
+    if job.own.data:
+        return Path(job.own.data).name
+    named = ", ".join(source.path for source in job.data.datasets or [])
+    return named or str(job.script.dataset_name)

@@ -1,0 +1,194 @@
+"""What `upit-merge finetune` is told: the keys of `trl sft --config`, and a few of our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from upit_merge.errors import UpitError, first_line, one_line, shown
+from upit_merge.yaml_files import load_mapping
+
+# What reads a file of training data, by its ending, in the words of the datasets library.
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+@dataclass
+class FinetuneArguments:
+    """Keys that `trl sft` does not have."""
+
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Training data: a jsonl, json, parquet, csv or txt file."},
+    )
+    train_modules: str = field(
+        default="all",
+        metadata={
+            "help": "Which weights are trained: all; ffn, the FFNs alone (of a mixture its experts "
+            "and its router); or router, its gates alone.",
+            "choices": ["all", "ffn", "router"],
+        },
+    )
+    keep_checkpoints: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the checkpoints when training is over. By default those of a dense "
+            "model, which become experts, and not those of a mixture, which is written whole."
+        },
+    )
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """Everything a training run is made from.
+
+    Attributes:
+        own: Our own keys.
+        training: TRL's `SFTConfig`.
+        model: TRL's `ModelConfig`: which model, and LoRA.
+        data: TRL's `DatasetMixtureConfig`.
+        script: TRL's `ScriptArguments`.
+    """
+
+    own: FinetuneArguments
+    training: Any
+    model: Any
+    data: Any
+    script: Any
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what comes out, for a run that is cut off and goes on."""
+        blocks = {"": self.own, "model": self.model, "data": self.data, "script": self.script}
+        found = {name: dataclasses.asdict(block) for name, block in blocks.items()}
+        settings = self.training.to_dict()
+        found["training"] = {key: settings[key] for key in settings if key not in _NO_MATTER}
+        return found
+
+
+# Of SFTConfig: how a run is shown and where it goes, not what it computes.
+_NO_MATTER = frozenset(
+    [
+        "output_dir",
+        "logging_dir",
+        "run_name",
+        "report_to",
+        "disable_tqdm",
+        "log_level",
+        "log_level_replica",
+        "resume_from_checkpoint",
+        "local_rank",
+        "push_to_hub",
+        "dataset_num_proc",
+        "dataloader_num_workers",
+    ]
+)
+
+
+def require_trl() -> None:
+    """Refuse to train without TRL, which is an optional part of the installation.
+
+    Raises:
+        UpitError: saying how to install it.
+    """
+    try:
+        import trl  # noqa: F401
+    except ImportError:
+        raise UpitError(
+            "Training needs TRL, which is not installed; run `pip install 'upit-merge[train]'`, or "
+            "`pip install '.[train]'` in a clone."
+        ) from None
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> FinetuneJob:
+    """Read a training configuration.
+
+    Args:
+        path: YAML, with the keys of `trl sft --config` and those of `FinetuneArguments`.
+        overrides: `--key value` pairs that win over the file.
+
+    Raises:
+        UpitError: the file cannot be read, or has a key or a value that is not understood.
+    """
+    require_trl()
+    # TRL tells its makers of every run unless it is asked not to.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+
+    document = load_mapping(path, "training configuration")
+    blocks = (FinetuneArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, ScriptArguments)
+    _refuse_unknown(document, blocks, path)
+    own, training, model, data, script = _parsed(blocks, path, overrides)
+    job = FinetuneJob(own=own, training=training, model=model, data=data, script=script)
+    _check(job, path)
+    return job
+
+
+def _refuse_unknown(document: dict[str, Any], blocks: Sequence[Any], path: Path) -> None:
+    known = {field.name for block in blocks for field in dataclasses.fields(block)} | {"env"}
+    for key in document:
+        if key in known:
+            continue
+        close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see `trl sft --help` for TRL's"
+        raise UpitError(f"{path}: unknown key {one_line(key)} ({hint}).")
+
+
+def _parsed(blocks: Sequence[Any], path: Path, overrides: Sequence[str]) -> Any:
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            raise UpitError(f"{path}: {one_line(message)}; correct it.")
+
+    try:
+        return Parser(blocks).parse_args_and_config(["--config", str(path), *overrides])
+    except (TypeError, ValueError, ImportError, KeyError) as error:
+        raise UpitError(f"{path}: {one_line(first_line(error))}; correct it.") from None
+
+
+def _check(job: FinetuneJob, path: Path) -> None:
+    """What would come out as an obscure error much later."""
+    own, training, model = job.own, job.training, job.model
+    if not model.model_name_or_path:
+        raise UpitError(f"{path}: model_name_or_path is missing; add the model to train.")
+    if training.output_dir is None:
+        raise UpitError(f"{path}: output_dir is missing; add the folder that receives the result.")
+    if own.train_modules not in ("all", "ffn", "router"):
+        raise UpitError(
+            f"{path}: train_modules is {shown(own.train_modules)}, expected all, ffn or router."
+        )
+    if model.use_peft and own.train_modules != "all":
+        raise UpitError(
+            f"{path}: train_modules: {own.train_modules} has no meaning with use_peft, where "
+            "lora_target_modules says what is trained; remove one of them."
+        )
+    if training.save_only_model:
+        raise UpitError(
+            f"{path}: save_only_model would keep a run that is cut off from going on; remove it "
+            "(what is needed for that is removed when the training is over)."
+        )
+    sources = [own.data, job.script.dataset_name, *(job.data.datasets or [])]
+    if not any(sources):
+        raise UpitError(f"{path}: data is missing; add the file with the training data.")
+    if own.data and any(sources[1:]):
+        raise UpitError(f"{path}: data and TRL's own dataset keys are both given; remove one.")
+    if own.data:
+        _add_file(job, path)
+
+
+def _add_file(job: FinetuneJob, path: Path) -> None:
+    """Name our `data:` as TRL wants it named."""
+    from trl.scripts.utils import DatasetConfig
+
+    file = Path(str(job.own.data)).expanduser()
+    if not file.is_file():
+        raise UpitError(f"{path}: data is {file}, but there is no such file; correct the path.")
+    if file.suffix not in _READERS:
+        raise UpitError(
+            f"{path}: data is {file}, expected a file that ends in {', '.join(_READERS)}."
+        )
+    job.data.datasets = [DatasetConfig(path=_READERS[file.suffix], data_files=str(file))]

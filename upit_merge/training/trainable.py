@@ -1,0 +1,52 @@
+"""Which weights are trained."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from upit_merge.errors import UpitError
+
+# By transformers' names in memory: `.mlp.gate` is a router, `.mlp.gate_proj` part of an FFN.
+_ROUTER = re.compile(r"\.mlp\.gate\.")
+_FFN = re.compile(r"\.mlp\.")
+
+
+def freeze_others(model: nn.Module, train_modules: str) -> int:
+    """Leave only some of a model's weights trainable.
+
+    Args:
+        model: Dense or a mixture, of transformers.
+        train_modules: `all`; `ffn`, the FFNs, of a mixture with its router; or `router`.
+
+    Returns:
+        The number of trainable parameters.
+
+    Raises:
+        UpitError: the model has none of that kind.
+    """
+    pattern = {"ffn": _FFN, "router": _ROUTER}.get(train_modules)
+    if pattern is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(bool(pattern.search(f".{name}")))
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not count:
+        raise UpitError(
+            f"train_modules: {train_modules} leaves nothing to train, as the model has no such "
+            "weights; use all."
+        )
+    return count
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    """The routers of a mixture in the order of its layers; empty for a dense model.
+
+    Each returns its logits, (tokens, num_experts), first and the chosen experts,
+    (tokens, experts_per_token), last.
+    """
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(".mlp.gate") and hasattr(module, "top_k")
+    ]

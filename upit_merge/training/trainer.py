@@ -1,0 +1,103 @@
+"""TRL's trainer, with what a run of ours needs besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTTrainer
+
+from upit_merge.blocks import progress_bar
+from upit_merge.training.routing import RoutingMonitor, routing_metrics
+from upit_merge.training.trainable import routers
+
+_SHOWN = {
+    "loss": "loss {:.3f}",
+    "routing_entropy": "routing entropy {:.2f}",
+    "dead_experts": "dead experts {:.0f}",
+}
+
+
+class ExpertTrainer(SFTTrainer):
+    """Logs what the routers of a mixture do, and writes no model cards of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        found = routers(self.model)
+        self.monitor = RoutingMonitor(found) if found else None
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.monitor is not None:
+            self.monitor.mask = inputs.get("attention_mask")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """All processes call this together; the sums are those of all of them."""
+        sums = self.monitor.take() if self.monitor is not None and "loss" in logs else None
+        if sums is not None:
+            total = self.accelerator.reduce(sums.float(), "sum")
+            logs.update(routing_metrics(total.double()))
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Not here: a mixture has a page, rendered from its report, and checkpoints need none."""
+
+
+class SaveWatch(TrainerCallback):
+    """Tells when a checkpoint is complete, of all processes."""
+
+    def __init__(self, wait: Callable[[], None], saved: Callable[[int], None]) -> None:
+        self._wait = wait
+        self._saved = saved
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._wait()
+        if state.is_world_process_zero:
+            self._saved(state.global_step)
+
+
+class Progress(TrainerCallback):
+    """One bar with the time left, the loss and what the routers do."""
+
+    def __init__(self, description: str, *, quiet: bool) -> None:
+        self._description = description
+        self._quiet = quiet
+        self._bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        quiet = self._quiet or not state.is_world_process_zero
+        self._bar = progress_bar(state.max_steps, self._description, quiet=quiet, unit="step")
+        self._bar.initial = state.global_step  # steps of an earlier call took no time of this one
+        self._bar.update(state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        told = [text.format(logs[key]) for key, text in _SHOWN.items() if logs and key in logs]
+        if told and self._bar is not None:
+            self._bar.set_postfix_str(", ".join(told))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._bar.close()
