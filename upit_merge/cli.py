@@ -206,6 +206,7 @@ def shrink(
 @click.option("--group-by", metavar="COLUMN", help="Column of the data with the kind of text.")
 @click.option("--json", "json_file", type=_FILE, help="Write all numbers to this file.")
 @click.option("--plot", type=_FILE, help="Write the routing heat map to this PNG file.")
+@click.option("--card", is_flag=True, help="Put the results on the model's page.")
 @click.option("--no-experts", is_flag=True, help="Leave out the comparison with every expert.")
 @click.option("--control", is_flag=True, help="Compare with gates fitted to shuffled buckets.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
@@ -217,6 +218,7 @@ def evaluate(
     group_by: str | None,
     json_file: Path | None,
     plot: Path | None,
+    card: bool,
     no_experts: bool,
     control: bool,
     seed: int,
@@ -227,7 +229,8 @@ def evaluate(
 ) -> None:
     """Measure the MoE in the folder OUT on held-out data: perplexity, and what its router does.
 
-    Layer by layer, so that it runs where the model does not fit; nothing is changed.
+    Layer by layer, so that it runs where the model does not fit. Nothing is changed but, with
+    --card, the model's page and report.
     """
     from upit_merge.evaluating import EvaluateOptions, evaluate_output
     from upit_merge.router.command import parse_settings
@@ -236,6 +239,7 @@ def evaluate(
         group_by=group_by,
         json=json_file,
         plot=plot,
+        card=card,
         experts=not no_experts,
         control=control,
         seed=seed,
@@ -244,6 +248,16 @@ def evaluate(
         quiet=quiet,
     )
     evaluate_output(out, parse_settings(settings), options)
+
+
+@main.command(cls=Verbatim, epilog="upit-merge page out/")
+@click.argument("out", type=_FOLDER)
+@click.option("--force", is_flag=True, help="Replace a page that was edited by hand, too.")
+def page(out: Path, force: bool) -> None:
+    """Write README.md of the MoE in the folder OUT, and its pictures, anew from its report."""
+    from upit_merge.report.papers import refresh_page
+
+    refresh_page(out, replace_edited=force)
 
 
 @main.command(

@@ -37,16 +37,17 @@ class Edit:
         processes: Who takes part; the first does all of the below.
 
     Attributes:
+        out, command: As given.
         finished: The identity of an earlier call that was complete but for its last files, which
             are in place now; else None.
     """
 
     def __init__(self, out: Path, command: str, processes: Processes = ALONE) -> None:
         self.out = out
+        self.command = command
         self.processes = processes
         self.root = out / EDIT_STAGING[command]
         self.finished: dict[str, Any] | None = None
-        self._command = command
 
     @property
     def model(self) -> Path:
@@ -72,7 +73,7 @@ class Edit:
             UpitError: `out` is no folder, is in use, or half changed by another command.
         """
         require_output(self.out)
-        refuse_half_edited(self.out, self._command)
+        refuse_half_edited(self.out, self.command)
         with exclusive(self.out):
             self.finished = self._moved()
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +14,13 @@ from rich.text import Text
 from torch import Tensor
 
 from upit_merge.device import resolve_devices
+from upit_merge.editing import Edit
 from upit_merge.errors import UpitError
 from upit_merge.interrupt import ends_at_once
 from upit_merge.preflight import require_router_memory
 from upit_merge.processes import Processes, joined
 from upit_merge.report.heatmap import check_format, draw_routing
+from upit_merge.report.papers import write_papers
 from upit_merge.report.stored import read_report, recorded_router
 from upit_merge.report.tables import show
 from upit_merge.router.buckets import assign_by_loss
@@ -28,7 +31,7 @@ from upit_merge.router.pretrain import refined_gates, seed_set_for
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 from upit_merge.router.worth import measure_worth
-from upit_merge.staging import explained_failures
+from upit_merge.staging import REPORT, explained_failures
 from upit_merge.text_files import write_json
 
 
@@ -40,6 +43,7 @@ class EvaluateOptions:
         group_by: Column of the data that tells kinds of text apart.
         json: Receives all numbers.
         plot: Receives the routing heat map.
+        card: Put the results on the model's page, and into its report.
         experts: Compare with every expert as a dense model, which costs a run for each.
         control: Compare with gates fitted to shuffled buckets, the router's seed data at hand.
         seed: Of the sampling.
@@ -51,6 +55,7 @@ class EvaluateOptions:
     group_by: str | None = None
     json: Path | None = None
     plot: Path | None = None
+    card: bool = False
     experts: bool = True
     control: bool = False
     seed: int = 0
@@ -60,7 +65,9 @@ class EvaluateOptions:
 
 
 def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOptions) -> Evaluation:
-    """Evaluate the MoE folder `out`, layer by layer; prints tables, changes nothing.
+    """Evaluate the MoE folder `out`, layer by layer; prints tables.
+
+    Nothing is changed but, with `options.card`, the model's page and report.
 
     Under torchrun or `accelerate launch` all processes must call this; they share the samples.
 
@@ -77,16 +84,77 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             raise UpitError(f"The folder of {path} does not exist; create it first.")
     if options.plot is not None:
         check_format(options.plot)
-    with explained_failures(out), joined() as processes, ends_at_once(lambda: "Interrupted."):
-        evaluation = _evaluate(out, settings, options, processes)
+    with (
+        explained_failures(out),
+        joined() as processes,
+        ends_at_once(lambda: "Interrupted."),
+        contextlib.ExitStack() as stack,
+    ):
+        edit = Edit(out, "evaluate", processes)
+        with processes.together():
+            if options.card and processes.is_first:
+                stack.enter_context(edit.begun())
+                _require_report(out)
+        evaluation, samples = _evaluate(out, settings, options, processes)
         if processes.is_first:
             _tell(evaluation, options)
+            if options.card:
+                _keep(edit, condensed(evaluation, settings.data, samples), quiet=options.quiet)
     return evaluation
+
+
+def _require_report(out: Path) -> None:
+    if not read_report(out):
+        raise UpitError(
+            f"{out} has no {REPORT} to keep the results in; leave out --card, or take --json."
+        )
+
+
+def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
+    """Put an evaluation into report and page; what else was measured on the same text stays."""
+    before = read_report(edit.out)
+    earlier = before.get("evaluation") or {}
+    if earlier.get("samples_sha256") == record["samples_sha256"] and "others" in earlier:
+        record["others"] = earlier["others"]
+    with edit.interruptible("page and report are as they were"):
+        edit.emptied()
+        gone = write_papers(edit, before, {"evaluation": record}, same_model=True)
+        edit.put_into_place({}, gone)
+    if not quiet:
+        print(f"The results are in the report of {edit.out}.")
+
+
+def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[str, Any]:
+    """What the report keeps of an evaluation: `to_report` without what is per sample.
+
+    Args:
+        data: Where the samples are from; of a file only its name is kept.
+        samples_sha256: Digest of the samples' tokens.
+    """
+    report = evaluation.to_report()
+    groups, whole = report["groups"], evaluation.groups.whole
+    if whole not in groups:  # there is one kind of text, which is all
+        (whole,) = groups
+    by_layer = groups[whole]["routing"]
+    for name, shares in rows(evaluation):
+        groups[name] = {key: v for key, v in groups[name].items() if key != "entropy"}
+        groups[name]["routing"] = shares
+    return {
+        "data": Path(data).name if Path(data).expanduser().exists() else data,
+        "samples_sha256": samples_sha256,
+        "whole": whole,
+        "groups": groups,
+        "by_layer": by_layer,
+        "dead_places": len(report["dead"]),
+        "entropy": evaluation.entropy(range(len(evaluation.samples))),
+        "agreement": report.get("agreement"),
+    }
 
 
 def _evaluate(
     out: Path, settings: RouterSettings, options: EvaluateOptions, processes: Processes
-) -> Evaluation:
+) -> tuple[Evaluation, str]:
+    """The evaluation, and a digest of what it was made on."""
     with (
         opened_moe(out, str(out)) as moe,
         tempfile.TemporaryDirectory() as scratch,
@@ -121,7 +189,7 @@ def _evaluate(
             if control.settings.refine is not None:
                 gates, _ = refined_gates(control, gates)
             evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
-    return evaluation
+    return evaluation, held_out.seeds.digest()
 
 
 def _control(stage: Any, out: Path) -> RouterStage:

@@ -19,8 +19,8 @@ from upit_merge.merging import Clock, Merged, Merger, merge
 from upit_merge.preflight import needs
 from upit_merge.processes import Processes, joined
 from upit_merge.recipe import Recipe
-from upit_merge.report.card import model_card, router_sentence
-from upit_merge.report.record import merge_record
+from upit_merge.report.papers import RECIPE_COPY, write_page
+from upit_merge.report.record import merge_record, mixture_record
 from upit_merge.report.tables import show_buckets
 from upit_merge.resume import run_identity
 from upit_merge.router.buckets import by_column
@@ -41,7 +41,7 @@ from upit_merge.staging import (
     scratch_folder,
     staged_output,
 )
-from upit_merge.text_files import write_json
+from upit_merge.text_files import replace_text, write_json
 from upit_merge.tokenizer import (
     copy_generation_config,
     copy_tokenizer_files,
@@ -204,14 +204,24 @@ class _Run:
         inputs, folder = self.merger.inputs, self.staging.model
         record = merge_record(
             inputs.recipe,
-            inputs.labels,
+            inputs.base,
+            inputs.checkpoints,
             merged.gram,
             merged.lineage,
             inputs.experts_per_token,
             inputs.dtype,
         )
+        record["seed_option"] = self.options.seed
+        record["model"] = mixture_record(
+            folder,
+            self.out.absolute().name,
+            inputs.architecture.format,
+            inputs.architecture.settings,
+            inputs.num_experts,
+            inputs.experts_per_token,
+        )
         record |= {"router": router.report if router else None, "seconds": self.clock.seconds}
-        self._write_papers(merged.lineage, record)
+        self._write_papers(record)
         # Last of all: without it no folder loads as a model.
         write_json(folder / "config.json", output_config(inputs))
 
@@ -232,22 +242,12 @@ class _Run:
             show_buckets(router.report)
         print(f"{lineage.summary[0].upper()}{lineage.summary[1:]}.")
 
-    def _write_papers(self, lineage: Lineage, record: dict[str, Any]) -> None:
-        """The report, the recipe and the card."""
-        folder, inputs = self.staging.model, self.merger.inputs
+    def _write_papers(self, record: dict[str, Any]) -> None:
+        """The recipe, the page with its pictures, and the report."""
+        folder = self.staging.model
         if self.options.write_card:
-            (folder / "mergekit_config.yml").write_text(self.source, encoding="utf-8")
-            card = model_card(
-                self.out.absolute().name,
-                inputs.base,
-                inputs.checkpoints,
-                lineage,
-                self.source,
-                router_sentence(record["router"]),
-                inputs.experts_per_token,
-                inputs.architecture.format,
-            )
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            replace_text(folder / RECIPE_COPY, self.source)
+            record = write_page(folder, record, self.source)
         names = (path.name for path in folder.iterdir())
         record["files"] = sorted([*names, REPORT, "config.json"])
         write_json(folder / REPORT, record)

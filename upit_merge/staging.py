@@ -25,7 +25,8 @@ LOG = logging.getLogger(__name__)
 
 STAGING = ".upit-staging"
 # Of the commands that change a model that is there.
-EDIT_STAGING = {name: f".upit-{name}" for name in ("router", "extend", "shrink")}
+_EDITS = ("router", "extend", "shrink", "evaluate", "page")
+EDIT_STAGING = {name: f".upit-{name}" for name in _EDITS}
 REPORT = "upit_report.json"
 LOCK = ".upit-lock"
 STATE = "run.json"

@@ -108,7 +108,7 @@ def resolve_chat_template(setting: str, models: Sequence[DenseModel]) -> str | N
     if "{" in setting:
         return setting
     if setting == "auto":
-        found = [text for model in models if (text := _own_template(model.folder))]
+        found = [text for model in models if (text := own_template(model.folder))]
         return Counter(found).most_common(1)[0][0] if found else None
     shipped = resources.files("mergekit._data.chat_templates")
     names = sorted(p.name.removesuffix(".jinja") for p in shipped.iterdir() if ".jinja" in p.name)
@@ -120,7 +120,8 @@ def resolve_chat_template(setting: str, models: Sequence[DenseModel]) -> str | N
     return shipped.joinpath(f"{setting}.jinja").read_text(encoding="utf-8")
 
 
-def _own_template(folder: Path) -> str | None:
+def own_template(folder: Path) -> str | None:
+    """The chat template in a model's folder, if it has exactly one."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8", errors="replace")

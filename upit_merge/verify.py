@@ -23,6 +23,7 @@ from upit_merge.interrupt import ends_at_once
 from upit_merge.merging import Merger, measure_similarity
 from upit_merge.pipeline import RunOptions, output_config, write_settings
 from upit_merge.recipe import Recipe, load_recipe
+from upit_merge.report.papers import RECIPE_COPY
 from upit_merge.report.stored import read_report, recorded_router
 from upit_merge.report.tables import show
 from upit_merge.resume import Saver
@@ -33,8 +34,6 @@ from upit_merge.router.stage import RouterStage
 from upit_merge.staging import REPORT
 from upit_merge.tensor_files import TensorSpec
 from upit_merge.text_files import write_json
-
-RECIPE_COPY = "mergekit_config.yml"
 
 # Of the largest entry: gates fitted on another processor differ by rounding, of no consequence.
 _GATE_TOLERANCE = 0.01

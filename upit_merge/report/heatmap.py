@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
-from typing import Any
 
 from upit_merge.errors import UpitError
+from upit_merge.report.figures import drawable, figure, matrix_image, thinned
 
 _MOST_GROUPS = 60  # in a picture; the table and the JSON file have all
+_MOST_NUMBERS = 96  # cells with the share written into them
 _FORMATS = (".png", ".pdf", ".svg", ".jpg")
 
 
@@ -39,54 +39,39 @@ def draw_routing(
         UpitError: the picture cannot be written.
     """
     groups = groups[:_MOST_GROUPS]
-    # Not pyplot, which would keep state and ask for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     experts = len(by_layer[0])
-    left, right = max(2.2, 0.75 * len(groups)), max(2.2, 0.32 * len(by_layer))
-    height = max(2.4, 0.36 * experts)
-    figure = Figure(figsize=(left + right + 2.6, height + 1.3), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, width_ratios=[left, right])
+    # Inches: of a few columns each has room for its number, of many not.
+    left = max(2.2, min(0.75 * len(groups), 9.0))
+    right = max(2.2, min(0.3 * len(by_layer), 4.5))
+    height = max(2.4, min(0.36 * experts, 6.4))
     highest = max(max(shares) for shares in [*(shares for _, shares in groups), *by_layer])
-    names = [shorten(name, 24, placeholder="…").replace("$", r"\$") for name, _ in groups]
-    _panel(axes[0], [shares for _, shares in groups], names, highest, numbers=len(groups) <= 12)
-    axes[0].set(title="by kind of text", ylabel="expert")
-    axes[0].tick_params(axis="x", rotation=30)
-    layers = [str(layer) for layer in range(len(by_layer))]
-    image = _panel(axes[1], by_layer, layers, highest, numbers=False)
-    axes[1].set(title="by layer, all text", xlabel="layer")
-    if len(layers) > 16:
-        axes[1].set_xticks(range(0, len(layers), 4), layers[::4])
-    bar = figure.colorbar(image, ax=axes, label="share of the routed places", pad=0.02)
-    bar.ax.axhline(1 / experts, color="white", linewidth=1.5)
-    bar.ax.set_ylim(0, highest)
-    figure.suptitle("Where the router sends the tokens (white line: an even share)", fontsize=10)
+    numbers = ".0%" if len(groups) <= 12 and len(groups) * experts <= _MOST_NUMBERS else ""
     try:
-        figure.savefig(path)
+        with figure(path, left + right + 2.0, height + 1.4) as drawn:
+            axes = drawn.subplots(1, 2, width_ratios=[left, right])
+            shares = _rows([shares for _, shares in groups])
+            matrix_image(axes[0], shares, 0, highest, numbers=numbers)
+            names = drawable([name for name, _ in groups], "kind")
+            thinned(axes[0].xaxis, names, most=30)
+            axes[0].tick_params(axis="x", rotation=30)
+            axes[0].set(title="by kind of text", ylabel="expert")
+            image = matrix_image(axes[1], _rows(by_layer), 0, highest)
+            thinned(axes[1].xaxis, [str(layer) for layer in range(len(by_layer))], most=12)
+            axes[1].set(title="by layer, all text", xlabel="layer")
+            for panel in axes:
+                thinned(panel.yaxis, [str(expert) for expert in range(experts)], most=32)
+            bar = drawn.colorbar(image, ax=axes, pad=0.02, format="{x:.0%}")
+            bar.set_label("share of the routed places")
+            bar.outline.set_visible(False)
+            bar.ax.axhline(1 / experts, color="white", linewidth=1.5)
+            bar.ax.set_ylim(0, highest)
+            title = "Where the router sends the tokens (white line: an even share)"
+            drawn.suptitle(title, fontsize=10)
     except (OSError, ValueError) as error:
         raise UpitError(
             f"The picture {path} cannot be written ({error}); choose another."
         ) from None
 
 
-def _panel(
-    axes: Any,
-    columns: Sequence[Sequence[float]],
-    names: Sequence[str],
-    highest: float,
-    *,
-    numbers: bool,
-) -> Any:
-    """One heat map, (experts, columns)."""
-    values = [list(row) for row in zip(*columns, strict=True)]
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_yticks(range(len(values)))
-    if numbers:
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                color = "white" if value < 0.6 * highest else "black"
-                axes.text(x, y, f"{value:.0%}", ha="center", va="center", color=color, fontsize=8)
-    return image
+def _rows(columns: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [list(row) for row in zip(*columns, strict=True)]

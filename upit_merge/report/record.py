@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from upit_merge import __version__
+from upit_merge.architecture import moe_shapes
 from upit_merge.expansion.lineage import Lineage
 from upit_merge.expansion.similarity import cosine
+from upit_merge.formats import MoeFormat
 from upit_merge.recipe import Recipe
+from upit_merge.report.sources import described
+from upit_merge.tensor_files import DenseModel
+from upit_merge.tokenizer import own_template
 
 _PACKAGES = ("mergekit", "torch", "transformers", "safetensors")
 
@@ -37,7 +44,8 @@ def _rounded(matrix: torch.Tensor) -> list[list[float]]:
 
 def merge_record(
     recipe: Recipe,
-    labels: Sequence[str],
+    base: DenseModel,
+    checkpoints: Sequence[DenseModel],
     gram: torch.Tensor,
     lineage: Lineage,
     num_experts_per_token: int,
@@ -54,7 +62,8 @@ def merge_record(
         "dtype": str(dtype).removeprefix("torch."),
         "experts_per_token": num_experts_per_token,
         "base_model": recipe.base_model,
-        "checkpoints": list(labels),
+        "checkpoints": [checkpoint.label for checkpoint in checkpoints],
+        "sources": {"base": described([base])[0], "checkpoints": described(checkpoints)},
         "checkpoint_gram": _rounded(total),
         "checkpoint_cosine": _rounded(cosine(total)),
         "lineage": {
@@ -66,3 +75,40 @@ def merge_record(
             "largest_cosine": lineage.largest_cosine(),
         },
     }
+
+
+def mixture_record(
+    folder: Path,
+    name: str,
+    form: MoeFormat,
+    settings: Mapping[str, Any],
+    num_experts: int,
+    num_experts_per_token: int,
+) -> dict[str, Any]:
+    """What the model is: the part of the report that its page begins with.
+
+    Args:
+        folder: Has its tokenizer, if it came with one.
+        name: What it is called.
+        settings: Of the dense architecture that its experts share.
+    """
+    tokenizers = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    return {
+        "name": name,
+        "format": form.name,
+        "num_layers": settings["num_hidden_layers"],
+        **parameter_counts(form, settings, num_experts, num_experts_per_token),
+        "tokenizer": any((folder / file).is_file() for file in tokenizers),
+        "chat_template": own_template(folder) is not None,
+    }
+
+
+def parameter_counts(
+    form: MoeFormat, settings: Mapping[str, Any], num_experts: int, num_experts_per_token: int
+) -> dict[str, int]:
+    """Experts, parameters, and of these the active ones: what a token meets in all layers."""
+    sizes = {name: prod(shape) for name, shape in moe_shapes(form, settings, num_experts)}
+    expert = sum(sizes[name] for name in form.expert_names(settings["num_hidden_layers"], [0]))
+    idle = (num_experts - num_experts_per_token) * expert
+    total = sum(sizes.values())
+    return {"num_experts": num_experts, "parameters": total, "active_parameters": total - idle}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -34,17 +34,31 @@ def lineage_table(lineage: Lineage, labels: Sequence[str]) -> Table:
             continue
         shares = " ".join(f"{share:.2f}" for share in expert.weights)
         alpha = "" if expert.alpha is None else f"{expert.alpha:.3f}"
-        table.add_row(str(index), origin_of(lineage, index), alpha, shares)
+        parts = [unit.experts[index] for unit in lineage.units]
+        table.add_row(str(index), origin_of(parts), alpha, shares)
     return table
 
 
-def origin_of(lineage: Lineage, index: int) -> str:
-    """In words, what an expert that is no checkpoint comes from."""
-    parts = [unit.experts[index] for unit in lineage.units]
-    if parts[0].is_average:
+class Ancestry(Protocol):
+    """What `expansion.lineage.Expert`, and its record in a report, say of an expert's parents."""
+
+    @property
+    def parents(self) -> tuple[int, int] | None: ...
+
+    @property
+    def weights(self) -> Sequence[float]: ...
+
+
+def origin_of(parts: Sequence[Ancestry]) -> str:
+    """In words, what an expert that is no checkpoint comes from.
+
+    Args:
+        parts: Its ancestry in every unit that is grown by itself.
+    """
+    if parts[0].parents is None:
         return f"{sum(map(bool, parts[0].weights))} checkpoints, averaged"
     pairs = {expert.parents for expert in parts}
-    if len(pairs) == 1 and parts[0].parents:
+    if len(pairs) == 1:
         return "experts {} and {}".format(*parts[0].parents)
     return f"{len(pairs)} pairs of experts"
 

@@ -18,20 +18,15 @@ from upit_merge.errors import UpitError
 from upit_merge.mixture import check_expert
 from upit_merge.preflight import require_router_memory
 from upit_merge.processes import refuse_company
-from upit_merge.report.card import (
-    router_sentence,
-    short_label,
-    with_added_expert,
-    with_router_sentence,
-)
+from upit_merge.report.papers import write_papers
+from upit_merge.report.sources import described
 from upit_merge.report.stored import read_report
 from upit_merge.report.tables import show_buckets
 from upit_merge.resizing.rewriting import (
     ResizeOptions,
     extended_layout,
-    rewrite_card,
+    resized,
     write_model,
-    write_report,
 )
 from upit_merge.resizing.sources import ExtendedMoe
 from upit_merge.resume import file_states
@@ -130,9 +125,8 @@ def extend_output(
             named = named_gates(model.format, fitted.gates)
             write_model(edit.emptied(), layout, extended, named, quiet=options.quiet)
             changes = _report(before, fitted, extended, dense, model, all_gates=all_gates)
-            write_report(edit, layout, before, changes)
-            _write_card(edit, extended, dense, changes)
-            edit.put_into_place(wanted, layout.obsolete)
+            obsolete = write_papers(edit, before, changes, layout.obsolete)
+            edit.put_into_place(wanted, obsolete)
     if not options.quiet:
         print(seeds.summary())
         show_buckets(fitted.report)
@@ -193,6 +187,7 @@ def _report(
     extension = {
         "expert": extended.expert,
         "model": dense.label,
+        "source": described([dense])[0],
         "sha256": tensors_digest(extended.tensor(name) for name in names),
         "gates": "all" if all_gates else "its own",
         "router": {key: value for key, value in fitted.report.items() if key != "seconds"},
@@ -204,21 +199,8 @@ def _report(
         router = {**({"experts_sha256": earlier} if earlier else {}), **fitted.report}
     elif router is not None:  # else the other gates are random still
         router = {**router, "gates_sha256": fitted.report["gates_sha256"]}
-    return {"router": router, "extensions": [*before.get("extensions", []), extension]}
-
-
-def _write_card(
-    edit: Edit, extended: ExtendedMoe, dense: DenseModel, changes: Mapping[str, Any]
-) -> None:
-    last = changes["extensions"][-1]
-    samples = last["router"]["data"]["samples"]
-    own = f"its gate was fitted on {samples} samples, the others stayed as they were."
-    new_gates = last["gates"] == "all"
-
-    def changed(card: str) -> str:
-        if new_gates:
-            card = with_router_sentence(card, router_sentence(last["router"]))
-        name = short_label(dense.label)
-        return with_added_expert(card, extended.expert, name, None if new_gates else own)
-
-    rewrite_card(edit, changed)
+    return {
+        "router": router,
+        "extensions": [*before.get("extensions", []), extension],
+        **resized(before, model.architecture, extended.expert + 1),
+    }

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from upit_merge.blocks import map_in_order, progress_bar, row_blocks
 from upit_merge.checkpoints import WEIGHT_FILE, WEIGHT_INDEX, Checkpoint, OpenOptions
-from upit_merge.editing import Edit
+from upit_merge.mixture import MoeArchitecture
+from upit_merge.report.record import parameter_counts
 from upit_merge.resizing.sources import ResizedMoe
 from upit_merge.shards import Shard, ShardWriter, plan_shards, shard_index
-from upit_merge.staging import REPORT, require_space
+from upit_merge.staging import require_space
 from upit_merge.tensor_files import TensorSpec
-from upit_merge.text_files import replace_text, write_json
+from upit_merge.text_files import write_json
 
 _BLOCK_ELEMENTS = 1 << 20
 _GATES_FILE = "model-gates.safetensors"
@@ -148,26 +149,13 @@ def write_model(
     write_json(folder / "config.json", source.config)
 
 
-def write_report(
-    edit: Edit, layout: Layout, before: Mapping[str, Any], changes: Mapping[str, Any]
-) -> None:
-    """The model's report with some keys replaced, if it has one.
-
-    Args:
-        before: From `read_report`.
-    """
-    if not before:
-        return
-    ours = {*before.get("files", []), *(path.name for path in edit.model.iterdir())}
-    files = sorted(ours - set(layout.obsolete))
-    write_json(edit.model / REPORT, {**before, **changes, "files": files})
-
-
-def rewrite_card(edit: Edit, change: Callable[[str], str]) -> None:
-    """The model's card with a change, if it has one; one that is not ours stays as it is."""
-    card = edit.out / "README.md"
-    if not card.is_file():
-        return
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if (changed := change(text)) != text:
-        replace_text(edit.model / card.name, changed)
+def resized(
+    before: Mapping[str, Any], architecture: MoeArchitecture, num_experts: int
+) -> dict[str, Any]:
+    """The report's `model` with another number of experts; nothing in one of an older version."""
+    if not isinstance(before.get("model"), Mapping):
+        return {}
+    chosen = int(architecture.config.num_experts_per_tok)
+    settings = architecture.dense_settings()
+    counts = parameter_counts(architecture.format, settings, num_experts, chosen)
+    return {"model": {**before["model"], **counts}}

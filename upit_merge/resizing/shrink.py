@@ -18,16 +18,15 @@ from upit_merge.errors import UpitError
 from upit_merge.mixture import MoeArchitecture
 from upit_merge.preflight import require_router_memory
 from upit_merge.processes import refuse_company
-from upit_merge.report.card import with_merged_experts
+from upit_merge.report.papers import write_papers
 from upit_merge.report.stored import read_report
 from upit_merge.report.tables import show
 from upit_merge.resizing.grouping import RoutingStatistics, group_experts, routing_statistics
 from upit_merge.resizing.rewriting import (
     ResizeOptions,
-    rewrite_card,
+    resized,
     shrunk_layout,
     write_model,
-    write_report,
 )
 from upit_merge.resizing.sources import Group, Groups, ShrunkMoe
 from upit_merge.router.command import router_identity
@@ -86,14 +85,17 @@ def shrink_output(
             layout = shrunk_layout(moe, shrunk, names, options.max_shard_bytes)
             write_model(edit.emptied(), layout, shrunk, {}, quiet=options.quiet)
             record = _record(model, found, groups, stage)
-            changes: dict[str, Any] = {"shrunk": [*before.get("shrunk", []), record]}
+            record["extensions"] = len(before.get("extensions", []))
+            changes: dict[str, Any] = {
+                "shrunk": [*before.get("shrunk", []), record],
+                **resized(before, model.architecture, num_experts),
+            }
             if router := before.get("router"):
                 digest = gates_digest(gates, model.stored_dtype)
                 kept = {key: value for key, value in router.items() if key != "experts_sha256"}
                 changes["router"] = {**kept, "gates_sha256": digest}
-            write_report(edit, layout, before, changes)
-            rewrite_card(edit, lambda card: with_merged_experts(card, num_experts, _text(record)))
-            edit.put_into_place(wanted, layout.obsolete)
+            obsolete = write_papers(edit, before, changes, layout.obsolete)
+            edit.put_into_place(wanted, obsolete)
     if not options.quiet:
         print(seeds.summary())
         show(_table(groups, found))
@@ -149,15 +151,6 @@ def _record(
         "shares": [[round(share, 6) for share in row] for row in found.shares.tolist()],
         "groups": [[list(group.members) for group in row] for row in groups],
     }
-
-
-def _text(record: dict[str, Any]) -> str:
-    return (
-        f"The mixture had {record['from']} experts per layer, which were merged into "
-        f"{record['to']} by how often its router chose them on {record['data']['samples']} samples "
-        "and how alike it judged them ([MC-SMoE](https://arxiv.org/abs/2310.01334)). "
-        "`upit_report.json` has the groups of every layer, and what the experts were before."
-    )
 
 
 def _table(groups: Sequence[Sequence[Group]], found: RoutingStatistics) -> Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from upit_merge.errors import UpitError
 from upit_merge.preflight import require_router_memory
 from upit_merge.processes import Processes, joined
 from upit_merge.recipe_errors import explain
-from upit_merge.report.card import router_sentence, with_router_sentence
+from upit_merge.report.papers import write_papers
 from upit_merge.report.stored import read_report
 from upit_merge.report.tables import show_buckets
 from upit_merge.resume import NO_MATTER, file_states
@@ -30,10 +29,7 @@ from upit_merge.router.progress import Progress
 from upit_merge.router.seed_tokens import SeedSet
 from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
-from upit_merge.staging import REPORT, explained_failures, scratch_folder
-from upit_merge.text_files import replace_text, write_json
-
-LOG = logging.getLogger(__name__)
+from upit_merge.staging import explained_failures, scratch_folder
 
 
 def parse_settings(values: Mapping[str, Any]) -> RouterSettings:
@@ -119,8 +115,7 @@ def train_router(
             processes.gather(None)  # nobody looks into the folders any more
             if processes.is_first:
                 copies.write(named_gates(model.format, result.gates))
-                _add_papers(edit, result, before)
-                edit.put_into_place(wanted)
+                edit.put_into_place(wanted, _add_papers(edit, result, before))
         if processes.is_first and not quiet:
             print(seeds.summary())
             show_buckets(result.report)
@@ -155,22 +150,13 @@ def _prepare(
             copies.prepare(model.format.expert_names(model.num_layers, experts))
 
 
-def _add_papers(edit: Edit, result: RouterResult, before: Mapping[str, Any]) -> None:
-    """Card and report that speak of the new gates."""
-    out, folder = edit.out, edit.model
-    card = out / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="replace")
-        changed = with_router_sentence(text, router_sentence(result.report))
-        if changed != text:  # a card that is not ours stays as it is, to the last byte
-            replace_text(folder / card.name, changed)
-    if not before:
-        LOG.info("%s has no %s; it is not updated.", out, REPORT)
-    else:
-        # Experts that were trained before are so still.
-        earlier = (before.get("router") or {}).get("experts_sha256")
-        kept = {"experts_sha256": earlier} if earlier else {}
-        write_json(folder / REPORT, {**before, "router": {**kept, **result.report}})
-    if len(list(folder.glob("*.safetensors"))) > 1:
+def _add_papers(edit: Edit, result: RouterResult, before: Mapping[str, Any]) -> list[str]:
+    """Page and report that speak of the new gates; returns the names of files that go."""
+    # Experts that were trained before are so still.
+    earlier = (before.get("router") or {}).get("experts_sha256")
+    kept = {"experts_sha256": earlier} if earlier else {}
+    obsolete = write_papers(edit, before, {"router": {**kept, **result.report}})
+    if len(list(edit.model.glob("*.safetensors"))) > 1:
         # Between the first and the last of them the folder must not load as a model.
-        shutil.copyfile(out / "config.json", folder / "config.json")
+        shutil.copyfile(edit.out / "config.json", edit.model / "config.json")
+    return obsolete

@@ -62,7 +62,8 @@ class PipelineConfig(Strict):
         {}, description="Stage 2, a recipe without its models: dtype, parameters, …"
     )
     router: dict[str, Any] | None = Field(
-        None, description="Stage 3, a recipe's `router:`; its data is the training data if not given."
+        None,
+        description="Stage 3, a recipe's `router:`; its data is the training data if not given.",
     )
     post_train: Name | dict[str, Any] | None = Field(
         None,
@@ -78,8 +79,12 @@ class PipelineConfig(Strict):
     launch: StrictStr = Field(
         "", description="Starts the training stages, e.g. `accelerate launch --num_processes 2`."
     )
-    device: StrictStr = Field("cpu", description="Of merge, router and evaluation: cpu, cuda, auto.")
-    seed: StrictInt = Field(0, ge=0, lt=2**32, description="Of all stages that do not set their own.")
+    device: StrictStr = Field(
+        "cpu", description="Of merge, router and evaluation: cpu, cuda, auto."
+    )
+    seed: StrictInt = Field(
+        0, ge=0, lt=2**32, description="Of all stages that do not set their own."
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> PipelineConfig:

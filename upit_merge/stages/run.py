@@ -106,9 +106,7 @@ def _stages(pipeline: Pipeline, *, quiet: bool) -> list[Stage]:
     if config.checkpoints is None:
         settings = pipeline.prepare_settings()
         stages.append(
-            _training_stage(
-                pipeline, "prepare", settings, "fine-tune the dense model", quiet=quiet
-            )
+            _training_stage(pipeline, "prepare", settings, "fine-tune the dense model", quiet=quiet)
         )
     stages.append(_merge_stage(pipeline, quiet=quiet))
     if config.post_train is not None:
@@ -290,5 +288,7 @@ def _summary(stages: list[Stage], record: Record) -> Table:
     table.add_column("minutes", justify="right")
     for stage in stages:
         seconds = record.seconds(stage.name)
-        table.add_row(stage.name, str(stage.product), "" if seconds is None else f"{seconds / 60:.1f}")
+        table.add_row(
+            stage.name, str(stage.product), "" if seconds is None else f"{seconds / 60:.1f}"
+        )
     return table

@@ -1,0 +1,140 @@
+"""Of the model page: who the experts are, and how alike."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from upit_merge.report.facts import Expert, Facts, Matrix, Shrinking
+from upit_merge.report.markdown import counted, escaped, folded, picture, table
+from upit_merge.report.plots import SIMILARITY, TREE, expert_cosine, has_similarity
+from upit_merge.report.sources import Source
+from upit_merge.report.tables import origin_of
+
+_MOST_SHARES = 6  # checkpoints named for one expert
+
+
+def experts_section(facts: Facts, pictures: Collection[str]) -> str:
+    """What was done, the family tree, a row per expert; what was added or merged later."""
+    parts = _ancestry(facts, pictures)
+    if facts.shrunk:
+        parts = [
+            *map(_merged, facts.shrunk),
+            folded("The experts before they were merged", "\n\n".join(parts)),
+        ]
+    parts += [
+        f"Expert {extension.expert} is {linked(extension.source)}, added later."
+        for extension in facts.later_extensions
+    ]
+    return "\n\n".join(parts)
+
+
+def _ancestry(facts: Facts, pictures: Collection[str]) -> list[str]:
+    lineage = facts.lineage
+    told = f"{lineage.summary[0].upper()}{lineage.summary[1:]}."
+    if not facts.is_copied:
+        told += f" {_how_grown(facts)}"
+    parts = [told.strip()]
+    if TREE in pictures:
+        parts.append(picture(TREE, _tree_in_words(facts)))
+    parts.append(_expert_table(facts))
+    return parts
+
+
+def _how_grown(facts: Facts) -> str:
+    """What a child is made of, in a sentence; nothing if there are none."""
+    experts = range(len(facts.lineage.experts))
+    if not any(part.parents for expert in experts for part in facts.lineage.parts(expert)):
+        return ""
+    density = facts.parameters.get("density")
+    kept = f" {density:.0%} of" if isinstance(density, float | int) else " a share of"
+    return (
+        f"A child is a weighted mean of its parents' differences to "
+        f"{linked(facts.sources.base)}, of which DARE keeps{kept} the entries."
+    )
+
+
+def _expert_table(facts: Facts) -> str:
+    """A row per expert; columns that say nothing of any of them are left out."""
+    names = [linked(source) for source in facts.sources.checkpoints]
+    experts = facts.lineage.experts
+    if all(expert.checkpoint is not None for expert in experts):
+        rows = [[str(i), names[expert.checkpoint or 0]] for i, expert in enumerate(experts)]
+        return table([">expert", "copy of" if facts.is_copied else "checkpoint"], rows)
+    has_ratios = any(expert.alpha is not None for expert in experts)
+    rows = []
+    for index, expert in enumerate(experts):
+        if expert.checkpoint is not None:
+            origin, shares = names[expert.checkpoint], ""
+        else:
+            origin = origin_of(facts.lineage.parts(index))
+            shares = _shares(facts, expert)
+        ratio = "" if expert.alpha is None else f"{expert.alpha:.2f} : {1 - expert.alpha:.2f}"
+        rows.append([str(index), origin, *([ratio] if has_ratios else []), shares])
+    columns = [">expert", "grown from", *(["ratio"] if has_ratios else [])]
+    return table([*columns, "share of each checkpoint"], rows)
+
+
+def _shares(facts: Facts, expert: Expert) -> str:
+    """The checkpoints in an expert, the largest share first; small ones are counted."""
+    sources = facts.sources.checkpoints
+    shares = sorted(zip(expert.weights, sources, strict=True), key=lambda pair: -pair[0])
+    shown = [f"{escaped(source.name)} {share:.0%}" for share, source in shares if share > 0.005]
+    text = ", ".join(shown[:_MOST_SHARES])
+    more = len(shown) - _MOST_SHARES
+    return f"{text} and {more} more" if more > 0 else text
+
+
+def _tree_in_words(facts: Facts) -> str:
+    experts = facts.lineage.experts
+    kept = sum(expert.checkpoint is not None for expert in experts)
+    return (
+        f"Family tree: {counted(len(experts), 'expert')}, {kept} of them checkpoints and "
+        f"{len(experts) - kept} made from these; the table below has the same in words"
+    )
+
+
+def _merged(record: Shrinking) -> str:
+    return (
+        f"The mixture had {record.before} experts per layer, which were merged into "
+        f"{record.after} by how often its router chose them on "
+        f"{counted(record.data.samples, 'sample')} and how alike it judged them "
+        "([MC-SMoE](https://arxiv.org/abs/2310.01334)). `upit_report.json` has the groups of "
+        "every layer."
+    )
+
+
+def linked(source: Source) -> str:
+    """A model's name; a link if it is on the Hub."""
+    name = escaped(source.name)
+    return f"[{name}](https://huggingface.co/{source.hub_ids[-1]})" if source.hub_ids else name
+
+
+def similarity_section(facts: Facts, pictures: Collection[str]) -> str:
+    """How alike the checkpoints are, and the experts that were grown from them."""
+    if not has_similarity(facts):
+        return ""
+    before, after = facts.checkpoint_cosine, expert_cosine(facts)
+    text = (
+        f"Cosine of the checkpoints' differences to {linked(facts.sources.base)}, in the FFNs: "
+        f"{_range(before)}."
+    )
+    if after is not None:
+        text += f" Of the experts after expansion, as expected: {_range(after)}."
+    lineage = facts.lineage
+    if lineage.smallest_distance is not None and lineage.mean_distance is not None:
+        text += (
+            f" The closest two experts are {lineage.smallest_distance:.4g} apart, two experts on "
+            f"average {lineage.mean_distance:.4g} (Euclidean)."
+        )
+    shown = "checkpoints" + ", and of the experts grown from them" * (after is not None)
+    alternative = f"Cosine similarity of the {shown}: {_range(after or before)}"
+    parts = [text, picture(SIMILARITY, alternative) if SIMILARITY in pictures else ""]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _range(matrix: Matrix) -> str:
+    """Lowest, mean and highest cosine of two different ones."""
+    pairs = [value for i, row in enumerate(matrix) for value in row[:i]]
+    if len(pairs) == 1:
+        return f"{pairs[0]:.3f}"
+    return f"{min(pairs):.3f} to {max(pairs):.3f}, mean {sum(pairs) / len(pairs):.3f}"

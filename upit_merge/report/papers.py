@@ -1,0 +1,141 @@
+"""Report and model page of a folder: written together, and again when the model changes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from upit_merge.editing import Edit
+from upit_merge.errors import UpitError
+from upit_merge.report.facts import Facts
+from upit_merge.report.page import render
+from upit_merge.report.plots import draw_pictures
+from upit_merge.report.stored import read_report
+from upit_merge.staging import REPORT, explained_failures
+from upit_merge.text_files import replace_text, write_json
+
+LOG = logging.getLogger(__name__)
+
+PAGE = "README.md"
+RECIPE_COPY = "mergekit_config.yml"
+
+
+def write_page(folder: Path, report: Mapping[str, Any], recipe_source: str) -> dict[str, Any]:
+    """Write the page and its pictures into a folder.
+
+    Returns the report with what it needs to know of them: which pictures there are, and a digest
+    by which a page that its owner has edited is told from one that may be replaced.
+
+    Raises:
+        ValueError: the report has not all a page says.
+    """
+    facts = Facts.of(report)
+    if facts is None:
+        raise ValueError("the report has not all a model page says")
+    pictures = draw_pictures(folder, facts)
+    replace_text(folder / PAGE, render({**report, "page": {"pictures": pictures}}, recipe_source))
+    return {**report, "page": {"pictures": pictures, "sha256": _digest(folder / PAGE)}}
+
+
+def write_papers(
+    edit: Edit,
+    before: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    obsolete: Sequence[str] = (),
+    *,
+    same_model: bool = False,
+    replace_page: bool = False,
+) -> list[str]:
+    """Prepare report and page of a model that an edit changes; to be called when all else is.
+
+    What was evaluated was the model before: its record goes, unless `changes` has a new one.
+
+    Args:
+        before: From `read_report`; if that is empty nothing is written.
+        changes: New values of its keys.
+        obsolete: Names of the model's files that go.
+        same_model: Only what is told of the model changes.
+        replace_page: Write the page whatever is there.
+
+    Returns:
+        `obsolete`, with the pictures that are not shown any more.
+    """
+    out, gone = edit.out, list(obsolete)
+    if not before:
+        LOG.info("%s has no %s; it is not updated.", out, REPORT)
+        return gone
+    report = {**before, **changes}
+    if not same_model:
+        report["history"] = [*before.get("history", []), {"command": edit.command}]
+        if "evaluation" in before and "evaluation" not in changes:
+            del report["evaluation"]
+            LOG.warning("The evaluation in the report was of the model before and is removed.")
+    if replace_page or _may_replace_page(out, before):
+        earlier = (before.get("page") or {}).get("pictures", [])
+        report = write_page(edit.model, report, recipe_of(out))
+        gone += [name for name in earlier if name not in report["page"]["pictures"]]
+    files = {*before.get("files", []), *(path.name for path in edit.model.iterdir()), REPORT}
+    report["files"] = sorted(files - set(gone))
+    write_json(edit.model / REPORT, report)
+    return gone
+
+
+def refresh_page(out: Path, *, replace_edited: bool = False) -> None:
+    """Render the page of a finished model anew from its report.
+
+    Args:
+        replace_edited: Replace a page that its owner has edited, too.
+
+    Raises:
+        UpitError: `out` has no report, or one of an older version, or the page is the owner's.
+    """
+    with explained_failures(out):
+        edit = Edit(out, "page")
+        with edit.begun(), edit.interruptible("the page is as it was"):
+            before = read_report(out)
+            if Facts.of(before) is None:
+                raise UpitError(
+                    f"The {REPORT} in {out} has not all that a model page says; a model made, or "
+                    "made again, with this version has."
+                )
+            if not replace_edited and (reason := _why_kept(out, before)):
+                raise UpitError(f"{reason}; add --force to replace it.")
+            edit.emptied()
+            gone = write_papers(edit, before, {}, same_model=True, replace_page=True)
+            edit.put_into_place({}, gone)
+
+
+def recipe_of(out: Path) -> str:
+    """The text of the recipe that is kept beside a model; empty if there is none."""
+    path = out / RECIPE_COPY
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _may_replace_page(out: Path, report: Mapping[str, Any]) -> bool:
+    """Whether there is a page, and it is as we wrote it; says so if it is not."""
+    if not (out / PAGE).is_file():
+        return False
+    if reason := _why_kept(out, report):
+        LOG.warning("%s, so it is left as it is.", reason)
+        return False
+    return True
+
+
+def _why_kept(out: Path, report: Mapping[str, Any]) -> str | None:
+    """Why the page must not be replaced, as half a sentence; None if it may be."""
+    path = out / PAGE
+    if not path.is_file():
+        return None
+    recorded = (report.get("page") or {}).get("sha256")
+    if recorded is None or Facts.of(report) is None:
+        return f"{path} was not written by this version of upit-merge"
+    if _digest(path) != recorded:
+        return f"{path} was edited since it was written"
+    return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

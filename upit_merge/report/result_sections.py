@@ -1,0 +1,232 @@
+"""Of the model page: router, post-training, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from upit_merge.report.facts import (
+    BucketRow,
+    Evaluation,
+    Extension,
+    Facts,
+    GroupResult,
+    PostTraining,
+    Router,
+)
+from upit_merge.report.markdown import amount, code, counted, escaped, picture, table
+from upit_merge.report.plots import POST_TRAINING, ROUTING
+
+_TRAINED = {
+    "all": "with all its weights",
+    "ffn": "in its experts and gates",
+    "lora": "by LoRA adapters, which are merged into its weights",
+}
+
+
+def router_section(facts: Facts) -> str:
+    """What the gates are, and which expert the seed samples went to."""
+    sentences = [router_sentence(facts.router)]
+    fitted = facts.router
+    for command, record in facts.changes():
+        if command == "router" or (isinstance(record, Extension) and record.gates == "all"):
+            sentences, fitted = [router_sentence(facts.router)], facts.router
+        elif isinstance(record, Extension):
+            samples = counted(record.router.data.samples, "sample")
+            sentences.append(
+                f"Expert {record.expert} was added later: its gate was fitted on {samples}, the "
+                "others stayed as they were."
+            )
+        elif command == "shrink":
+            told = "The gates are means of those the experts had before they were merged."
+            sentences, fitted = [router_sentence(facts.router), told], None
+    parts = [" ".join(sentences)]
+    if fitted is not None and fitted.buckets is not None:
+        parts.append(_bucket_table(fitted.buckets.experts))
+        if verdict := fitted.buckets.worth.get("verdict"):
+            parts.append(escaped(str(verdict)))
+    return "\n\n".join(parts)
+
+
+def router_sentence(router: Router | None) -> str:
+    """How the gates were made, from the router's part of the report."""
+    if router is None:
+        return "The gates are random: no seed data was given, the router is yet to be trained."
+    settings, samples = router.settings, counted(router.data.samples, "seed sample")
+    if router.buckets is None:
+        sentence = "The gates are random."
+    elif (settings.get("upit") or {}).get("train_experts"):
+        sentence = (
+            f"Every expert was trained together with its routing vectors on its own part of "
+            f"{samples}, {_assigned(settings.get('assign'))}."
+        )
+    else:
+        sentence = (
+            f"The gates were pre-trained layer by layer on {samples} "
+            f"({code(str(settings.get('objective')))}), {_assigned(settings.get('assign'))}."
+        )
+    if router.refined is not None:
+        steps = (settings.get("refine") or {}).get("steps")
+        sentence += (
+            f" Then the gates were trained for {steps} steps on the loss of the whole mixture."
+        )
+    return sentence
+
+
+def _assigned(rule: Any) -> str:
+    if isinstance(rule, dict):
+        return f"each assigned to an expert by its {code(str(rule.get('column')))}"
+    if rule == "shuffled":
+        return "each assigned to an expert at random (a control)"
+    return "each assigned to an expert by its perplexity"
+
+
+def _bucket_table(rows: list[BucketRow]) -> str:
+    """A row per expert; the losses, in nats per token, only if they were computed."""
+    if all(row.loss_all is None for row in rows):
+        return table(
+            [">expert", ">seed samples"], [[str(r.expert), f"{r.samples:,}"] for r in rows]
+        )
+    columns = [">expert", ">seed samples", ">loss on its own", ">loss on all"]
+    cells = [
+        [str(r.expert), f"{r.samples:,}", *map(_number, (r.loss_own, r.loss_all))] for r in rows
+    ]
+    return table(columns, cells)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def post_training_section(facts: Facts, pictures: Collection[str]) -> str:
+    """What the whole mixture was trained on, how, and how its loss fell."""
+    record = facts.post_training
+    if record is None:
+        return ""
+    parts = [" ".join(_post_training_sentences(record))]
+    if POST_TRAINING in pictures:
+        first, last = record.history[0], record.history[-1]
+        alternative = (
+            f"Post-training: the loss goes from {first.loss:.3f} at step {first.step} to "
+            f"{last.loss:.3f} at step {last.step}"
+        )
+        parts.append(picture(POST_TRAINING, alternative))
+    return "\n\n".join(parts)
+
+
+def _post_training_sentences(record: PostTraining) -> Iterator[str]:
+    settings = record.settings
+    how = _TRAINED.get(str(settings.get("train_modules")), "")
+    amounts = [
+        counted(number, what)
+        for number, what in ((record.samples, "sample"), (record.steps, "step"))
+        if number is not None
+    ]
+    if record.tokens is not None:
+        amounts.append(f"{amount(record.tokens)} tokens")
+    on = f" on {escaped(record.data)}" if record.data else ""
+    told = f" ({', '.join(amounts)})" if amounts else ""
+    yield f"After the merge the whole mixture was trained{f' {how}' * bool(how)}{on}{told}."
+    named = {
+        "learning_rate": "learning rate",
+        "num_train_epochs": "epochs",
+        "router_aux_loss_coef": "load-balancing coefficient",
+    }
+    values = [
+        f"{word} {settings[key]:g}" for key, word in named.items() if _is_number(settings, key)
+    ]
+    if values:
+        yield f"{', '.join(values).capitalize()}."
+    if record.history:
+        last = record.history[-1]
+        yield f"The loss was {record.history[0].loss:.3f} at first and {last.loss:.3f} at the end."
+        if last.dead_experts is not None:
+            yield f"Experts hardly used at the end: {last.dead_experts}."
+
+
+def _is_number(settings: dict[str, Any], key: str) -> bool:
+    return isinstance(settings.get(key), int | float)
+
+
+def evaluation_section(facts: Facts, pictures: Collection[str]) -> str:
+    """Perplexities on held-out text, and what the router does with it."""
+    found = facts.evaluation
+    if found is None:
+        return ""
+    whole = found.groups[found.whole]
+    parts = [
+        f"Perplexity on {counted(whole.samples, 'held-out sample')} of {escaped(found.data)} "
+        f"({counted(whole.targets, 'predicted token')}); lower is better.",
+        _perplexities(found),
+    ]
+    if ROUTING in pictures:
+        parts.append(picture(ROUTING, _routing_in_words(found)))
+    parts.append(" ".join(_routing_sentences(found)))
+    return "\n\n".join(parts)
+
+
+def _perplexities(found: Evaluation) -> str:
+    """A row per model, a column per kind of text and one for all of it."""
+    names = [name for name in found.groups if name != found.whole]
+    names = [*names, found.whole] if names else [found.whole]
+    groups = {name: found.groups[name] for name in names}
+    rows = [["**this mixture**", *(f"**{group.perplexity:.2f}**" for group in groups.values())]]
+    rows += [[name, *map(_perplexity, cells)] for name, cells in _compared(found, groups)]
+    rows += [
+        [
+            escaped(o.model),
+            *(_perplexity(o.groups.get(n, _of_all(o.perplexity, n, found))) for n in names),
+        ]
+        for o in found.others
+    ]
+    return table(["model", *(f">{escaped(name)}" for name in names)], rows)
+
+
+def _of_all(value: float, name: str, found: Evaluation) -> float | None:
+    return value if name == found.whole else None
+
+
+def _compared(
+    found: Evaluation, groups: dict[str, GroupResult]
+) -> Iterator[tuple[str, list[float | None]]]:
+    """What the mixture is compared with, as far as it was computed."""
+    members = list(groups.values())
+    if any(group.control_perplexity is not None for group in members):
+        yield "gates fitted to shuffled buckets", [g.control_perplexity for g in members]
+    alone = found.groups[found.whole].experts_alone
+    if alone is not None:
+        best = alone.index(min(alone))
+        cells = [g.experts_alone[best] if g.experts_alone else None for g in members]
+        yield f"expert {best} alone, the best of them", cells
+    if any(group.best_expert_per_sample is not None for group in members):
+        yield "the best expert of each sample", [g.best_expert_per_sample for g in members]
+
+
+def _perplexity(value: float | None) -> str:
+    return _number(value, 2)
+
+
+def _routing_in_words(found: Evaluation) -> str:
+    shares = []
+    for name, group in list(found.kinds.items())[:6]:
+        most = max(group.routing)
+        shares.append(f"{name} mostly to expert {group.routing.index(most)} ({most:.0%})")
+    return f"Heat map of the routing, expert by kind of text and by layer: {', '.join(shares)}"
+
+
+def _routing_sentences(found: Evaluation) -> Iterator[str]:
+    if {"token", "load"} <= found.entropy.keys():
+        yield (
+            f"Entropy of the routing, 1 is even: {found.entropy['token']:.2f} per token, "
+            f"{found.entropy['load']:.2f} over all tokens."
+        )
+    places = len(found.by_layer) * len(found.by_layer[0])
+    yield (
+        f"Of {places} experts in {len(found.by_layer)} layers, {found.dead_places} get less than a "
+        "tenth of an even share."
+    )
+    if found.agreement is not None and {"first", "chance"} <= found.agreement.keys():
+        yield (
+            f"The expert that predicts a sample best is the first choice for "
+            f"{found.agreement['first']:.0%} of its tokens (chance: {found.agreement['chance']:.0%})."
+        )
