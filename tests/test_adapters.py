@@ -424,7 +424,7 @@ def test_tokenizer_settings_and_card(family: Family, merge: Any) -> None:
     assert (out / "generation_config.json").read_text() == '{"temperature": 0.5}'
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == 1
     card = (out / "README.md").read_text()
-    assert "| 1 | checkpoint-1000 | |" in card
+    assert "| 1 | checkpoint-1000 |" in card
     (last / "generation_config.json").write_text('{"temperature": 0.7}')
     out = merge(adapters(family), "other")
     assert (out / "generation_config.json").read_text() == '{"temperature": 0.7}'

@@ -123,7 +123,7 @@ def test_twice_and_then_fewer(four, moe) -> None:
     done("verify", moe)
     card = (moe / "README.md").read_text()
     assert "A mixture of 6 experts" in card
-    assert "| 5 | base, added later | |" in card
+    assert "| 5 | base, added later |" in card
     assert card.count("was added later: its gate") == 2
     done("router", moe, "--data", four.seed_file(), "--quiet")
     done("verify", moe)
@@ -334,7 +334,7 @@ def test_an_adapter_becomes_an_expert(four, moe, tmp_path) -> None:
             found = after[f"model.layers.{layer}.block_sparse_moe.experts.4.{short}.weight"]
             expected = merged[f"model.layers.{layer}.mlp.{projection}.weight"]
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert "| 4 | adapter, added later | |" in (moe / "README.md").read_text()
+    assert "| 4 | adapter, added later |" in (moe / "README.md").read_text()
     done("verify", moe)
 
 

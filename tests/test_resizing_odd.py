@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,12 @@ def test_the_card_after_all_of_it(four, moe) -> None:
     card = (moe / "README.md").read_text()
     assert "A mixture of 4 experts" in card
     assert "\n\nExpert 3 is checkpoint-2000, added later.\n" in card
+    before, folded, now = re.split("</?details>", card)
+    assert "had 5 experts per layer" in before
+    assert "| 4 | checkpoint-2000, added later |" in folded
+    assert "| 3 | " not in before + now
     assert "Expert 3 was added later: its gate" in card
     assert "Expert 4" not in card
-    assert "| 3 |" not in card
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,15 @@ _MOST_SHARES = 6  # checkpoints named for one expert
 def experts_section(facts: Facts, pictures: Collection[str]) -> str:
     """What was done, the family tree, a row per expert; what was added or merged later."""
     parts = _ancestry(facts, pictures)
-    if facts.shrunk:
-        parts = [
-            *map(_merged, facts.shrunk),
-            folded("The experts before they were merged", "\n\n".join(parts)),
-        ]
-    parts += [
+    if not facts.shrunk:
+        return "\n\n".join(parts)
+    merged = map(_merged, facts.shrunk)
+    earlier = folded("The experts before they were merged", "\n\n".join(parts))
+    added = (
         f"Expert {extension.expert} is {linked(extension.source)}, added later."
         for extension in facts.later_extensions
-    ]
-    return "\n\n".join(parts)
+    )
+    return "\n\n".join([*merged, earlier, *added])
 
 
 def _ancestry(facts: Facts, pictures: Collection[str]) -> list[str]:
@@ -55,23 +54,25 @@ def _how_grown(facts: Facts) -> str:
 
 def _expert_table(facts: Facts) -> str:
     """A row per expert; columns that say nothing of any of them are left out."""
-    names = [linked(source) for source in facts.sources.checkpoints]
     experts = facts.lineage.experts
-    if all(expert.checkpoint is not None for expert in experts):
-        rows = [[str(i), names[expert.checkpoint or 0]] for i, expert in enumerate(experts)]
-        return table([">expert", "copy of" if facts.is_copied else "checkpoint"], rows)
-    has_ratios = any(expert.alpha is not None for expert in experts)
-    rows = []
-    for index, expert in enumerate(experts):
-        if expert.checkpoint is not None:
-            origin, shares = names[expert.checkpoint], ""
-        else:
-            origin = origin_of(facts.lineage.parts(index))
-            shares = _shares(facts, expert)
-        ratio = "" if expert.alpha is None else f"{expert.alpha:.2f} : {1 - expert.alpha:.2f}"
-        rows.append([str(index), origin, *([ratio] if has_ratios else []), shares])
-    columns = [">expert", "grown from", *(["ratio"] if has_ratios else [])]
-    return table([*columns, "share of each checkpoint"], rows)
+    rows = [_row(facts, index) for index in range(len(experts))]
+    # Those that have been merged since had been added before.
+    added = facts.extensions[: facts.shrunk[0].extensions] if facts.shrunk else facts.extensions
+    rows += [[str(e.expert), f"{linked(e.source)}, added later", "", ""] for e in added]
+    origin = "checkpoint" if all(e.checkpoint is not None for e in experts) else "grown from"
+    titles = [">expert", "copy of" if facts.is_copied else origin]
+    titles += ["ratio", "share of each checkpoint"]
+    used = [column for column in range(4) if any(row[column] for row in rows)]
+    return table([titles[i] for i in used], [[row[i] for i in used] for row in rows])
+
+
+def _row(facts: Facts, index: int) -> list[str]:
+    """Number, origin, ratio of the parents, and shares of the checkpoints."""
+    expert = facts.lineage.experts[index]
+    if expert.checkpoint is not None:
+        return [str(index), linked(facts.sources.checkpoints[expert.checkpoint]), "", ""]
+    ratio = "" if expert.alpha is None else f"{expert.alpha:.2f} : {1 - expert.alpha:.2f}"
+    return [str(index), origin_of(facts.lineage.parts(index)), ratio, _shares(facts, expert)]
 
 
 def _shares(facts: Facts, expert: Expert) -> str:
