@@ -70,7 +70,7 @@ def wait(pid: int) -> int:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Files as bytes; the report without its timings, the card without the folder's name."""
+    """Files as bytes; the report without its timings, and the folder's name nowhere."""
     found: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         if path.name in (STAGING, *EDIT_STAGING.values(), ".upit-lock"):
@@ -80,9 +80,11 @@ def contents(folder: Path) -> dict[str, Any]:
             del report["seconds"]
             if report["router"]:
                 del report["router"]["seconds"]
+            del report["model"]["name"], report["page"]["sha256"]
             found[path.name] = report
         elif path.name == "README.md":
-            found[path.name] = path.read_text().replace(f"# {folder.name}\n", "")
+            text = path.read_text().replace(f"# {folder.name}\n", "")
+            found[path.name] = text.replace(f"your-name/{folder.name}", "")
         else:
             found[path.name] = path.read_bytes()
     return found

@@ -120,7 +120,7 @@ def similarity_section(facts: Facts, pictures: Collection[str]) -> str:
         f"{_range(before)}."
     )
     if after is not None:
-        text += f" Of the experts after expansion, as expected: {_range(after)}."
+        text += f" Of the {len(after)} experts that the merge made, as expected: {_range(after)}."
     lineage = facts.lineage
     if lineage.smallest_distance is not None and lineage.mean_distance is not None:
         text += (

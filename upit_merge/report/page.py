@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,7 +103,8 @@ def _run_it(facts: Facts) -> str:
             "The model came without a tokenizer: put that of its base into the folder, then "
             "transformers, vLLM and llama.cpp run it."
         )
-    name = f"{_OWNER}/{facts.model.name}"
+    # A repository's name: a folder's may have spaces, or quotes that would end a string.
+    name = f"{_OWNER}/{re.sub(r'[^A-Za-z0-9._-]+', '-', facts.model.name).strip('-.') or 'model'}"
     parts = [
         f"Write the model's id on the Hub, or its folder, for {code(name)}.",
         "With transformers:",
@@ -139,10 +141,10 @@ curl http://localhost:8000/v1/{path} -H "Content-Type: application/json" \\
 
 
 def _with_llama_cpp(name: str, *, chat: bool) -> str:
-    tried = '-p "Why is the sky blue?"' if chat else '-no-cnv -p "The sky is"'
+    prompt = "Why is the sky blue?" if chat else "The sky is"
     return f"""hf download {name} --local-dir model
 python convert_hf_to_gguf.py model --outfile model.gguf
-llama-cli -m model.gguf -n 100 {tried}
+llama-cli -m model.gguf -n 100 -p "{prompt}"
 llama-server -m model.gguf"""
 
 
@@ -165,7 +167,7 @@ def _make_it_again(facts: Facts, recipe_source: str) -> str:
         parts.append(fenced("\n".join(lines), "bash"))
     if later := [step.command for step in facts.history]:
         told = ", then ".join(f"`upit-merge {escaped(command)}`" for command in later)
-        parts.append(f"After the merge it was changed by {told}.")
+        parts.append(f"The recipe makes the model as it was merged. After that came {told}.")
     made = ", ".join(f"{escaped(name)} {escaped(text)}" for name, text in facts.versions.items())
     parts.append(
         f"Seed {facts.seed}; made with {made}. `upit_report.json` has the whole lineage, the "
