@@ -209,6 +209,12 @@ def shrink(
 @click.option("--card", is_flag=True, help="Put the results on the model's page.")
 @click.option("--no-experts", is_flag=True, help="Leave out the comparison with every expert.")
 @click.option("--control", is_flag=True, help="Compare with gates fitted to shuffled buckets.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="[NAME=]MODEL",
+    help="Compare with another model, dense or a mixture, of the same vocabulary; repeatable.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer.")
@@ -221,6 +227,7 @@ def evaluate(
     card: bool,
     no_experts: bool,
     control: bool,
+    against: tuple[str, ...],
     seed: int,
     device: str,
     trust_remote_code: bool,
@@ -233,6 +240,7 @@ def evaluate(
     --card, the model's page and report.
     """
     from upit_merge.evaluating import EvaluateOptions, evaluate_output
+    from upit_merge.rivals import Rival
     from upit_merge.router.command import parse_settings
 
     options = EvaluateOptions(
@@ -242,6 +250,7 @@ def evaluate(
         card=card,
         experts=not no_experts,
         control=control,
+        against=tuple(map(Rival.parse, against)),
         seed=seed,
         device=device,
         trust_remote_code=trust_remote_code,

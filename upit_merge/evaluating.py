@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from upit_merge.checkpoints import OpenOptions
 from upit_merge.device import resolve_devices
 from upit_merge.editing import Edit
 from upit_merge.errors import UpitError
@@ -23,6 +24,7 @@ from upit_merge.report.heatmap import check_format, draw_routing
 from upit_merge.report.papers import write_papers
 from upit_merge.report.stored import read_report, recorded_router
 from upit_merge.report.tables import show
+from upit_merge.rivals import Rival, check_names, rival_losses
 from upit_merge.router.buckets import assign_by_loss
 from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
 from upit_merge.router.gate_files import opened_moe, require_output
@@ -46,6 +48,7 @@ class EvaluateOptions:
         card: Put the results on the model's page, and into its report.
         experts: Compare with every expert as a dense model, which costs a run for each.
         control: Compare with gates fitted to shuffled buckets, the router's seed data at hand.
+        against: Other models to compare with.
         seed: Of the sampling.
         device: `cpu`, `cuda` or `auto`.
         trust_remote_code: Run code that comes with a tokenizer.
@@ -58,6 +61,7 @@ class EvaluateOptions:
     card: bool = False
     experts: bool = True
     control: bool = False
+    against: tuple[Rival, ...] = ()
     seed: int = 0
     device: str = "cpu"
     trust_remote_code: bool = False
@@ -84,6 +88,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             raise UpitError(f"The folder of {path} does not exist; create it first.")
     if options.plot is not None:
         check_format(options.plot)
+    check_names(options.against)
     with (
         explained_failures(out),
         joined() as processes,
@@ -114,8 +119,8 @@ def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
     """Put an evaluation into report and page; what else was measured on the same text stays."""
     before = read_report(edit.out)
     earlier = before.get("evaluation") or {}
-    if earlier.get("samples_sha256") == record["samples_sha256"] and "others" in earlier:
-        record["others"] = earlier["others"]
+    if earlier.get("samples_sha256") == record["samples_sha256"] and "others" not in record:
+        record["others"] = earlier.get("others", [])
     with edit.interruptible("page and report are as they were"):
         edit.emptied()
         gone = write_papers(edit, before, {"evaluation": record}, same_model=True)
@@ -148,6 +153,7 @@ def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[st
         "dead_places": len(report["dead"]),
         "entropy": evaluation.entropy(range(len(evaluation.samples))),
         "agreement": report.get("agreement"),
+        **({"others": report["others"]} if "others" in report else {}),
     }
 
 
@@ -189,6 +195,10 @@ def _evaluate(
             if control.settings.refine is not None:
                 gates, _ = refined_gates(control, gates)
             evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
+        opening = OpenOptions(trust_remote_code=options.trust_remote_code)
+        device = resolve_devices(options.device)[0]
+        rivals = {r.name: rival_losses(r, held_out, opening, device) for r in options.against}
+        evaluation = replace(evaluation, rivals=rivals)
     return evaluation, held_out.seeds.digest()
 
 
@@ -226,6 +236,8 @@ def _tell(evaluation: Evaluation, options: EvaluateOptions) -> None:
 def _print(evaluation: Evaluation) -> None:
     everything = range(len(evaluation.samples))
     show(_perplexities(evaluation))
+    if evaluation.rivals:
+        show(_beside_others(evaluation))
     show(_routing(evaluation))
     entropy = evaluation.entropy(everything)
     print(
@@ -269,6 +281,19 @@ def _perplexities(evaluation: Evaluation) -> Table:
             values += [found["experts_alone"][best], found["best_expert_per_sample"]]
         counts = (f"{found['samples']:,}", f"{found['targets']:,}")
         table.add_row(name, *counts, *(f"{value:.2f}" for value in values))
+    return table
+
+
+def _beside_others(evaluation: Evaluation) -> Table:
+    table = Table(title="Perplexity beside other models", title_justify="left")
+    table.add_column("model", overflow="fold")
+    groups = evaluation.groups.members
+    for name in groups:
+        table.add_column(name, justify="right")
+    for model, sums in [*evaluation.rivals.items(), ("this mixture", None)]:
+        values = (evaluation.perplexity(members, sums) for members in groups.values())
+        style = "bold" if sums is None else ""
+        table.add_row(model, *(f"{value:.2f}" for value in values), style=style)
     return table
 
 

@@ -65,6 +65,7 @@ class RunOptions:
         copy_tokenizer: Give the output a tokenizer.
         write_card: Write `README.md` and `mergekit_config.yml`.
         overwrite: Replace an earlier output of this program.
+        name: Of the model, for its page; the output folder's if None.
         quiet: No progress bars, no tables.
     """
 
@@ -76,6 +77,7 @@ class RunOptions:
     copy_tokenizer: bool = True
     write_card: bool = True
     overwrite: bool = False
+    name: str | None = None
     quiet: bool = False
 
 
@@ -214,7 +216,7 @@ class _Run:
         record["seed_option"] = self.options.seed
         record["model"] = mixture_record(
             folder,
-            self.out.absolute().name,
+            self.options.name or self.out.absolute().name,
             inputs.architecture.format,
             inputs.architecture.settings,
             inputs.num_experts,

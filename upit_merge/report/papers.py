@@ -73,7 +73,7 @@ def write_papers(
         if "evaluation" in before and "evaluation" not in changes:
             del report["evaluation"]
             LOG.warning("The evaluation in the report was of the model before and is removed.")
-    if replace_page or _may_replace_page(out, before):
+    if replace_page or page_is_ours(out, before):
         earlier = (before.get("page") or {}).get("pictures", [])
         report = write_page(edit.model, report, recipe_of(out))
         gone += [name for name in earlier if name not in report["page"]["pictures"]]
@@ -114,8 +114,8 @@ def recipe_of(out: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _may_replace_page(out: Path, report: Mapping[str, Any]) -> bool:
-    """Whether there is a page, and it is as we wrote it; says so if it is not."""
+def page_is_ours(out: Path, report: Mapping[str, Any]) -> bool:
+    """Whether a folder has a page, and it is as we wrote it; says so if it is not."""
     if not (out / PAGE).is_file():
         return False
     if reason := _why_kept(out, report):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -104,6 +104,7 @@ class Evaluation:
         routing: What the router did.
         buckets: Which expert, as a dense model, predicts a sample best; None if not asked for.
         control: Like `sums`, with gates fitted to shuffled buckets.
+        rivals: Like `sums`, of other models, by name.
     """
 
     samples: Sequence[TokenizedSample]
@@ -112,6 +113,7 @@ class Evaluation:
     routing: Routing
     buckets: Buckets | None = None
     control: Tensor | None = None
+    rivals: Mapping[str, Tensor] = field(default_factory=dict)
 
     def perplexity(self, members: Sequence[int], sums: Tensor | None = None) -> float:
         """exp of the mean over all target tokens of some samples."""
@@ -198,7 +200,17 @@ class Evaluation:
         if (agreement := self.agreement()) is not None:
             assert self.buckets is not None
             report |= {"agreement": agreement, "buckets": self.buckets.to_report()}
+        if self.rivals:
+            report["others"] = [self._rival_report(name) for name in self.rivals]
         return report
+
+    def _rival_report(self, name: str) -> dict[str, Any]:
+        sums = self.rivals[name]
+        found = {group: self.perplexity(m, sums) for group, m in self.groups.members.items()}
+        whole = found.pop(self.groups.whole, None)
+        if whole is None:  # there is one kind of text, which is all
+            (whole,) = found.values()
+        return {"model": name, "perplexity": whole, "groups": found}
 
 
 @contextlib.contextmanager

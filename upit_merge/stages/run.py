@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from upit_merge.checkpoints import OpenOptions, resolve
+from upit_merge.checkpoints import is_adapter
 from upit_merge.errors import UpitError
 from upit_merge.evaluating import EvaluateOptions, evaluate_output
 from upit_merge.pipeline import RunOptions, run_recipe
@@ -24,6 +24,7 @@ from upit_merge.recipe import load_recipe
 from upit_merge.references import expand_models
 from upit_merge.report.tables import show
 from upit_merge.resume import file_states
+from upit_merge.rivals import Rival
 from upit_merge.router.settings import RouterSettings
 from upit_merge.stages.children import dies_with_parent
 from upit_merge.stages.config import Pipeline, load_pipeline, write_yaml
@@ -187,14 +188,16 @@ def _merge_stage(pipeline: Pipeline, *, quiet: bool) -> Stage:
         write_yaml(file, document)
         print(f"$ upit-merge run {file} {pipeline.merged}", flush=True)
         recipe, source = load_recipe(file)
-        run_recipe(recipe, source, pipeline.merged, RunOptions(pipeline.config.device, quiet=quiet))
+        name = pipeline.out.absolute().name
+        options = RunOptions(pipeline.config.device, name=name, quiet=quiet)
+        run_recipe(recipe, source, pipeline.merged, options)
         _free_device()
 
     recipe = pipeline.parsed_recipe()
     seed_data = recipe.router.data if recipe.router else ""
     identity = {"recipe": document, "file": file_states([], seed_data)}
     does = "grow experts, train their router" if recipe.router else "grow experts"
-    return Stage("merge", does, pipeline.merged / "config.json", identity, run)
+    return Stage("merge", does, pipeline.merged, identity, run)
 
 
 def _evaluate_stage(pipeline: Pipeline, *, quiet: bool) -> Stage:
@@ -223,15 +226,24 @@ def _evaluate_stage(pipeline: Pipeline, *, quiet: bool) -> Stage:
     return Stage("evaluate", "measure the result on held-out data", product, identity, run)
 
 
-def _rivals(pipeline: Pipeline) -> tuple[str, ...]:
+def _rivals(pipeline: Pipeline) -> tuple[Rival, ...]:
     """What the result is measured beside: where it came from, and what else the tokens could do."""
-    base = str(resolve(pipeline.config.base_model, OpenOptions(), role="base model"))
-    rivals = [base, _last_checkpoint(pipeline)]
+    config = pipeline.config
+    rivals = [
+        Rival("base model", config.base_model),
+        Rival("last checkpoint", _complete(pipeline, _last_checkpoint(pipeline))),
+    ]
+    if config.baseline:
+        (dense,) = pipeline.dense.glob("checkpoint-*")
+        rivals.append(Rival("dense, same tokens", _complete(pipeline, str(dense))))
     if pipeline.result != pipeline.merged:
-        rivals.append(str(pipeline.merged))
-    if pipeline.config.baseline:
-        rivals += [str(path) for path in sorted(pipeline.dense.glob("checkpoint-*"))]
+        rivals.append(Rival("mixture before post-training", str(pipeline.merged)))
     return tuple(rivals)
+
+
+def _complete(pipeline: Pipeline, checkpoint: str) -> str:
+    """A checkpoint that may be an adapter of the base model."""
+    return f"{pipeline.config.base_model}+{checkpoint}" * is_adapter(Path(checkpoint)) or checkpoint
 
 
 def _free_device() -> None:
@@ -273,12 +285,10 @@ def _forget(stages: list[Stage], record: Record, first: str, keep: str | None = 
         record.forget(stage.name)
         if stage.name == keep:
             continue
-        made = stage.product if stage.product.suffix != ".json" else stage.product
-        folder = made.parent if made.name == "config.json" else made
-        if folder.is_dir():
-            shutil.rmtree(folder)
+        if stage.product.is_dir():
+            shutil.rmtree(stage.product)
         else:
-            folder.unlink(missing_ok=True)
+            stage.product.unlink(missing_ok=True)
 
 
 def _summary(stages: list[Stage], record: Record) -> Table:

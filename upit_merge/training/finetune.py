@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ from upit_merge.training.trainer import ExpertTrainer, Progress, SaveWatch
 
 LOG = logging.getLogger(__name__)
 
-_NO_NEWS = ("keys in the checkpoint model loaded", "arguments do not match the ones")
-
 
 def finetune(config: Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> None:
     """Train a model as a configuration says.
@@ -47,7 +44,6 @@ def finetune(config: Path, overrides: Sequence[str] = (), *, quiet: bool = False
     Raises:
         UpitError: a mistake in the configuration, or in what it names.
     """
-    _quieten()
     job = load_job(config, overrides)
     out = Path(job.training.output_dir)
     folder = resolve(job.model.model_name_or_path, OpenOptions(), role="model")
@@ -86,23 +82,6 @@ def finetune(config: Path, overrides: Sequence[str] = (), *, quiet: bool = False
         if processes.is_first:
             state.finish(keep_checkpoints=keep)
             _tell(out, seconds, is_mixture=is_mixture)
-
-
-def _quieten() -> None:
-    """One progress bar is enough, and TRL's advice is for those who call TRL."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers.trainer").addFilter(_is_news)
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not that weights were not found which are there already, see `_trainer`."""
-    return not any(text in record.getMessage() for text in _NO_NEWS)
 
 
 @contextlib.contextmanager
@@ -211,7 +190,7 @@ def _tell(out: Path, seconds: float, *, is_mixture: bool) -> None:
         print(f"Trained in {seconds / 60:.1f} minutes; the model is in {out}.")
         return
     count = len(list(out.glob("checkpoint-*")))
+    found = "1 checkpoint is" if count == 1 else f"{count} checkpoints are"
     print(
-        f"Trained in {seconds / 60:.1f} minutes; {count} checkpoints are in {out}. In a recipe:\n"
-        f"models:\n  - model: {out}/checkpoint-*"
+        f"Trained in {seconds / 60:.1f} minutes; {found} in {out}, {out}/checkpoint-* in a recipe."
     )

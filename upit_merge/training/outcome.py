@@ -12,6 +12,7 @@ from upit_merge.architecture import is_derived
 from upit_merge.checkpoints import read_json
 from upit_merge.errors import UpitError
 from upit_merge.mixture import inspect_moe
+from upit_merge.report.papers import page_is_ours, recipe_of, write_page
 from upit_merge.report.stored import read_report
 from upit_merge.router.gate_files import opened_moe
 from upit_merge.staging import REPORT, STAGING, STATE, Staging, is_moving, move_into_place
@@ -134,6 +135,9 @@ def _write_report(
     # Measured on the model as it was.
     report.pop("evaluation", None)
     report["post_training"] = _record(trainer, job, seconds)
+    report["history"] = [*report.get("history", []), {"command": "finetune"}]
+    if page_is_ours(source, report):
+        report = write_page(folder, report, recipe_of(source))
     report["files"] = sorted({path.name for path in folder.iterdir()} | {REPORT})
     write_json(folder / REPORT, report)
 

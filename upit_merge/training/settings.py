@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from upit_merge.errors import UpitError, first_line, one_line, shown
+from upit_merge.training.quiet import quieten
 from upit_merge.yaml_files import load_mapping
 
 # What reads a file of training data, by its ending, in the words of the datasets library.
@@ -114,6 +115,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> FinetuneJob:
         UpitError: the file cannot be read, or has a key or a value that is not understood.
     """
     require_trl()
+    quieten()
     # TRL tells its makers of every run unless it is asked not to.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
