@@ -313,10 +313,12 @@ def pipeline(config: Path, redo: str | None, until: str | None, quiet: bool) -> 
 
 @main.command(cls=Verbatim, epilog="upit-merge demo demo/")
 @click.argument("folder", type=_FOLDER)
+@click.option("--all-stages", is_flag=True, help="With training before and after the merge.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--quiet", is_flag=True, help="No progress bars.")
-def demo(folder: Path, seed: int, quiet: bool) -> None:
+def demo(folder: Path, all_stages: bool, seed: int, quiet: bool) -> None:
     """Train small models on text that is on this machine, merge them, and measure the result."""
     from upit_merge.demo.run import run_demo
+    from upit_merge.demo.stages import run_all_stages
 
-    run_demo(folder, seed=seed, quiet=quiet)
+    (run_all_stages if all_stages else run_demo)(folder, seed=seed, quiet=quiet)

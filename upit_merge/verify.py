@@ -174,6 +174,11 @@ def _report(out: Path) -> dict[str, Any]:
                 f"{out / REPORT} has no {key}; it is not the report of a upit run, so nothing can "
                 "be verified."
             )
+    if report.get("post_training"):
+        raise UpitError(
+            f"{out} was trained further by `upit-merge finetune`, so that it is not what its "
+            "recipe makes any more; verify the model before that."
+        )
     if report.get("shrunk"):
         raise UpitError(
             f"The experts of {out} were merged by `upit-merge shrink`, so that it is not what its "

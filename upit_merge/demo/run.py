@@ -74,9 +74,7 @@ def run_demo(
     Raises:
         UpitError: the folder is not empty, or a step failed.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UpitError(f"The folder {folder} is not empty; give a new one.")
-    folder.mkdir(parents=True, exist_ok=True)
+    new_folder(folder)
     started = time.perf_counter()
     _silence_transformers()
     if budget is None:
@@ -101,6 +99,17 @@ def run_demo(
         print(sentence)
     minutes = (time.perf_counter() - started) / 60
     print(f"Done in {minutes:.1f} minutes. The model is in {folder / 'moe'}.")
+
+
+def new_folder(folder: Path) -> None:
+    """Make a folder.
+
+    Raises:
+        UpitError: there is something in it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UpitError(f"The folder {folder} is not empty; give a new one.")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _silence_transformers() -> None:

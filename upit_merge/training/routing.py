@@ -12,6 +12,69 @@ from torch import Tensor, nn
 from upit_merge.router.evaluation import DEAD_SHARE
 
 
+def load_balancing_loss(
+    logits: Sequence[Tensor], experts_per_token: int, mask: Tensor | None = None
+) -> Tensor:
+    """`n · Σ_i f_i · P_i`, mean over the layers (arXiv 2410.01610, stage 4; from 2101.03961).
+
+    f_i is the share of a layer's tokens that are sent to expert i (the shares sum to
+    `experts_per_token`, which is the smallest value of the loss), P_i the mean of its routing
+    probabilities. transformers takes both over all layers together, so that an expert that gets
+    everything in one layer and nothing in another counts as balanced.
+
+    Args:
+        logits: Of every layer's router, (tokens, num_experts).
+        experts_per_token: How many experts a token is sent to.
+        mask: Which tokens are real, any shape with `tokens` elements; None if all are.
+
+    Returns:
+        A scalar with a gradient.
+    """
+    losses = []
+    for layer in logits:
+        probabilities = layer.float().softmax(-1)
+        tokens, experts = probabilities.shape
+        if mask is None:
+            weights = probabilities.new_full((tokens, 1), 1 / tokens)
+        else:
+            real = mask.reshape(-1, 1).to(probabilities)
+            weights = real / real.sum().clamp(min=1)
+        chosen = probabilities.topk(experts_per_token, dim=-1).indices
+        sent = torch.zeros_like(probabilities).scatter_(1, chosen, 1.0)
+        losses.append(experts * ((sent * weights).sum(0) * (probabilities * weights).sum(0)).sum())
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+
+def balance_each_layer(
+    mixture: nn.Module, routers: Sequence[nn.Module], experts_per_token: int
+) -> None:
+    """Let a mixture of transformers give our load balancing as its `aux_loss`.
+
+    Args:
+        mixture: The whole model.
+        routers: Its routers, see `trainable.routers`.
+    """
+    logits: list[Tensor] = []
+
+    def collect(_router: nn.Module, _inputs: Any, outputs: Any) -> None:
+        logits.append(outputs[0])
+
+    def forget(_mixture: nn.Module, _inputs: Any) -> None:
+        logits.clear()  # what activation checkpointing computed a second time
+
+    def replace(_mixture: nn.Module, _inputs: Any, inputs: dict[str, Any], outputs: Any) -> Any:
+        if outputs.aux_loss is not None:
+            mask = inputs.get("attention_mask")
+            outputs.aux_loss = load_balancing_loss(logits, experts_per_token, mask)
+        logits.clear()
+        return outputs
+
+    for router in routers:
+        router.register_forward_hook(collect)
+    mixture.register_forward_pre_hook(forget)
+    mixture.register_forward_hook(replace, with_kwargs=True)
+
+
 class RoutingMonitor:
     """Counts where tokens go, from hooks on the routers.
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from upit_merge.errors import UpitError, first_line, one_line, shown
 from upit_merge.training.quiet import quieten
 from upit_merge.yaml_files import load_mapping
@@ -123,9 +125,14 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> FinetuneJob:
     document = load_mapping(path, "training configuration")
     blocks = (FinetuneArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, ScriptArguments)
     _refuse_unknown(document, blocks, path)
+    if not torch.accelerator.is_available() and not {"bf16", "fp16"} & {*document}:
+        # TRL's default, mixed precision, is an error where there is nothing to be quick on.
+        overrides = ["--bf16", "false", *overrides]
     own, training, model, data, script = _parsed(blocks, path, overrides)
     job = FinetuneJob(own=own, training=training, model=model, data=data, script=script)
     _check(job, path)
+    if "output_dir" not in document and "--output_dir" not in overrides:
+        raise UpitError(f"{path}: output_dir is missing; add the folder that receives the result.")
     return job
 
 
@@ -157,8 +164,6 @@ def _check(job: FinetuneJob, path: Path) -> None:
     own, training, model = job.own, job.training, job.model
     if not model.model_name_or_path:
         raise UpitError(f"{path}: model_name_or_path is missing; add the model to train.")
-    if training.output_dir is None:
-        raise UpitError(f"{path}: output_dir is missing; add the folder that receives the result.")
     if own.train_modules not in ("all", "ffn", "router"):
         raise UpitError(
             f"{path}: train_modules is {shown(own.train_modules)}, expected all, ffn or router."

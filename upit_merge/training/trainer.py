@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from peft import PeftModel
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -14,7 +15,7 @@ from transformers import (
 from trl import SFTTrainer
 
 from upit_merge.blocks import progress_bar
-from upit_merge.training.routing import RoutingMonitor, routing_metrics
+from upit_merge.training.routing import RoutingMonitor, balance_each_layer, routing_metrics
 from upit_merge.training.trainable import routers
 
 _SHOWN = {
@@ -25,12 +26,17 @@ _SHOWN = {
 
 
 class ExpertTrainer(SFTTrainer):
-    """Logs what the routers of a mixture do, and writes no model cards of its own."""
+    """Balances and logs what the routers of a mixture do; writes no model cards of its own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         found = routers(self.model)
         self.monitor = RoutingMonitor(found) if found else None
+        if found:
+            mixture = (
+                self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            )
+            balance_each_layer(mixture, found, mixture.config.num_experts_per_tok)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.monitor is not None:

@@ -1,0 +1,106 @@
+"""`upit-merge demo --all-stages`: a pipeline from a small dense model to a trained mixture."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from upit_merge.demo.corpus import Domain, load_domains
+from upit_merge.demo.run import new_folder
+from upit_merge.demo.training import TrainingBudget, train_demo_models
+from upit_merge.errors import UpitError
+from upit_merge.training.settings import require_trl
+
+PIPELINE = """\
+# What `upit-merge demo --all-stages` runs: a small Llama is fine-tuned on three kinds of text, one
+# after the other, twice; its checkpoints become 8 experts; and the mixture is trained on the same
+# text, mixed. Beside it the last checkpoint, on the same tokens.
+#
+#   upit-merge demo --all-stages demo/              (makes the model and the data, then runs this)
+#   cd demo && upit-merge pipeline pipeline.yml     (goes on with it, or shows what is done)
+base_model: ./base
+output: ./run
+data: ./train.jsonl               # kind after kind
+prepare:
+  num_train_epochs: 2
+  save_steps: 0.16667             # a checkpoint after every kind
+  train_sampling_strategy: sequential
+  learning_rate: 5.0e-3
+  lr_scheduler_type: cosine_with_restarts   # every checkpoint is at the end of a cycle
+  lr_scheduler_kwargs: {num_cycles: 6}
+  train_modules: ffn              # what becomes experts; attention and embeddings are the base's
+  per_device_train_batch_size: 8
+  max_length: 128
+  activation_checkpointing: false
+merge:
+  dtype: float32
+  parameters: {num_experts: 8, experts_per_token: 2}
+router:
+  data: ./seed.jsonl
+post_train:
+  num_train_epochs: 2
+  learning_rate: 1.0e-3
+  lr_scheduler_type: cosine
+  router_aux_loss_coef: 0.01
+  per_device_train_batch_size: 8
+  max_length: 128
+  activation_checkpointing: false
+baseline: true
+evaluate:
+  data: ./held-out.jsonl
+  group_by: domain
+"""
+
+_DOCUMENTS = 960  # per kind of text and epoch
+_SEED_SAMPLES = 200  # per kind of text
+
+
+def run_all_stages(
+    folder: Path, *, seed: int = 0, quiet: bool = False, budget: TrainingBudget | None = None
+) -> None:
+    """Make a base model and text, and run a pipeline on them.
+
+    Args:
+        folder: Receives `base/`, `train.jsonl`, `seed.jsonl`, `held-out.jsonl`, `pipeline.yml` and
+            `run/`; must be empty or not exist.
+        seed: Of everything random.
+        budget: Of the base model's training.
+
+    Raises:
+        UpitError: the folder is not empty, TRL is missing, or a stage failed.
+    """
+    require_trl()
+    new_folder(folder)
+    if budget is None:
+        print("This takes about ten minutes on two CPU cores that have nothing else to do.")
+    domains = load_domains()
+    base_only = replace(budget or TrainingBudget(), sft_rounds=0)
+    train_demo_models(folder, domains, seed=seed, budget=base_only, quiet=quiet)
+    generator = random.Random(seed)
+    documents = [d.train[:_DOCUMENTS] for d in domains]
+    _write(folder / "train.jsonl", domains, documents)
+    samples = [generator.sample(texts, min(_SEED_SAMPLES, len(texts))) for texts in documents]
+    _write(folder / "seed.jsonl", domains, samples)
+    _write(folder / "held-out.jsonl", domains, [d.heldout for d in domains])
+    text = PIPELINE if not seed else f"{PIPELINE}seed: {seed}\n"
+    (folder / "pipeline.yml").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "upit_merge", "pipeline", "pipeline.yml"]
+    print("$ upit-merge pipeline pipeline.yml", flush=True)
+    command += ["--quiet"] if quiet else []
+    if subprocess.run(command, cwd=folder, check=False).returncode:
+        raise UpitError(
+            f"The pipeline ended early; see what it said above, then run `upit-merge pipeline "
+            f"pipeline.yml` in {folder}, which goes on from there."
+        )
+
+
+def _write(path: Path, domains: Sequence[Domain], texts: Sequence[Iterable[str]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for domain, documents in zip(domains, texts, strict=True):
+            for text in documents:
+                file.write(json.dumps({"text": text, "domain": domain.name}) + "\n")
