@@ -92,6 +92,10 @@ class PipelineConfig(Strict):
             raise ValueError("checkpoints and prepare are both given; remove one of them")
         if self.baseline and self.post_train is None:
             raise ValueError("baseline has no meaning without post_train; remove it")
+        try:
+            shlex.split(self.launch)
+        except ValueError as error:
+            raise ValueError(f"launch is {self.launch!r}, which is no command: {error}") from None
         for key in ("merge_method", "base_model", "models", "router"):
             if key in self.merge:
                 where = "at the top level" if key in ("base_model", "router") else "filled in"
@@ -145,6 +149,7 @@ class Pipeline:
 
     @property
     def launcher(self) -> list[str]:
+        """The words of `launch`."""
         return shlex.split(self.config.launch)
 
     def prepare_settings(self) -> dict[str, Any]:

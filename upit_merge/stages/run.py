@@ -6,6 +6,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from upit_merge.checkpoints import is_adapter
+from upit_merge.checkpoints import OpenOptions, is_adapter, resolve
 from upit_merge.errors import UpitError
 from upit_merge.evaluating import EvaluateOptions, evaluate_output
 from upit_merge.pipeline import RunOptions, run_recipe
@@ -25,7 +26,8 @@ from upit_merge.references import expand_models
 from upit_merge.report.tables import show
 from upit_merge.resume import file_states
 from upit_merge.rivals import Rival
-from upit_merge.router.settings import RouterSettings
+from upit_merge.router.seed_data import read_seed_data
+from upit_merge.router.settings import ByColumn, RouterSettings
 from upit_merge.stages.children import dies_with_parent
 from upit_merge.stages.config import Pipeline, load_pipeline, write_yaml
 from upit_merge.stages.record import Record
@@ -79,9 +81,9 @@ def run_pipeline(
     stages = _stages(pipeline, quiet=quiet)
     _check_names(stages, redo, until)
     with explained_failures(pipeline.out):
-        pipeline.out.mkdir(parents=True, exist_ok=True)
-        _check_settings(pipeline)
         record = Record(pipeline.out)
+        _check_settings(pipeline)
+        pipeline.out.mkdir(parents=True, exist_ok=True)
         if redo is not None:
             _forget(stages, record, redo)
         for number, stage in enumerate(stages, 1):
@@ -260,7 +262,14 @@ def _check_names(stages: list[Stage], redo: str | None, until: str | None) -> No
 
 
 def _check_settings(pipeline: Pipeline) -> None:
-    """Find every mistake in a training stage's settings before the first of them begins."""
+    """Find every mistake in the stages' settings and data before the first of them begins."""
+    config, router = pipeline.config, pipeline.parsed_recipe().router
+    resolve(config.base_model, OpenOptions(), role="base model")
+    if router is not None:
+        column = router.assign.column if isinstance(router.assign, ByColumn) else None
+        read_seed_data(router.data, split=router.split, config=router.subset, column=column)
+    if config.evaluate is not None:
+        read_seed_data(config.evaluate.data, column=config.evaluate.group_by)
     blocks = {}
     if pipeline.config.checkpoints is None:
         blocks["prepare"] = pipeline.prepare_settings()
@@ -268,10 +277,15 @@ def _check_settings(pipeline: Pipeline) -> None:
         blocks["post_train"] = pipeline.post_train_settings()
     if pipeline.config.baseline:
         blocks["baseline"] = pipeline.baseline_settings("the last checkpoint")
-    for name, settings in blocks.items():
-        file = pipeline.out / f"{name}.yml"
-        write_yaml(file, settings)
-        load_job(file)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, settings in blocks.items():
+            file = Path(folder) / f"{name}.yml"
+            write_yaml(file, settings)
+            try:
+                load_job(file)
+            except UpitError as error:  # the file it names is not one the user knows
+                told = error.message.replace(str(file), f"{pipeline.source}: {name}")
+                raise UpitError(told) from None
 
 
 def _forget(stages: list[Stage], record: Record, first: str, keep: str | None = None) -> None:

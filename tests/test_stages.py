@@ -1,0 +1,273 @@
+"""`upit-merge pipeline`: all stages in order, skipped when done, the same model after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import Family
+from upit_merge.errors import UpitError
+from upit_merge.stages.config import load_pipeline
+from upit_merge.stages.run import run_pipeline
+
+TRAINING = {"per_device_train_batch_size": 8, "max_length": 32, "learning_rate": 1e-2}
+Written = Callable[..., Path]
+
+
+def writer(tmp_path: Path, four: Family) -> Written:
+    """Writes a pipeline's file; keyword arguments replace its keys, None removes one."""
+    data = tmp_path / "train.jsonl"
+    kinds = ("letters", "digits")
+    rows = [
+        {"text": f"sample {i}: " + ("abcdef", "123456")[i % 2][i % 6] * 9, "kind": kinds[i % 2]}
+        for i in range(32)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(out: str = "run", **keys: Any) -> Path:
+        document = {
+            "base_model": str(four.base),
+            "output": str(tmp_path / out),
+            "data": str(data),
+            "prepare": {**TRAINING, "save_steps": 0.25, "train_modules": "ffn"},
+            "merge": {"parameters": {"num_experts": 5}},
+            "router": {"sample": 24},
+            "post_train": TRAINING,
+            "evaluate": {"data": str(data), "group_by": "kind"},
+            **keys,
+        }
+        path = tmp_path / f"{out}.yml"
+        path.write_text(yaml.safe_dump({k: v for k, v in document.items() if v is not None}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def written(tmp_path: Path, four: Family) -> Written:
+    return writer(tmp_path, four)
+
+
+def model_files(run: Path) -> dict[str, bytes]:
+    """What must be the same however often the pipeline was killed."""
+    found = [*run.rglob("*.safetensors"), *run.rglob("config.json"), run / "evaluation.json"]
+    return {str(path.relative_to(run)): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="module")
+def whole(
+    four: Family, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Written, Path, dict[str, bytes]]:
+    """A pipeline that nothing has disturbed: how its file is written, its folder, its files."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    written = writer(folder, four)
+    run_pipeline(written(baseline=True), quiet=True)
+    return written, folder / "run", model_files(folder / "run")
+
+
+def test_all_stages_once(
+    whole: tuple[Written, Path, dict[str, bytes]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    written, run, before = whole
+    path = written(baseline=True)
+    report = json.loads((run / "model" / "upit_report.json").read_text())
+    assert report["post_training"]["steps"] == 8
+    assert report["router"]["data"]["samples"] == 24
+    others = [other["model"] for other in report["evaluation"]["others"]]
+    assert others == [
+        "base model",
+        "last checkpoint",
+        "dense, same tokens",
+        "mixture before post-training",
+    ]
+    evaluated = json.loads((run / "evaluation.json").read_text())
+    assert set(evaluated["groups"]) == {"letters", "digits", "all"}
+    assert evaluated["others"][0]["perplexity"] > evaluated["groups"]["all"]["perplexity"]
+    page = (run / "model" / "README.md").read_text()
+    for section in ("# run", "## Post-training", "## Evaluation", "upit-merge finetune"):
+        assert section in page
+    assert len(list((run / "dense").glob("checkpoint-*"))) == 1
+
+    # Once more: nothing is done.
+    capfd.readouterr()
+    run_pipeline(path, quiet=True)
+    assert capfd.readouterr().out.count(": done\n") == 5
+    assert model_files(run) == before
+
+    # The files it left are what the other commands take.
+    from upit_merge.recipe import load_recipe
+
+    assert load_recipe(run / "recipe.yml")[0].router is not None
+
+    # Other settings are not mixed with what is done.
+    with pytest.raises(UpitError, match=r"prepare is done in .*learning_rate was 0.01 and is 0.02"):
+        run_pipeline(written(prepare={**TRAINING, "learning_rate": 0.02, "save_steps": 0.25}))
+    changed = written(baseline=True, router={"sample": 12})
+    with pytest.raises(UpitError, match=r"but router.sample was 24 and is 12.*--redo merge"):
+        run_pipeline(changed, quiet=True)
+    prepared = {name: data for name, data in before.items() if name.startswith("prepare")}
+    run_pipeline(changed, redo="merge", until="merge", quiet=True)
+    after = model_files(run) if (run / "evaluation.json").exists() else None
+    assert after is None
+    assert not (run / "model").exists()
+    for name, data in prepared.items():
+        assert (run / name).read_bytes() == data
+    report = json.loads((run / "moe" / "upit_report.json").read_text())
+    assert report["router"]["data"]["samples"] == 12
+
+
+def test_checkpoints_that_are_there_are_not_prepared(
+    written: Written, four: Family, tmp_path: Path
+) -> None:
+    checkpoints = str(four.root / "sft" / "checkpoint-*")
+    path = written(checkpoints=checkpoints, prepare=None, post_train=None, merge={})
+    run_pipeline(path, quiet=True)
+    run = tmp_path / "run"
+    assert not (run / "prepare").exists()
+    report = json.loads((run / "moe" / "upit_report.json").read_text())
+    assert [Path(name).name for name in report["checkpoints"]] == [
+        f"checkpoint-{step}" for step in (500, 1000, 1500, 2000)
+    ]
+    assert report["evaluation"]["groups"]["all"]["samples"] == 32
+
+
+# ---- killed ------------------------------------------------------------------------------------
+
+
+def started(path: Path, folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-u", "-m", "upit_merge", "pipeline", str(path), "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (folder / "log.txt").open("a") as log:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        )
+
+
+def kill_when(process: subprocess.Popen[str], line: str, sign: Callable[[], bool]) -> None:
+    """Kill a pipeline when it has printed a line and then shown a sign; with it its child."""
+    assert process.stdout is not None
+    for told in process.stdout:
+        if told.startswith(line):
+            break
+    else:
+        raise AssertionError(f"never printed {line}")
+    until = time.monotonic() + 120
+    while not sign() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.002)
+    assert process.poll() is None, f"ended before it could be killed: {line}"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a killed parent's child is killed on Linux")
+def test_killed_in_every_stage_it_ends_with_the_same_model(
+    whole: tuple[Written, Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    written, folder, reference = whole
+    path, run = written("cut", baseline=True), folder.parent / "cut"
+
+    def checkpoint(folder: str) -> Callable[[], bool]:
+        return lambda: any((run / folder).glob("checkpoint-*/*.safetensors"))
+
+    signs: list[tuple[str, Callable[[], bool]]] = [
+        ("[1/5] prepare: fine", checkpoint("prepare")),
+        ("[2/5] merge: grow", lambda: (run / "moe" / ".upit-staging" / "model").exists()),
+        ("[3/5] post_train: train", checkpoint("model")),
+        ("[4/5] baseline: train", checkpoint("dense")),
+        ("[5/5] evaluate: measure", lambda: True),
+    ]
+    for line, sign in signs:
+        kill_when(started(path, tmp_path), line, sign)
+    process = started(path, tmp_path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, (tmp_path / "log.txt").read_text()[-2000:]
+    assert output.count(": done\n") == 4
+    assert model_files(run) == reference
+
+
+# ---- mistakes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"post_tain": {}}, r"unknown key post_tain \(did you mean post_train\?\)"),
+        ({"base_model": None}, "base_model is missing"),
+        ({"data": None}, "data is missing"),
+        ({"checkpoints": "x/*"}, "checkpoints and prepare are both given"),
+        ({"post_train": None, "baseline": True}, "baseline has no meaning without post_train"),
+        ({"merge": {"router": {}}}, "merge: router is at the top level"),
+        ({"merge": {"models": []}}, "merge: models is filled in"),
+        ({"device": "gpu"}, "device is 'gpu', expected cpu, cuda or auto"),
+        ({"evaluate": {"data": "x", "groupby": "y"}}, r"evaluate.groupby \(did you mean group_by"),
+        ({"prepare": {"output_dir": "x"}}, "prepare.output_dir is filled in by the pipeline"),
+        ({"prepare": "nowhere.yml"}, "training configuration nowhere.yml does not exist"),
+        ({"prepare": {"learning_rat": 1}}, r"unknown key learning_rat"),
+        ({"post_train": {"train_modules": "x"}}, "train_modules"),
+        ({"merge": {"parameters": {"num_expert": 4}}}, "merge and router: unknown key"),
+        ({"router": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"evaluate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"base_model": "./nowhere"}, "nowhere"),
+        ({"launch": "'"}, "launch"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(
+    written: Written, tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UpitError, match=message) as caught:
+        run_pipeline(written(**keys), quiet=True)
+    assert "\n" not in caught.value.message
+    assert not (tmp_path / "run" / "prepare").exists()
+
+
+def test_a_stage_that_is_not_there(written: Written) -> None:
+    with pytest.raises(UpitError, match="--redo is router, but the stages are prepare, merge"):
+        run_pipeline(written(), redo="router")
+
+
+def test_a_launcher_that_is_not_there(written: Written) -> None:
+    with pytest.raises(UpitError, match="no-such-launcher cannot be started"):
+        run_pipeline(written(launch="no-such-launcher --x"), quiet=True)
+
+
+def test_a_stage_that_fails_says_how_to_go_on(written: Written, tmp_path: Path) -> None:
+    path = written(launch=f"{sys.executable} -c 'import_nothing' ")
+    with pytest.raises(UpitError, match="The stage prepare ended early"):
+        run_pipeline(path, quiet=True)
+    run_pipeline(written(), until="prepare", quiet=True)
+    assert len(list((tmp_path / "run" / "prepare").glob("checkpoint-*"))) == 4
+
+
+# ---- what the stages are told ------------------------------------------------------------------
+
+
+def test_settings_are_filled_in(written: Written, four: Family, tmp_path: Path) -> None:
+    own = tmp_path / "prepare.yml"
+    own.write_text(yaml.safe_dump({"output_dir": "elsewhere", "datasets": [{"path": "a/b"}]}))
+    loaded = load_pipeline(written(prepare=str(own), baseline={"learning_rate": 1e-4}, seed=3))
+    prepare = loaded.prepare_settings()
+    assert prepare["model_name_or_path"] == str(four.base)
+    assert prepare["output_dir"] == str(tmp_path / "run" / "prepare")
+    assert prepare["seed"] == 3
+    assert (prepare["num_train_epochs"], prepare["save_steps"]) == (2, 0.125)
+    assert "data" not in prepare  # it names its own
+    post = loaded.post_train_settings()
+    assert (post["num_train_epochs"], post["router_aux_loss_coef"]) == (2, 0.01)
+    dense = loaded.baseline_settings("x")
+    assert dense["learning_rate"] == 1e-4
+    assert "router_aux_loss_coef" not in dense
+    recipe = loaded.recipe()
+    assert recipe["parameters"] == {"seed": 3, "num_experts": 5}
+    assert recipe["models"] == [{"model": f"{tmp_path}/run/prepare/checkpoint-*"}]
+    assert recipe["router"]["data"] == str(tmp_path / "train.jsonl")
