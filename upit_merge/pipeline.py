@@ -41,7 +41,7 @@ from upit_merge.staging import (
     scratch_folder,
     staged_output,
 )
-from upit_merge.text_files import replace_text, write_json
+from upit_merge.text_files import write_json
 from upit_merge.tokenizer import (
     copy_generation_config,
     copy_tokenizer_files,
@@ -248,7 +248,7 @@ class _Run:
         """The recipe, the page with its pictures, and the report."""
         folder = self.staging.model
         if self.options.write_card:
-            replace_text(folder / RECIPE_COPY, self.source)
+            (folder / RECIPE_COPY).write_text(self.source, encoding="utf-8")
             record = write_page(folder, record, self.source)
         names = (path.name for path in folder.iterdir())
         record["files"] = sorted([*names, REPORT, "config.json"])

@@ -138,7 +138,7 @@ def draw_family_tree(path: Path, facts: Facts) -> None:
     names = drawable([source.name for source in facts.sources.checkpoints], "checkpoint", 20)
     tree = family_tree(facts.lineage, names)
     # Inches: of many experts each has less room, and a number keeps clear of the next pie.
-    row = 0.46 if tree.tallest <= 16 else 0.27
+    row = max(0.17, min(0.46, 7.4 / tree.tallest))
     height = row * max(3, tree.tallest)
     left, right, step = 1.75, 0.55, min(1.7, 7.4 / (tree.columns - 1))
     width = left + right + step * (tree.columns - 1)
@@ -152,7 +152,7 @@ def draw_family_tree(path: Path, facts: Facts) -> None:
         _draw_links(axes, tree, places, radius, colors)
         for node, place in zip(tree.nodes, places, strict=True):
             _draw_pie(axes, place, radius, node.weights, colors)
-            _draw_label(axes, node, place, radius)
+            _draw_label(axes, node, place, radius, size=8 if row > 0.2 else 6.5)
         axes.set(xlim=(-left, width - left), ylim=(0, height), aspect="equal")
 
 
@@ -233,8 +233,10 @@ def _draw_pie(
     axes.add_patch(rim)
 
 
-def _draw_label(axes: Any, node: Node, place: tuple[float, float], radius: float) -> None:
+def _draw_label(
+    axes: Any, node: Node, place: tuple[float, float], radius: float, *, size: float
+) -> None:
     """A checkpoint's name to its left; an expert's number to its right."""
     (x, y), gap = place, radius + 0.07
     at, align = ((x - gap, y), "right") if node.column == 0 else ((x + gap, y), "left")
-    _write(axes, at, node.label, size=8, color=INK, align=align, order=5)
+    _write(axes, at, node.label, size=size, color=INK, align=align, order=5)

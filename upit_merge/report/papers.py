@@ -15,7 +15,7 @@ from upit_merge.report.page import render
 from upit_merge.report.plots import draw_pictures
 from upit_merge.report.stored import read_report
 from upit_merge.staging import REPORT, explained_failures
-from upit_merge.text_files import replace_text, write_json
+from upit_merge.text_files import write_json
 
 LOG = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ RECIPE_COPY = "mergekit_config.yml"
 
 
 def write_page(folder: Path, report: Mapping[str, Any], recipe_source: str) -> dict[str, Any]:
-    """Write the page and its pictures into a folder.
+    """Write the page and its pictures into a folder that is not the model yet.
 
     Returns the report with what it needs to know of them: which pictures there are, and a digest
     by which a page that its owner has edited is told from one that may be replaced.
@@ -36,7 +36,8 @@ def write_page(folder: Path, report: Mapping[str, Any], recipe_source: str) -> d
     if facts is None:
         raise ValueError("the report has not all a model page says")
     pictures = draw_pictures(folder, facts)
-    replace_text(folder / PAGE, render({**report, "page": {"pictures": pictures}}, recipe_source))
+    text = render({**report, "page": {"pictures": pictures}}, recipe_source)
+    (folder / PAGE).write_bytes(text.encode())  # the same bytes on every system
     return {**report, "page": {"pictures": pictures, "sha256": _digest(folder / PAGE)}}
 
 

@@ -20,7 +20,7 @@ from upit_merge.report.plots import POST_TRAINING, ROUTING
 _TRAINED = {
     "all": "with all its weights",
     "ffn": "in its experts and gates",
-    "lora": "by LoRA adapters, which are merged into its weights",
+    "lora": "by LoRA adapters, merged into it afterwards,",
 }
 
 
