@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from upit_merge.report.sources import Source
 
@@ -216,6 +216,12 @@ class Facts(_Facts):
     history: list[Step] = []
     post_training: PostTraining | None = None
     evaluation: Evaluation | None = None
+
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _of_this_mixture(cls, value: Any) -> Any:
+        """Results of other models alone, which some command may have left, are no evaluation."""
+        return value if isinstance(value, Mapping) and "groups" in value else None
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> Facts | None:

@@ -12,7 +12,7 @@ from upit_merge.editing import Edit
 from upit_merge.errors import UpitError
 from upit_merge.report.facts import Facts
 from upit_merge.report.page import render
-from upit_merge.report.plots import draw_pictures
+from upit_merge.report.plots import NAMES, draw_pictures
 from upit_merge.report.stored import read_report
 from upit_merge.staging import REPORT, explained_failures
 from upit_merge.text_files import write_json
@@ -77,7 +77,8 @@ def write_papers(
     if replace_page or page_is_ours(out, before):
         earlier = (before.get("page") or {}).get("pictures", [])
         report = write_page(edit.model, report, recipe_of(out))
-        gone += [name for name in earlier if name not in report["page"]["pictures"]]
+        # Of our own names only: a report may come from anywhere, and these files are removed.
+        gone += [n for n in NAMES if n in earlier and n not in report["page"]["pictures"]]
     files = {*before.get("files", []), *(path.name for path in edit.model.iterdir()), REPORT}
     report["files"] = sorted(files - set(gone))
     write_json(edit.model / REPORT, report)

@@ -124,3 +124,4 @@ _PICTURES = {
     ROUTING: _Picture(lambda facts: facts.evaluation is not None, _draw_evaluation),
     POST_TRAINING: _Picture(_has_history, draw_post_training),
 }
+NAMES = tuple(_PICTURES)

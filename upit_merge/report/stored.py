@@ -40,6 +40,11 @@ class _Extension(BaseModel):
     router: _Router
 
 
+class _Page(BaseModel):
+    sha256: StrictStr | None = None
+    pictures: list[StrictStr] = []
+
+
 class _Report(BaseModel):
     """What commands rely on; reports have more, and older ones less."""
 
@@ -50,6 +55,9 @@ class _Report(BaseModel):
     router: _Router | None = None
     extensions: list[_Extension] = []
     shrunk: Weights = []
+    history: Weights = []
+    page: _Page | None = None
+    evaluation: dict[str, Any] | None = None
     versions: dict[str, Any] = {}
 
 
