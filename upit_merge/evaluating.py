@@ -100,6 +100,8 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             if options.card and processes.is_first:
                 stack.enter_context(edit.begun())
                 _require_report(out)
+        if options.card:
+            stack.enter_context(edit.interruptible("the model's page and report are as they were"))
         evaluation, samples = _evaluate(out, settings, options, processes)
         if processes.is_first:
             _tell(evaluation, options)
@@ -121,10 +123,9 @@ def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
     earlier = before.get("evaluation") or {}
     if earlier.get("samples_sha256") == record["samples_sha256"] and "others" not in record:
         record["others"] = earlier.get("others", [])
-    with edit.interruptible("page and report are as they were"):
-        edit.emptied()
-        gone = write_papers(edit, before, {"evaluation": record}, same_model=True)
-        edit.put_into_place({}, gone)
+    edit.emptied()
+    gone = write_papers(edit, before, {"evaluation": record}, same_model=True)
+    edit.put_into_place({}, gone)
     if not quiet:
         print(f"The results are in the report of {edit.out}.")
 
