@@ -52,7 +52,6 @@ def model(num_checkpoints: int = 3, num_experts: int = 4, **changes: Any) -> dic
             "expected_gram": (vectors @ vectors.T).tolist(),
             "smallest_distance": 0.5 if n > 1 else None,
             "mean_distance": 1.5 if n > 1 else None,
-            "largest_cosine": 0.9 if n > 1 else None,
         },
         "model": {
             "name": "my model",

@@ -132,8 +132,8 @@ def test_post_training_and_others_are_told() -> None:
     text = render(report, "a: 1\n")
     assert (
         "the whole mixture was trained by LoRA adapters, merged into it afterwards, on sft (1,200 "
-        "samples, 75 steps, 3 M tokens). Learning rate 0.0002, epochs 1. The loss was 2.000 at "
-        "first and 1.500 at the end. Experts hardly used at the end: 2."
+        "samples, 75 steps, 3 M tokens, 12 s). Learning rate 0.0002, epochs 1. The loss was 2.000 "
+        "at first and 1.500 at the end. Experts hardly used at the end: 2."
     ) in text
     assert "| model | letters | digits | all |" in text
     assert "| **this mixture** | **4.00** | **4.00** | **4.00** |" in text

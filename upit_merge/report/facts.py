@@ -67,7 +67,6 @@ class Lineage(_Facts):
     expected_gram: Matrix | None = None
     smallest_distance: float | None = None
     mean_distance: float | None = None
-    largest_cosine: float | None = None
 
     def parts(self, expert: int) -> list[Expert]:
         """The ancestry of an expert in every unit that is grown by itself."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upit_merge.formats import FORMATS
-from upit_merge.report.expert_sections import experts_section, similarity_section
+from upit_merge.report.expert_sections import experts_section, linked, similarity_section
 from upit_merge.report.facts import Facts
 from upit_merge.report.markdown import amount, code, counted, escaped, fenced, folded, table
 from upit_merge.report.metadata import disagreement, front_matter
@@ -80,7 +80,7 @@ def _introduction(facts: Facts) -> str:
 def _at_a_glance(facts: Facts) -> str:
     model = facts.model
     rows = [
-        ("base", _linked(facts)),
+        ("base", linked(facts.sources.base)),
         ("layers", str(model.num_layers)),
         ("experts per layer", f"{model.num_experts}, {facts.experts_per_token} per token"),
         ("parameters", f"{model.parameters:,} ({model.active_parameters:,} active)"),
@@ -88,12 +88,6 @@ def _at_a_glance(facts: Facts) -> str:
     ]
     text = table([" ", " "], rows)
     return f"{text}\n\n{told}" if (told := disagreement(facts)) else text
-
-
-def _linked(facts: Facts) -> str:
-    base = facts.sources.base
-    name = escaped(base.name)
-    return f"[{name}](https://huggingface.co/{base.hub_ids[0]})" if base.hub_ids else name
 
 
 def _run_it(facts: Facts) -> str:

@@ -124,6 +124,8 @@ def _post_training_sentences(record: PostTraining) -> Iterator[str]:
     ]
     if record.tokens is not None:
         amounts.append(f"{amount(record.tokens)} tokens")
+    if record.seconds is not None:
+        amounts.append(f"{record.seconds:,.0f} s")
     on = f" on {escaped(record.data)}" if record.data else ""
     told = f" ({', '.join(amounts)})" if amounts else ""
     yield f"After the merge the whole mixture was trained{f' {how}' * bool(how)}{on}{told}."
