@@ -152,19 +152,6 @@ def test_readme_recipe_is_valid() -> None:
         parse_recipe_text(block)
 
 
-def test_readme_names_every_parameter_and_its_default() -> None:
-    from upit_merge.recipe import Parameters
-    from upit_merge.router.settings import RouterSettings
-
-    readme = (ROOT / "README.md").read_text()
-    for model in (Parameters, RouterSettings):
-        for name, field in model.model_fields.items():
-            assert f"`{name}" in readme, name
-            if isinstance(field.default, str) and name != "split":
-                row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}`"))
-                assert f"`{field.default}`" in row
-
-
 def test_demo_refuses_a_folder_in_use(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     result = invoke("demo", tmp_path)

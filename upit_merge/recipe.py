@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import (
@@ -40,10 +40,14 @@ DensityValue = Share | Annotated[list[Share], Field(min_length=1)]
 
 
 class FilteredDensity(Strict):
-    """mergekit's conditional parameter: `value` for tensors whose name contains `filter`."""
+    """mergekit's conditional parameter; of several in a list, the first that fits counts."""
 
-    value: DensityValue
-    filter: StrictStr | None = None
+    EXAMPLE: ClassVar[str] = "- {filter: down_proj, value: 0.95}\n- {value: 0.9}"
+
+    value: DensityValue = Field(description="A density, or a list of them over the layers.")
+    filter: StrictStr | None = Field(
+        None, description="Part of the dense tensor's name, such as down_proj; all, if not given."
+    )
 
 
 Density = DensityValue | FilteredDensity | Annotated[list[FilteredDensity], Field(min_length=1)]
@@ -52,59 +56,94 @@ Density = DensityValue | FilteredDensity | Annotated[list[FilteredDensity], Fiel
 class ModelParameters(Strict):
     """`parameters:` below one entry of `models:`."""
 
-    density: Density | None = Field(None, description="Overrides the recipe's density.")
+    EXAMPLE: ClassVar[str] = "density: 0.8"
+
+    density: Density | None = Field(
+        None, description="Of this model's delta, in every child it is in; wins over the recipe's."
+    )
 
 
 class ModelEntry(Strict):
     """One entry of `models:`: a folder, a Hub id, or a glob of folders; `BASE+` one of adapters."""
 
-    model: Name
-    parameters: ModelParameters = ModelParameters()
+    EXAMPLE: ClassVar[str] = "model: ./sft/checkpoint-*"
+
+    model: Name = Field(
+        description="A folder, a Hub id, or a glob of folders, taken in step order; BASE+ADAPTER "
+        "for LoRA adapters, or the adapter's folder alone for one of base_model."
+    )
+    parameters: ModelParameters = Field(
+        ModelParameters(), description="What holds for this model alone."
+    )
 
 
 class Parameters(Strict):
-    """`parameters:`, how checkpoints become experts (paper, section 3.2; DESIGN names)."""
+    """`parameters:`, how checkpoints become experts (paper, section 3.2)."""
+
+    EXAMPLE: ClassVar[str] = (
+        "num_experts: 8\nexperts_per_token: 2\nparents: farthest_child\nseed: 42"
+    )
 
     num_experts: StrictInt | None = Field(
-        None, ge=1, description="Experts per layer; the number of checkpoints if not given."
+        None,
+        ge=1,
+        description="Experts per layer; the number of checkpoints if not given. More: children are "
+        "grown; fewer: see select.",
     )
     experts_per_token: StrictInt | None = Field(
         None, ge=1, description="Experts a token is routed to (top-k); 2 if there are two."
     )
     expansion: Literal["genetic", "copy"] = Field(
-        "genetic", description="Children of the checkpoints, or copies of them in turn."
+        "genetic",
+        description="genetic: children of the checkpoints are grown; copy: experts are copies of "
+        "the models in turn, to be trained further.",
     )
     noise: NotNegative = Field(
-        0, description="Of copies: standard deviation of added noise, as a share of the tensor's."
+        0, description="Of copies: standard deviation of added noise, as a share of the weights'."
     )
     reinitialise: PartialShare = Field(
         0, description="Of copies: share of the FFN's dimensions drawn anew (Drop-Upcycling)."
     )
-    density: Density = Field(0.9, description="Share of delta entries DARE keeps, in (0, 1].")
+    density: Density = Field(
+        0.9,
+        description="Share of a delta's entries that DARE keeps in a child: a number in (0, 1], a "
+        "list over the layers, or mergekit's list of filter: and value:.",
+    )
     select: Literal["last", "diverse", "merge_similar"] = Field(
-        "last", description="What becomes of more checkpoints than experts."
+        "last",
+        description="Of more checkpoints than experts: keep the last ones, or the most diverse "
+        "ones, or average the most alike (merge_similar).",
     )
     parents: Literal["most_dissimilar", "farthest_child", "random"] = Field(
-        "most_dissimilar", description="How the two parents of a new expert are chosen."
+        "most_dissimilar",
+        description="Of a new expert: the least alike pair (paper), a random pair, or the pair and "
+        "mixing ratio whose child is farthest from every expert.",
     )
     granularity: Literal["model", "layer", "tensor"] = Field(
-        "model", description="Parents are chosen once, or for every layer or FFN tensor by itself."
+        "model",
+        description="Parents and mixing ratios are chosen once for the whole model, or for every "
+        "layer or FFN tensor by itself.",
     )
     repeat_pairs: StrictBool = Field(
         False, description="Let a pair be parents again while unused pairs remain (the paper does)."
     )
     similarity: Literal["cosine", "l2"] = Field(
-        "cosine", description="How the likeness of two experts' deltas is measured."
+        "cosine", description="How the likeness of two experts' deltas to the base is measured."
     )
     mutation: Literal["once", "compound"] = Field(
-        "once", description="Drop from checkpoints only, or from children of children too (paper)."
+        "once",
+        description="Drop from the checkpoints' deltas only, or from those of children again "
+        "(compound, the paper's), which inflates norms.",
     )
     backbone: Name = Field(
         "last",
-        description="Attention, norms and embeddings: last, average, base or one of the models.",
+        description="Where attention, norms and embeddings come from: last (checkpoint), average, "
+        "base, or one of the models.",
     )
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = Field(
-        0, description="Of parents, mixing ratios, DARE masks, sampling and random gates."
+        0,
+        description="Of everything random: parents, mixing ratios, DARE masks, sampling, gates; "
+        "--random-seed wins.",
     )
 
 
@@ -129,13 +168,30 @@ _OF_GROWTH = (
 class Recipe(Strict):
     """A whole `merge_method: upit` document. Unknown keys are errors."""
 
-    merge_method: Literal["upit"]
+    EXAMPLE: ClassVar[str] = """\
+merge_method: upit
+base_model: ./base
+models:
+  - model: ./sft/checkpoint-*
+dtype: bfloat16
+parameters:
+  num_experts: 8
+router:
+  data: ./seed.jsonl
+"""
+
+    merge_method: Literal["upit"] = Field(description="Tells mergekit whose recipe this is.")
     base_model: Name = Field(
-        description="The pre-trained dense model: what deltas are measured against."
+        description="The pre-trained dense model, before instruction tuning: what deltas are "
+        "measured against. A folder or a Hub id."
     )
-    models: list[ModelEntry] = Field(min_length=1)
+    models: list[ModelEntry] = Field(
+        min_length=1, description="The checkpoints, or adapters, that become experts; in order."
+    )
     architecture: Annotated[StrictStr, AfterValidator(_known_format)] = Field(
-        "auto", description="Of the output: what the models become, or the name of a format."
+        "auto",
+        description="Of the output: auto, what the models become (Llama and Mistral: mixtral; "
+        "Qwen3: qwen3_moe), or its name, to say what you expect.",
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="Of the output; the base's if not given."
@@ -149,8 +205,12 @@ class Recipe(Strict):
     chat_template: StrictStr | None = Field(
         None, description="A Jinja template, or the name of one that mergekit ships."
     )
-    parameters: Parameters = Parameters()
-    router: RouterSettings | None = None
+    parameters: Parameters = Field(
+        Parameters(), description="How checkpoints become experts, and how many."
+    )
+    router: RouterSettings | None = Field(
+        None, description="How the gates are trained; without the block they are random."
+    )
 
     @model_validator(mode="after")
     def _expressible(self) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -21,6 +21,8 @@ from upit_merge.settings import Name, Number, PositiveNumber, Strict, as_number
 class ByColumn(Strict):
     """`assign: {column: NAME}`: the data says which expert a sample belongs to."""
 
+    EXAMPLE: ClassVar[str] = "column: domain\nexperts: {code: 0, math: 1, wiki: 2}"
+
     column: Name = Field(description="Column of the seed data with every sample's expert.")
     experts: dict[StrictStr | StrictInt, Annotated[StrictInt, Field(ge=0)]] | None = Field(
         None, description="Number of the expert for each value; without it the values are numbers."
@@ -37,15 +39,21 @@ def _assignment(value: Any) -> Any:
 class UpitObjective(Strict):
     """`upit:` in the `router:` block, the paper's own training (section 3.3)."""
 
+    EXAMPLE: ClassVar[str] = "train_experts: true\nlora_rank: 16\nbatch_size: 4"
+
     train_experts: StrictBool = Field(
-        False, description="Train each expert's FFN together with its routing vectors."
+        False,
+        description="Train each expert's FFN together with its routing vectors (the paper's stage "
+        "3), not the vectors alone.",
     )
     alpha: Annotated[Number, BeforeValidator(as_number), Field(ge=0, le=1)] = Field(
         0.5, description="Weight of the language-modelling loss; the rest is the router's."
     )
     epochs: StrictInt = Field(4, ge=1, description="Passes over every expert's samples.")
     lr: PositiveNumber | None = Field(
-        None, description="Learning rate: 2e-4, but 2e-5 where whole FFNs are trained (paper)."
+        None,
+        description="Learning rate; if not given 2e-4, but 2e-5 where whole FFNs are trained "
+        "(paper).",
     )
     batch_size: StrictInt = Field(16, ge=1, description="Samples per step.")
     lora_rank: Annotated[StrictInt, Field(ge=1)] | None = Field(
@@ -62,6 +70,8 @@ class UpitObjective(Strict):
 class Refinement(Strict):
     """`refine:` in the `router:` block: the gates trained on the loss of the whole MoE."""
 
+    EXAMPLE: ClassVar[str] = "steps: 100\ntokens: 4096"
+
     steps: StrictInt = Field(ge=1, description="Optimiser steps.")
     lr: PositiveNumber = Field(
         0.02, description="Learning rate, relative to the size of the gates' entries."
@@ -77,13 +87,28 @@ class Refinement(Strict):
 class RouterSettings(Strict):
     """`router:`, the pre-training of the gates (paper, section 3.3)."""
 
-    data: Name = Field(description="jsonl, parquet or txt, a folder of them, or a dataset id.")
+    EXAMPLE: ClassVar[str] = """\
+data: ./seed.jsonl
+sample: 2000
+objective: softmax
+refine: {steps: 100}
+"""
+
+    data: Name = Field(
+        description="Seed samples: jsonl or parquet with columns text, or messages, or prompt and "
+        "completion; txt (blank lines separate samples; without any, every line is one); a folder "
+        "of them; or a dataset id."
+    )
     subset: Name | None = Field(None, description="Configuration name of a dataset id.")
     split: Name = Field("train", description="Split of a dataset id.")
     sample: Annotated[
         Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, le=1)] | None,
         BeforeValidator(as_number),
-    ] = Field(None, description="Samples to use: a count, or a fraction such as 0.01.")
+    ] = Field(
+        None,
+        description="Samples to use: a count, or a fraction such as 0.01; at most 1,000 if not "
+        "given.",
+    )
     max_length: StrictInt = Field(
         512, ge=2, description="Tokens of a sample that are used, never above the model's context."
     )
@@ -91,16 +116,20 @@ class RouterSettings(Strict):
         Literal["lowest", "balanced", "shuffled"] | ByColumn, BeforeValidator(_assignment)
     ] = Field(
         "lowest",
-        description="Who gets a sample: the expert with the lowest loss (paper), balanced (in "
-        "equal buckets), column:NAME of the data, or shuffled, a control.",
+        description="Who gets a sample: the expert with the lowest loss (paper); balanced, in "
+        "equal buckets of least loss, so that no expert is left out; column:NAME, as the data "
+        "says; or shuffled, a control.",
     )
     objective: Literal["one_vs_rest", "softmax", "ridge", "hidden", "upit", "random"] = Field(
-        "one_vs_rest", description="What the gates are fitted to."
+        "one_vs_rest",
+        description="How the gates are fitted: one_vs_rest and softmax (logistic regressions), "
+        "ridge (closed form, cheapest), hidden (mean state, as mergekit), upit (the paper's: "
+        "positives only), random (not at all).",
     )
     stream: Literal["mean", "expert"] | None = Field(
         None,
-        description="Router inputs come from the mean of all experts, or from the sample's own "
-        "expert; mean, but expert for upit.",
+        description="The gates learn from what the mean of all experts computes, or the sample's "
+        "own expert; if not given mean, but expert for objective: upit.",
     )
     temperature: PositiveNumber = Field(
         1.0, description="Divides the gate logits: higher mixes the chosen experts more evenly."
@@ -111,9 +140,10 @@ class RouterSettings(Strict):
     memory_gb: PositiveNumber = Field(
         4.0, description="GiB of hidden states kept in memory; more than that go to disk."
     )
-    upit: UpitObjective | None = Field(None, description="Settings of objective: upit.")
+    upit: UpitObjective | None = Field(None, description="For objective: upit.")
     refine: Refinement | None = Field(
-        None, description="Train the gates end to end after they are fitted."
+        None,
+        description="After any objective: train the gates on the loss of the whole mixture.",
     )
 
     @model_validator(mode="after")

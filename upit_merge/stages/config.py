@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
@@ -34,6 +34,8 @@ _FILLED_IN = ("model_name_or_path", "output_dir", "resume_from_checkpoint", "kee
 class EvaluateBlock(Strict):
     """`evaluate:`, what the result is measured on."""
 
+    EXAMPLE: ClassVar[str] = "data: ./held-out.jsonl\ngroup_by: domain"
+
     data: Name = Field(description="Held-out samples, in the forms that a router's data has.")
     group_by: StrictStr | None = Field(None, description="Column with the kind of text.")
     sample: StrictInt | None = Field(None, ge=1, description="At most so many samples.")
@@ -44,6 +46,19 @@ class EvaluateBlock(Strict):
 
 class PipelineConfig(Strict):
     """A whole pipeline. Paths start from the folder the command is run in."""
+
+    EXAMPLE: ClassVar[str] = """\
+base_model: ./base
+output: ./run
+data: ./train.jsonl
+merge:
+  dtype: bfloat16
+  parameters: {num_experts: 8}
+router: {sample: 1000}
+post_train: {learning_rate: 2.0e-5}
+baseline: true
+evaluate: {data: ./held-out.jsonl}
+"""
 
     base_model: Name = Field(description="The pre-trained dense model: a folder or a Hub id.")
     output: Name = Field(description="Folder that receives everything.")

@@ -1,0 +1,352 @@
+"""Writes the reference pages of this folder: `python docs/generate.py` after a setting changes.
+
+Pages of settings are made from the pydantic models, the page of commands from click, so that what
+a reader finds is what the program takes. A test compares the pages with the program.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import cleandoc
+from pathlib import Path
+from textwrap import indent
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from upit_merge.cli import main
+from upit_merge.cli_options import LazyOptionsCommand
+from upit_merge.recipe import Recipe
+from upit_merge.stages.config import PipelineConfig
+
+FOLDER = Path(__file__).parent
+NOTE = "<!-- Written by docs/generate.py: change the descriptions in the program instead. -->"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A mapping in a YAML document.
+
+    Attributes:
+        path: The keys that lead to it; a list's entries are `[]`.
+        model: What it is validated by.
+    """
+
+    path: tuple[str, ...]
+    model: type[BaseModel]
+
+    @property
+    def title(self) -> str:
+        words = "".join(part if part == "[]" else f".{part}" for part in self.path)
+        return f"`{words.removeprefix('.')}`" if self.path else "The top level"
+
+    @property
+    def link(self) -> str:
+        """To its heading, from the same page."""
+        return f"#{anchor(self.title)}"
+
+    @property
+    def example(self) -> str:
+        """YAML of the block alone."""
+        return str(getattr(self.model, "EXAMPLE", ""))
+
+    def placed_example(self) -> str:
+        """The example as it stands in a document, below the keys that lead to it."""
+        text = self.example.rstrip("\n")
+        for part in reversed(self.path):
+            if part == "[]":
+                text = "- " + indent(text, "  ")[2:]
+                continue
+            joined = "\n" if "\n" in text or ": " in text else " "
+            text = f"{part}:{joined}{indent(text, '  ')}"
+        return text
+
+
+def blocks_of(model: type[BaseModel]) -> list[Block]:
+    """A model and all models in it, depth first; one that several keys share at its shortest."""
+    found: dict[type[BaseModel], Block] = {}
+
+    def visit(inner: type[BaseModel], path: tuple[str, ...]) -> None:
+        if inner in found and len(found[inner].path) <= len(path):
+            return
+        found.pop(inner, None)
+        found[inner] = Block(path, inner)
+        for name, field in inner.model_fields.items():
+            for part, in_list in models_in(field.annotation):
+                visit(part, (*path, name, *(["[]"] if in_list else [])))
+
+    visit(model, ())
+    return list(found.values())
+
+
+def models_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
+    """Models that an annotation names, and whether as entries of a list; outside of lists first."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, in_list
+        return
+    in_list = in_list or get_origin(annotation) is list
+    found = [pair for part in get_args(annotation) for pair in models_in(part, in_list)]
+    yield from sorted(found, key=lambda pair: pair[1])
+
+
+# ---- types in words ------------------------------------------------------------------------
+
+
+# Where the models of mappings are described.
+Links = Mapping[type[BaseModel], str]
+_NAMES = {bool: "`true` or `false`", int: "whole number", float: "number", str: "text"}
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def kind_of(annotation: Any, metadata: Sequence[Any], links: Links) -> str:
+    """What a value may be, in words, with the limits of numbers."""
+    words = list(dict.fromkeys(_kinds(annotation, metadata, links)))
+    # A whole number is a number too: the same limits are said once.
+    for limited in [word for word in words if word.startswith("whole number")]:
+        if limited.removeprefix("whole ") in words:
+            words.remove(limited)
+    return " or ".join(words)
+
+
+def _kinds(annotation: Any, metadata: Sequence[Any], links: Links) -> Iterator[str]:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [m for item in parts[1:] for m in getattr(item, "metadata", [item])]
+        yield from _kinds(parts[0], [*inner, *metadata], links)
+    elif origin in (Union, UnionType):
+        for part in parts:
+            yield from _kinds(part, metadata, links)
+    elif origin is Literal:
+        yield ", ".join(f"`{word}`" for word in parts)
+    elif origin is list:
+        yield f"list of {kind_of(parts[0], (), links).replace('number', 'numbers', 1)}"
+    elif origin is dict and Any in parts:
+        yield "mapping"
+    elif origin is dict:
+        key, value = (kind_of(part, (), links) for part in parts)
+        yield f"mapping of {key} to {value}"
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield f"[a mapping]({links[annotation]})"
+    elif annotation in (int, float):
+        limits = {sign: getattr(m, sign) for m in metadata for sign in _SIGNS if hasattr(m, sign)}
+        told = ", ".join(f"{_SIGNS[sign]} {_power(value)}" for sign, value in limits.items())
+        yield f"{_NAMES[annotation]} {told}".strip()
+    elif annotation is not NoneType:
+        yield _NAMES[annotation]
+
+
+def _power(value: float) -> str:
+    """A large power of two as such."""
+    exponent = int(value).bit_length() - 1
+    return f"2^{exponent}" if value == 2**exponent and exponent > 16 else f"{value}"
+
+
+def default_of(field: FieldInfo) -> str:
+    """As it would be written; empty where there is none."""
+    if field.is_required():
+        return "*required*"
+    if field.default in (None, PydanticUndefined) or isinstance(field.default, BaseModel):
+        return ""
+    return f"`{yaml.safe_dump(field.default, default_flow_style=True).splitlines()[0]}`"
+
+
+# ---- pages ---------------------------------------------------------------------------------
+
+
+def anchor(heading: str) -> str:
+    """What GitHub makes of a heading."""
+    kept = re.sub(r"[^\w\- ]", "", heading.lower())
+    return kept.replace(" ", "-")
+
+
+def cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+
+
+@dataclass(frozen=True)
+class SettingsPage:
+    """The reference of one kind of YAML document.
+
+    Attributes:
+        model: What a whole document is validated by.
+        title, introduction: What the page opens with.
+    """
+
+    model: type[BaseModel]
+    title: str
+    introduction: str
+
+    def text(self, elsewhere: Mapping[type[BaseModel], str]) -> str:
+        """Every key, block by block.
+
+        Args:
+            elsewhere: Where models of other pages are described, which are not described again.
+        """
+        blocks = [block for block in blocks_of(self.model) if block.model not in elsewhere]
+        links = dict(elsewhere) | {block.model: block.link for block in blocks}
+        parts = [NOTE, f"# {self.title}", self.introduction]
+        for block in blocks:
+            parts += [f"## {block.title}", (block.model.__doc__ or "").split("\n\n")[0]]
+            rows = []
+            for name, field in block.model.model_fields.items():
+                kind = kind_of(field.annotation, field.metadata, links)
+                rows.append([f"`{name}`", kind, default_of(field), field.description or ""])
+            parts.append(table(["key", "type", "default", ""], rows))
+            if block.example:
+                parts.append(f"```yaml\n{block.placed_example()}\n```")
+        return "\n\n".join(parts) + "\n"
+
+
+SETTINGS = {
+    "recipe.md": SettingsPage(
+        Recipe,
+        "The recipe",
+        "A recipe is one YAML file, of the form that mergekit reads. `upit-merge plan recipe.yml` "
+        "checks it and writes nothing. Each block below has its keys, then an example of it at "
+        "its place. Whole recipes are in [recipes/](../recipes/README.md), formulas in "
+        "[method.md](method.md).",
+    ),
+    "pipeline.md": SettingsPage(
+        PipelineConfig,
+        "The pipeline",
+        "`upit-merge pipeline pipeline.yml` goes from a dense model to a trained mixture: it "
+        "fine-tunes, merges, fits the router, trains the mixture and evaluates it. Stages that are "
+        "done are skipped, one that was cut off goes on. `merge` and `router` are blocks of "
+        "[a recipe](recipe.md); `prepare` and `post_train` have the keys of `upit-merge finetune`, "
+        "which are those of TRL's `trl sft --config` and three more "
+        "([use-anywhere.md](use-anywhere.md#train-it-further)).",
+    ),
+}
+
+
+def settings_pages() -> dict[str, str]:
+    """The text of every page of settings; a model is described on the first one it occurs on."""
+    texts: dict[str, str] = {}
+    known: dict[type[BaseModel], str] = {}
+    for name, page in SETTINGS.items():
+        texts[name] = page.text(known)
+        known = {block.model: f"{name}{block.link}" for block in blocks_of(page.model)} | known
+    return texts
+
+
+def commands_page() -> str:
+    """Every command with its arguments and options."""
+    introduction = (
+        "`upit-merge COMMAND --help` prints the same. The options of mergekit that several "
+        "commands take are [at the end](#options-of-mergekit); those that can have no effect are "
+        "accepted and say so."
+    )
+    parts = [NOTE, "# Commands", introduction]
+    shared: dict[str, click.Option] = {}
+    for name in main.list_commands(click.Context(main)):
+        command = main.commands[name]
+        context = click.Context(command, info_name=f"upit-merge {name}")
+        params = [p for p in command.get_params(context) if "--help" not in p.opts]
+        if isinstance(command, LazyOptionsCommand):
+            own = {param.name for param in command.params}
+            mergekit = [p for p in params if p.name not in own]
+            shared |= {str(p.name): p for p in mergekit if not getattr(p, "hidden", False)}
+            params = [param for param in params if param not in mergekit]
+        options = [p for p in params if isinstance(p, click.Option)]
+        usage = " ".join(["upit-merge", name, *command.collect_usage_pieces(context)])
+        parts += [f"## upit-merge {name}", f"`{usage}`", cleandoc(command.help or "")]
+        if isinstance(command, LazyOptionsCommand):
+            parts.append("Also takes [mergekit's options](#options-of-mergekit).")
+        parts.append(table(["option", "value", "default", ""], list(map(option_row, options))))
+        if command.epilog:
+            parts.append(f"```\n{command.epilog}\n```")
+    rows = [option_row(shared[name], mergekit=True) for name in sorted(shared)]
+    parts += ["## Options of mergekit", table(["option", "value", "default", ""], rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def option_row(option: click.Option, *, mergekit: bool = False) -> list[str]:
+    """Spelling, kind of value, default and help."""
+    spelling = ", ".join(f"`{word}`" for word in [*option.opts, *option.secondary_opts])
+    value = ""
+    if not option.is_flag:
+        value = {"integer": "whole number"}.get(option.type.name, option.type.name)
+        if isinstance(option.type, click.Choice):
+            value = ", ".join(f"`{word}`" for word in option.type.choices)
+        elif isinstance(option.type, click.IntRange):
+            value = "whole number"
+    default = ""
+    if option.required:
+        default = "*required*"
+    elif option.secondary_opts:
+        default = f"`{(option.opts if option.default else option.secondary_opts)[0]}`"
+    elif not option.is_flag and isinstance(option.default, (str, int, float)):
+        default = f"`{option.default}`"
+    text = option.help or ""
+    if found := re.search(r"\s*\[default: ([^]]*)\]$", text):  # of a block that may not be wanted
+        text, default = text[: found.start()], f"`{found[1]}`"
+    own = _MERGEKIT.get(str(option.name), text) if mergekit else text
+    return [spelling, value, default, own or _OWN.get(str(option.name), "")]
+
+
+# Options whose name says it all on the command line.
+_OWN = {
+    "seed": "Of whatever is random.",
+    "out_shard_size": "Largest size of an output file, in bytes, such as 500M.",
+}
+# What mergekit's options do here.
+_MERGEKIT = {
+    "random_seed": "Instead of the recipe's seed.",
+    "out_shard_size": "Largest size of an output file, in bytes, such as 500M or 5B.",
+    "copy_tokenizer": "Whether the output gets a tokenizer.",
+    "cuda": "Compute on the GPU; `--device cuda` says the same.",
+    "device": "Where to compute: cpu, cuda, cuda:1, auto.",
+    "gpu_rich": "mergekit's short form of several options; here it means `--cuda --multi-gpu`.",
+    "lazy_unpickle": "Accept checkpoints in .bin files, which are unpickled tensor by tensor.",
+    "multi_gpu": "Share the work among all GPUs.",
+    "num_threads": "Threads for arithmetic on the CPU.",
+    "quiet": "No progress bars, no tables.",
+    "safe_serialization": "Safetensors, which is all that is written.",
+    "transformers_cache": "Where models from the Hub are kept.",
+    "trust_remote_code": "Run code that comes with a tokenizer.",
+    "verbosity": "Log more; repeat it for still more.",
+    "write_model_card": "Whether the output gets a README.md.",
+}
+
+
+def notebook() -> str:
+    """colab.sh as a Jupyter notebook without outputs: its blocks as cells of bash."""
+    cells: list[dict[str, Any]] = []
+    text = (FOLDER / "colab.sh").read_text(encoding="utf-8")
+    for block in re.split(r"^# %%", text, flags=re.MULTILINE)[1:]:
+        kind, _, body = block.partition("\n")
+        cell: dict[str, Any] = {"metadata": {}}
+        if kind.strip() == "[markdown]":
+            cell["cell_type"] = "markdown"
+            body = re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE)
+        else:
+            cell |= {"cell_type": "code", "execution_count": None, "outputs": []}
+            body = f"%%bash\nset -euo pipefail\n{body.strip()}"
+        cells.append({**cell, "id": f"cell-{len(cells)}", "source": body.splitlines(keepends=True)})
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    content = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """Every generated file of this folder, by name."""
+    return {**settings_pages(), "commands.md": commands_page(), "colab.ipynb": notebook()}
+
+
+if __name__ == "__main__":
+    for page_name, page_text in pages().items():
+        (FOLDER / page_name).write_text(page_text, encoding="utf-8")
