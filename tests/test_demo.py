@@ -125,3 +125,43 @@ def test_verdicts_say_higher_when_it_is_higher() -> None:
             "25.0% lower than that of checkpoint-1 (4.00).",
         )
     ]
+
+
+def test_all_stages_runs_a_pipeline_on_text_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training itself takes minutes: it is in benchmarks/pipeline.py."""
+    import subprocess
+
+    from upit_merge.demo import stages
+    from upit_merge.stages.config import load_pipeline
+    from upit_merge.training.settings import load_job
+
+    calls = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        calls.append((command, options))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(stages.subprocess, "run", run)
+    folder = tmp_path / "demo"
+    stages.run_all_stages(folder, seed=2, quiet=True, budget=SMALL)
+    ((command, options),) = calls
+    assert command[3:] == ["pipeline", "pipeline.yml", "--quiet"]
+    assert options["cwd"] == folder
+    texts = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    kinds = [text["domain"] for text in texts]
+    assert kinds == sorted(kinds, key=["code", "docs", "arithmetic"].index)
+    held_out = [json.loads(line)["text"] for line in (folder / "held-out.jsonl").open()]
+    assert not {text["text"] for text in texts} & set(held_out)
+
+    monkeypatch.chdir(folder)
+    pipeline = load_pipeline(Path("pipeline.yml"))
+    assert pipeline.parsed_recipe().seed == 2
+    settings = pipeline.prepare_settings()
+    (folder / "prepare.yml").write_text(json.dumps(settings))
+    job = load_job(folder / "prepare.yml")
+    assert job.training.train_sampling_strategy == "sequential"
+    # A checkpoint after every kind of text of both epochs.
+    steps = len(texts) // job.training.per_device_train_batch_size
+    assert math.ceil(job.training.save_steps * 2 * steps) == steps // 3

@@ -28,7 +28,7 @@ output: ./run
 data: ./train.jsonl               # kind after kind
 prepare:
   num_train_epochs: 2
-  save_steps: 0.16667             # a checkpoint after every kind
+  save_steps: 0.16666             # a checkpoint after every kind
   train_sampling_strategy: sequential
   learning_rate: 5.0e-3
   lr_scheduler_type: cosine_with_restarts   # every checkpoint is at the end of a cycle
