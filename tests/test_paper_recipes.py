@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.conftest import Family
 from upit_merge.stages.config import load_pipeline
+from upit_merge.training.finetune import finetune
 from upit_merge.training.settings import load_job
 
 PAPER = Path(__file__).parent.parent / "recipes" / "paper"
@@ -102,3 +105,47 @@ def test_several_processes_train_together(family: Family, tmp_path: Path) -> Non
     run(sys.executable, "-m", *launch, *command)
     names = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
     assert names == {"checkpoint-2", "checkpoint-4"}  # 32 samples, 8 at a time
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_mixture_spread_over_gpus_comes_back_whole(moe: Path, family: Family) -> None:
+    """With the settings that recipes/paper has for accelerate, on as many GPUs as there are."""
+    out = moe.parent / "out"
+    settings = {
+        "model_name_or_path": str(moe),
+        "data": str(train_file(family)),
+        "output_dir": str(out),
+        "num_train_epochs": 1,
+        "save_steps": 0.5,
+        "per_device_train_batch_size": 4,
+        "max_length": 32,
+    }
+    config = moe.parent / "config.yml"
+    config.write_text(yaml.safe_dump(settings))
+    launch = ("accelerate.commands.launch", "--config_file", str(PAPER / "fsdp.yml"))
+    count = ("--num_processes", str(torch.cuda.device_count()))
+    run(sys.executable, "-m", *launch, *count, "-m", "upit_merge", "finetune", str(config))
+
+    def names(folder: Path) -> set[str]:
+        return {name for path in folder.glob("*.safetensors") for name in load_file(path)}
+
+    assert names(out) == names(moe)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_mixed_precision_on_a_gpu(moe: Path, family: Family) -> None:
+    config = moe.parent / "config.yml"
+    settings = {
+        "model_name_or_path": str(moe),
+        "data": str(train_file(family)),
+        "output_dir": str(moe.parent / "out"),
+        "max_steps": 4,
+        "save_steps": 2,
+        "max_length": 32,
+    }
+    config.write_text(yaml.safe_dump(settings))
+    finetune(config, quiet=True)
+    report = json.loads((moe.parent / "out" / "upit_report.json").read_text())
+    assert report["post_training"]["steps"] == 4

@@ -20,6 +20,7 @@ from upit_merge.report.plots import POST_TRAINING, ROUTING
 _TRAINED = {
     "all": "with all its weights",
     "ffn": "in its experts and gates",
+    "router": "in its gates only",
     "lora": "by LoRA adapters, merged into it afterwards,",
 }
 
