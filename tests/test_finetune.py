@@ -270,7 +270,10 @@ def test_a_run_that_is_finished_is_left_alone(
 def test_an_unfinished_run_does_not_go_on_with_other_settings(
     train: Finetune, moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies(*_: Any) -> None:
+    saved = RunState.saved
+
+    def dies(*arguments: Any) -> None:
+        saved(*arguments)
         raise CutOffError
 
     with monkeypatch.context() as patch:
@@ -304,6 +307,22 @@ def test_killed_while_the_model_is_moved_into_place(
     assert not changed(whole, train(moe, "cut"))
 
 
+def test_a_disk_that_is_too_small_is_found_first(
+    train: Finetune, moe: Path, four: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from upit_merge import staging
+
+    weights_of_dense = 4 * sum(tensor.numel() for tensor in weights(four.base).values())
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "free_bytes", lambda folder: 8 * weights_of_dense)
+        with pytest.raises(UpitError, match="8 checkpoints of the training"):
+            train(four.base, save_steps=0.125)
+        assert not (moe.parent / "trained").exists()
+        # One at a time, with the optimiser's state, and one that is being written.
+        train(four.base, save_steps=0.125, save_total_limit=1)
+    train(four.base, "dense", save_steps=0.125)
+
+
 # ---- mistakes ----------------------------------------------------------------------------------
 
 
@@ -327,11 +346,12 @@ def test_killed_while_the_model_is_moved_into_place(
     ],
 )
 def test_mistakes_are_told_in_a_sentence(
-    train: Finetune, four: Family, settings: dict[str, Any], message: str
+    train: Finetune, four: Family, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UpitError, match=message) as caught:
         train(four.base, **settings)
     assert "\n" not in caught.value.message
+    assert not (tmp_path / "trained").exists()
 
 
 def test_data_that_cannot_be_read(train: Finetune, four: Family, tmp_path: Path) -> None:

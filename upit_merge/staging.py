@@ -96,7 +96,7 @@ def staged_output(
                 shutil.rmtree(root, ignore_errors=True)
                 release(out)
                 for folder in created:
-                    _remove_if_empty(folder)
+                    remove_if_empty(folder)
                 return "Interrupted; nothing was written."
 
             try:
@@ -114,7 +114,7 @@ def staged_output(
     finally:
         if not leave:
             for folder in created:
-                _remove_if_empty(folder)
+                remove_if_empty(folder)
 
 
 @contextlib.contextmanager
@@ -138,7 +138,7 @@ def scratch_folder(out: Path, rank: int = 0) -> Iterator[Path]:
 def remove_scratch(out: Path, rank: int = 0) -> None:
     """Remove what `scratch_folder` gave, if it is there."""
     shutil.rmtree(out / STAGING / f"scratch-{rank}", ignore_errors=True)
-    _remove_if_empty(out / STAGING)
+    remove_if_empty(out / STAGING)
 
 
 def _open_staging(out: Path, identity: Mapping[str, Any]) -> Staging:
@@ -261,7 +261,8 @@ def refuse_half_edited(out: Path, but: str | None = None) -> None:
             )
 
 
-def _remove_if_empty(folder: Path) -> None:
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that has nothing in it."""
     try:
         folder.rmdir()
     except OSError:

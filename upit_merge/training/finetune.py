@@ -18,7 +18,14 @@ from upit_merge.formats import FORMATS
 from upit_merge.interrupt import ends_at_once
 from upit_merge.processes import Processes, joined
 from upit_merge.resume import file_states
-from upit_merge.staging import exclusive, explained_failures, refuse_half_edited, release
+from upit_merge.staging import (
+    exclusive,
+    explained_failures,
+    refuse_half_edited,
+    release,
+    remove_if_empty,
+)
+from upit_merge.training.disk import require_training_space
 from upit_merge.training.outcome import finish_move, write_mixture
 from upit_merge.training.run_state import RunState
 from upit_merge.training.settings import FinetuneJob, load_job
@@ -74,7 +81,9 @@ def finetune(config: Path, overrides: Sequence[str] = (), *, quiet: bool = False
         with processes.together():
             if processes.is_first:
                 state.begin()
+                stack.callback(state.abandon)
         trainer = _trainer(job, folder, state.newest)
+        require_training_space(trainer, out, keep_checkpoints=keep)
         seconds = _train(trainer, job, state, quiet=quiet)
         if is_mixture:
             write_mixture(trainer, job, folder, out, seconds)
@@ -89,11 +98,16 @@ def _owned(out: Path) -> Iterator[None]:
     """Hold the output folder, and finish what an earlier call had all but finished."""
     if out.is_file():
         raise UpitError(f"The output {out} is a file; give a folder.")
+    created = [path for path in (out, *out.parents) if not path.exists()]
     with explained_failures(out):
         out.mkdir(parents=True, exist_ok=True)
-    with exclusive(out):
-        finish_move(out)
-        yield
+    try:
+        with exclusive(out):
+            finish_move(out)
+            yield
+    finally:
+        for folder in created:
+            remove_if_empty(folder)
 
 
 def _identity(job: FinetuneJob, folder: Path, processes: Processes) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class RunState:
                     "a new one."
                 ) from None
             return new
+        if not (content["finished"] or content["saved"]):
+            return new  # nothing is lost by starting over
         if content["finished"]:
             change = "with other settings" if content["identity"] != self._digest() else None
             if change:
@@ -93,6 +95,11 @@ class RunState:
         for path in self.folder.glob("checkpoint-*"):
             if path not in complete:
                 shutil.rmtree(path)
+
+    def abandon(self) -> None:
+        """The run ended early: leave nothing, unless there is a checkpoint to go on from."""
+        if not (self._content["saved"] or self.is_finished):
+            self._path.unlink(missing_ok=True)
 
     def saved(self, step: int, seconds: float) -> None:
         """A checkpoint is complete: only it needs what training goes on from.
