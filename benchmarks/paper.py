@@ -29,6 +29,7 @@ from benchmarks.paper_scales import SCALES  # noqa: E402
 from benchmarks.paper_sweep import chosen, sweep_jobs, sweep_table  # noqa: E402
 from benchmarks.paper_tables import all_tables, print_tables, write_section  # noqa: E402
 from benchmarks.paper_workers import run_jobs  # noqa: E402
+from upit_merge.device import resolve_device  # noqa: E402
 from upit_merge.errors import UpitError  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -68,6 +69,7 @@ def main() -> None:
     scale = SCALES[options.scale]
     try:
         arms = chosen_arms(options.only)
+        resolve_device(options.device)
         claim_folder(options.folder, scale)
         if not options.tables:
             work = partial(run_jobs, options.folder, device=options.device, workers=options.workers)

@@ -34,7 +34,7 @@ from upit_merge.recipe import parse_recipe
 from upit_merge.text_files import write_json
 
 BASE = "base"
-CURVE = (0.1, 0.25, 0.5, 0.75)  # of post-training, where the curves have points
+CURVE = (0.1, 0.25, 0.5, 0.75)  # of post-training, where curves have points beside both ends
 # A mixed visit has as many rows of every domain: three of four domains are elsewhere.
 EVEN_REPLAY = 0.75
 
@@ -166,40 +166,56 @@ class SeedRun:
         corpus = self.corpus()
         data = self.data(corpus, arm.stage1.share)
         model = self.start(arm, data)
-        built = time.perf_counter() - started
-        result: Result = {"domains": corpus.names, "parameters": parameters(model)}
-        result["before"] = self.perplexities(model, corpus)
-        if rate is None:
-            rates = self.scale.rates
-            rate = rates.mixture if arm.start == "moe" else rates.dense
-        curve: list[Any] = []
-
-        def look(step: int, steps: int) -> None:
-            if arm.curve and step in {round(share * steps) for share in CURVE}:
-                curve.append([step / steps, self.perplexities(model, corpus)])
-
-        seconds = 0.0
-        if arm.epochs:
-            generator = torch.Generator().manual_seed(self.seed)
-            rows = mixed_epochs(data.rows, arm.epochs, generator)
-            torch.manual_seed(self.seed)
-            seconds = train(
-                model,
-                rows,
-                self.scale.batch_size,
-                [rate, rate],
-                balance=self.scale.balance,
-                after_step=look,
-            )
-            result["tokens"] = rows.numel()
+        result: Result = {
+            "domains": corpus.names,
+            "parameters": parameters(model),
+            "building": time.perf_counter() - started,
+            "before": self.perplexities(model, corpus),
+        }
+        result |= self.post_trained(model, arm, rate, data, corpus)
         result["perplexity"] = self.perplexities(model, corpus)
-        if curve:
-            result["curve"] = [[0.0, result["before"]], *curve, [1.0, result["perplexity"]]]
         result["exact_match"] = exact_match(model, self.tokenizer(), corpus.problems)
         if arm.start == "moe":
             context = self.scale.context
             result["routing"] = routing(model, self.tokenizer(), corpus.heldout, context)
-        return {**result, "rate": rate, "building": built, "training": seconds}
+        return result
+
+    def post_trained(
+        self,
+        model: PreTrainedModel,
+        arm: Arm,
+        rate: float | None,
+        data: TuningData,
+        corpus: Corpus,
+    ) -> Result:
+        """Train the model, in the order that all arms of a seed share.
+
+        Returns:
+            `training` (seconds), `tokens`, `rate`; and `curve`, perplexities by share of the
+            training done, if the arm asks for it.
+        """
+        if not arm.epochs:
+            return {"training": 0.0, "tokens": 0}
+        if rate is None:
+            rates = self.scale.rates
+            rate = rates.mixture if arm.start == "moe" else rates.dense
+        curve: list[tuple[float, list[float]]] = []
+
+        def look(step: int, steps: int) -> None:
+            if arm.curve and step in {round(share * steps) for share in CURVE}:
+                curve.append((step / steps, self.perplexities(model, corpus)))
+
+        rows = mixed_epochs(data.rows, arm.epochs, torch.Generator().manual_seed(self.seed))
+        seconds = train(
+            model,
+            rows,
+            self.scale.batch_size,
+            [rate, rate],
+            balance=self.scale.balance,
+            after_step=look,
+        )
+        found: Result = {"training": seconds, "tokens": rows.numel(), "rate": rate}
+        return {**found, "curve": curve} if arm.curve else found
 
     # ---- what arms start from
 
@@ -266,7 +282,11 @@ class SeedRun:
         return AutoTokenizer.from_pretrained(self.folder / BASE)
 
     def load(self, path: Path) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(path).to(self.device)
+        model = AutoModelForCausalLM.from_pretrained(path).to(self.device)
+        if model.device.type == "cuda" and hasattr(model.config, "num_local_experts"):
+            # Grouped products are for bfloat16 there; a loop over the experts takes float32 too.
+            model.set_experts_implementation("eager")
+        return model
 
     def perplexities(self, model: PreTrainedModel, corpus: Corpus) -> list[float]:
         return perplexities(model, self.tokenizer(), corpus.heldout, self.scale.context)

@@ -60,13 +60,13 @@ def draw_curves(axes: Any, results: Results) -> None:
         found = results.arms.get(name, [])
         if not found or "curve" not in found[0]:
             continue
-        share, values = zip(
-            *(
-                (points[0][0], geometric_mean(geometric_mean(point[1]) for point in points))
-                for points in zip(*(result["curve"] for result in found), strict=True)
-            ),
-            strict=True,
-        )
+        curves = [
+            [(0.0, result["before"]), *result["curve"], (1.0, result["perplexity"])]
+            for result in found
+        ]
+        points = list(zip(*curves, strict=True))
+        share = [seeds[0][0] for seeds in points]
+        values = [mean(geometric_mean(domains) for _, domains in seeds) for seeds in points]
         tokens = [part * found[0]["tokens"] / 1000 for part in share]
         axes.plot(tokens, values, "o-", color=colour, label=name, markersize=4)
     axes.set_xlabel("thousands of tokens of post-training")

@@ -72,6 +72,8 @@ def run_jobs(
                     waiting.remove(job)
                     future = pool.submit(run_job, folder, scale, job, device)
                     running[future] = (job, time.perf_counter())
+                if not running:
+                    raise ValueError(f"{waiting[0].name} needs what is not among the jobs")
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job, started = running.pop(future)
                     future.result()

@@ -84,8 +84,8 @@ def test_nothing_is_computed_twice(finished: Path) -> None:
     lost = next(job for job in jobs if job.seed == 1 and job.name == UPIT)
     before = lost.result(finished)
     lost.result_file(finished).unlink()
-    # In a process of its own, as by default.
-    assert run_jobs(finished, TINY, jobs, "cpu", workers=1, quiet=True) == [f"seed 1: {UPIT}"]
+    # In a process of its own, as by default, and on a device that is named in full.
+    assert run_jobs(finished, TINY, jobs, "cpu:0", workers=1, quiet=True) == [f"seed 1: {UPIT}"]
     after = lost.result(finished)
     assert before
     assert after
@@ -138,7 +138,7 @@ def test_arms_that_are_not_done_for_every_seed_are_left_out(finished: Path) -> N
 
 def test_other_settings_need_another_folder(finished: Path) -> None:
     claim_folder(finished, TINY)
-    with pytest.raises(UpitError, match=r"another replay \(0\.1, now 0\.5\)"):
+    with pytest.raises(UpitError, match=r"another replay \(0\.2, now 0\.5\)"):
         claim_folder(finished, replace(TINY, replay=0.5))
 
 
