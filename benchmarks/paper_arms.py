@@ -1,6 +1,6 @@
 """The arms of benchmarks/paper.py: what each starts from and how it is trained; plain data.
 
-Every arm of a seed has the same base and, but for those with a share, the same fine-tuning data.
+All arms have the same base and, of one seed and but for those with a share, the same fine-tuning data.
 Those that start from stage 1, which takes two epochs, are trained for two more, with the same
 tokens in the same order; `dense, 4 epochs` and the two epochs of stage 1 are what they are named.
 """

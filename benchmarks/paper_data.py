@@ -13,7 +13,7 @@ import sys
 import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -32,6 +32,7 @@ from upit_merge.demo.training import pack
 NUMBERS = (1, 7)  # of a sum, smallest and largest
 SUMS_PER_DOCUMENT = 12
 SYMBOLS_PER_DOCUMENT = 8
+SWEEP_SEED = 1000  # on which learning rates are chosen
 # Names that count through thousands of characters, which hold nothing to learn but the counting.
 COUNTED = re.compile(r"-[0-9A-F]{3,}$|^HANGUL SYLLABLE|^EGYPTIAN|^CUNEIFORM|^ANATOLIAN|^BAMUM|^VAI")
 
@@ -53,11 +54,24 @@ class Corpus:
     heldout: list[list[str]]
     problems: list[tuple[str, str]]
 
+    def of_seed(self, seed: int) -> Corpus:
+        """With fine-tuning data of the seed's own; for the sweep, measured on other text too."""
+        rng = random.Random(seed)
+        tuning = [rng.sample(texts, len(texts)) for texts in self.tuning]
+        if seed != SWEEP_SEED:
+            return replace(self, tuning=tuning)
+        counts = [len(texts) for texts in self.heldout]
+        return replace(
+            self,
+            tuning=[texts[:-count] for texts, count in zip(tuning, counts, strict=True)],
+            heldout=[texts[-count:] for texts, count in zip(tuning, counts, strict=True)],
+        )
 
-def load_corpus(seed: int, num_problems: int) -> Corpus:
-    """Split by whole sources, in another way for every seed."""
-    rng = random.Random(seed)
-    code, docs, _ = load_domains(seed)
+
+def load_corpus(num_problems: int) -> Corpus:
+    """The text of all seeds, which have one base model and so the same held-out text."""
+    rng = random.Random(0)
+    code, docs, _ = load_domains()
     domains = [code, docs, arithmetic_domain(rng), symbol_domain(rng)]
     halves = [len(domain.train) // 2 for domain in domains]
     return Corpus(

@@ -1,8 +1,8 @@
 """The jobs of benchmarks/paper.py: which there are, what each needs, and one job run.
 
-Files, below the folder of a run: `settings.json`, `seed-S/corpus.json`, `seed-S/base/`,
-`seed-S/stage1-…/checkpoint-N/`, and a result `seed-S/results/JOB.json` for every finished job,
-written last, so that a job that was killed is done again.
+Files, below the folder of a run: `settings.json`, `shared/corpus.json`, `shared/base/`,
+`seed-S/stage1-…/checkpoint-N/`, and a result `…/results/JOB.json` for every finished job, written
+last, so that a job that was killed is done again.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from upit_merge.recipe import parse_recipe
 from upit_merge.text_files import write_json
 
 BASE = "base"
+SHARED = -1  # in place of a seed: what all of them start from
+CORPUS = "corpus.json"
 CURVE = (0.1, 0.25, 0.5, 0.75)  # of post-training, where curves have points beside both ends
 # A mixed visit has as many rows of every domain: three of four domains are elsewhere.
 EVEN_REPLAY = 0.75
@@ -59,10 +61,14 @@ class Job:
         name = self.kind if isinstance(self.kind, str) else self.kind.name
         return name if self.rate is None else f"{name}, rate {self.rate:g}"
 
+    @property
+    def label(self) -> str:
+        return self.name if self.seed == SHARED else f"seed {self.seed}: {self.name}"
+
     def needs(self) -> Job | None:
         """The job that must be done before."""
         if isinstance(self.kind, Stage1):
-            return Job(self.seed, BASE)
+            return Job(SHARED, BASE)
         if isinstance(self.kind, Arm):
             return Job(self.seed, self.kind.stage1)
         return None
@@ -77,13 +83,13 @@ class Job:
 
 
 def seed_folder(folder: Path, seed: int) -> Path:
-    return folder / f"seed-{seed}"
+    return folder / ("shared" if seed == SHARED else f"seed-{seed}")
 
 
 def jobs_for(seeds: Sequence[int], arms: Sequence[Arm] = ARMS) -> list[Job]:
     """Everything that some arms need, in an order in which it can be done."""
     stages = list(dict.fromkeys(arm.stage1 for arm in arms))
-    jobs = [Job(seed, BASE) for seed in seeds]
+    jobs = [Job(SHARED, BASE)]
     jobs += [Job(seed, stage) for stage in stages for seed in seeds]
     return jobs + [Job(seed, arm) for arm in arms for seed in seeds]
 
@@ -131,14 +137,16 @@ class SeedRun:
     """All that belongs to one seed."""
 
     def __init__(self, folder: Path, scale: Scale, seed: int, device: str) -> None:
-        self.folder = seed_folder(folder, seed)
+        self.folder, self.shared = seed_folder(folder, seed), seed_folder(folder, SHARED)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.scale, self.seed, self.device = scale, seed, device
 
     # ---- jobs
 
     def base(self) -> Result:
-        _, seconds = train_base(self.folder, self.corpus(), self.scale, self.seed, self.device)
+        corpus = load_corpus(self.scale.problems)
+        _, seconds = train_base(self.shared, corpus, self.scale, self.device)
+        write_json(self.shared / CORPUS, vars(corpus))  # to find it again takes several seconds
         return {"training": seconds}
 
     def stage1(self, stage: Stage1) -> Result:
@@ -146,7 +154,7 @@ class SeedRun:
         corpus = self.corpus()
         checkpoints, seconds = train_stage1(
             self.folder / stage.name,
-            self.load(self.folder / BASE),
+            self.load(self.shared / BASE),
             self.tokenizer(),
             self.data(corpus, stage.share),
             self.scale,
@@ -224,7 +232,7 @@ class SeedRun:
         stage = self.folder / arm.stage1.name
         checkpoints = [stage / f"checkpoint-{number}" for number in CHECKPOINTS[arm.checkpoints]]
         if arm.start == "base":
-            return self.load(self.folder / BASE)
+            return self.load(self.shared / BASE)
         if arm.start == "last":
             return self.load(checkpoints[-1])
         if arm.start == "mean":
@@ -241,7 +249,7 @@ class SeedRun:
         """Run the arm's recipe, as a user would."""
         document: dict[str, Any] = {
             "merge_method": "upit",
-            "base_model": str(self.folder / BASE),
+            "base_model": str(self.shared / BASE),
             "models": [{"model": str(path)} for path in checkpoints],
             "dtype": "float32",
             "parameters": {"seed": self.seed, **arm.parameters},
@@ -268,18 +276,15 @@ class SeedRun:
     # ---- what jobs share
 
     def corpus(self) -> Corpus:
-        """Read once per seed, because finding it takes several seconds."""
-        path = self.folder / "corpus.json"
-        if not path.is_file():
-            write_json(path, vars(load_corpus(self.seed, self.scale.problems)))
-        return Corpus(**json.loads(path.read_text(encoding="utf-8")))
+        text = (self.shared / CORPUS).read_text(encoding="utf-8")
+        return Corpus(**json.loads(text)).of_seed(self.seed)
 
     def data(self, corpus: Corpus, share: float) -> TuningData:
         rows = round(share * self.scale.rows_per_domain)
         return tuning_data(corpus, self.tokenizer(), self.scale.context, rows)
 
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.folder / BASE)
+        return AutoTokenizer.from_pretrained(self.shared / BASE)
 
     def load(self, path: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(path).to(self.device)

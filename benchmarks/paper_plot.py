@@ -11,11 +11,11 @@ from benchmarks.paper_results import Results
 
 INK, FAINT = "#222222", "#e4e4e4"
 COLOURS = {UPIT: "#1f5fa8", VANILLA: "#c8641b", DENSE: "#666666", "random gates": "#3a8f5c"}
-BASE = "base model"
+AGAINST = "held-out perplexity against dense 2 + 2, %"
 
 
 def draw(results: Results, path: Path) -> None:
-    """Final perplexity of the arms; over post-training tokens; by the number of experts."""
+    """Perplexity of the arms; over post-training tokens; by the number of experts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,19 +39,22 @@ def draw(results: Results, path: Path) -> None:
 
 
 def draw_arms(axes: Any, results: Results) -> None:
-    """A dot per seed, a bar at the mean; models that were not trained on are left out."""
-    names = [
-        arm.name
-        for arm in (*MAIN, *ABLATIONS)
-        if arm.epochs and arm.name in results.arms and arm.name != BASE
-    ]
+    """A dot per seed, a bar at the mean; models that were not trained further are left out.
+
+    Against an arm of the same seed: held-out text differs by seed, and with it perplexity.
+    """
+    axes.set_title(f"{AGAINST} (dot: seed, bar: mean)", fontsize=10, loc="left")
+    if DENSE not in results.arms:
+        return
+    axes.axvline(0, color=COLOURS[DENSE], linewidth=1)
+    names = [arm.name for arm in (*MAIN, *ABLATIONS) if arm.epochs and arm.name in results.arms]
+    names.remove(DENSE)
     for height, name in enumerate(reversed(names)):
-        values = results.values(name)
+        values = results.perplexity_change(name, DENSE)
         colour = COLOURS.get(name, "#8a8a8a")
         axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.65, markersize=5)
         axes.plot([mean(values)], [height], "|", color=colour, markersize=16, markeredgewidth=2.5)
     axes.set_yticks(range(len(names)), list(reversed(names)))
-    axes.set_title("final held-out perplexity (dot: seed, bar: mean)", fontsize=10, loc="left")
 
 
 def draw_curves(axes: Any, results: Results) -> None:
@@ -76,11 +79,13 @@ def draw_curves(axes: Any, results: Results) -> None:
 
 
 def draw_sizes(axes: Any, results: Results) -> None:
-    """Final perplexity against the number of experts, mean and range over the seeds."""
+    """Against the number of experts; mean and range over the seeds."""
+    if DENSE not in results.arms:
+        return
     for name in (UPIT, VANILLA):
         arms = {4: f"{name}, 4 experts", 8: name, 16: f"{name}, 16 experts"}
         there = {count: arm for count, arm in arms.items() if arm in results.arms}
-        values = [results.values(arm) for arm in there.values()]
+        values = [results.perplexity_change(arm, DENSE) for arm in there.values()]
         middle = [mean(value) for value in values]
         below = [m - min(v) for m, v in zip(middle, values, strict=True)]
         above = [max(v) - m for m, v in zip(middle, values, strict=True)]
@@ -95,7 +100,8 @@ def draw_sizes(axes: Any, results: Results) -> None:
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks([4, 8, 16], ["4", "8", "16"])
+    axes.set_xlim(3.6, 17.8)
     axes.minorticks_off()
     axes.set_xlabel("experts (bars: smallest and largest of the seeds)")
-    axes.set_ylabel("held-out perplexity")
+    axes.set_ylabel(AGAINST.replace(" against", "\nagainst"))
     axes.legend(frameon=False)

@@ -10,7 +10,7 @@ from statistics import geometric_mean, mean, stdev
 from typing import Any
 
 from benchmarks.paper_arms import ARMS, Stage1
-from benchmarks.paper_jobs import Job, Result
+from benchmarks.paper_jobs import BASE, SHARED, Job, Result
 
 Measure = Callable[[Result], float]
 
@@ -31,7 +31,7 @@ class Results:
     Attributes:
         arms: Results of the arms that are done for every seed.
         stages: Likewise of stage 1, by its name.
-        bases: Of the base models.
+        bases: Of the base model, if it is there.
     """
 
     seeds: list[int]
@@ -53,7 +53,7 @@ class Results:
             list(seeds),
             {name: found for name, found in arms.items() if len(found) == complete},
             {name: found for name, found in stages.items() if len(found) == complete},
-            done("base"),
+            [base] if (base := Job(SHARED, BASE).result(folder)) else [],
         )
 
     def values(self, arm: str, measure: Measure = mean_perplexity) -> list[float]:

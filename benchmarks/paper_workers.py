@@ -42,14 +42,14 @@ def run_jobs(
         workers: Processes; 0 to work in this one.
 
     Returns:
-        The jobs that were done now, as `seed S: NAME`.
+        The jobs that were done now, by their labels.
     """
     waiting = [job for job in jobs if job.result(folder) is None]
     done: list[str] = []
     with progress_bar(len(waiting), "jobs", quiet=quiet, unit="job") as bar:
 
         def finished(job: Job, seconds: float) -> None:
-            done.append(f"seed {job.seed}: {job.name}")
+            done.append(job.label)
             bar.set_description(f"{done[-1]} ({seconds:.0f} s)")
             bar.update()
 
@@ -73,7 +73,7 @@ def run_jobs(
                     future = pool.submit(run_job, folder, scale, job, device)
                     running[future] = (job, time.perf_counter())
                 if not running:
-                    raise ValueError(f"{waiting[0].name} needs what is not among the jobs")
+                    raise ValueError(f"{waiting[0].label} needs what is not among the jobs")
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job, started = running.pop(future)
                     future.result()

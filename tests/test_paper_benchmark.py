@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import paper_jobs
 from benchmarks.paper_arms import ARMS, DENSE, UPIT, VANILLA, Arm
 from benchmarks.paper_data import (
     Corpus,
@@ -20,7 +21,7 @@ from benchmarks.paper_data import (
     symbol_domain,
     visits,
 )
-from benchmarks.paper_jobs import claim_folder, jobs_for, seed_folder
+from benchmarks.paper_jobs import claim_folder, jobs_for
 from benchmarks.paper_results import Results
 from benchmarks.paper_scales import SCALES, LearningRates, Scale
 from benchmarks.paper_sweep import KINDS, SWEEP_SEED, chosen, sweep_arms, sweep_jobs, sweep_table
@@ -28,7 +29,6 @@ from benchmarks.paper_tables import BEGIN, END, all_tables, print_tables, write_
 from benchmarks.paper_verdicts import CONTRADICTED, HELD, NOT_SEEN, OURS, PAPER, judge
 from benchmarks.paper_workers import run_jobs
 from upit_merge.errors import UpitError
-from upit_merge.text_files import write_json
 
 TINY = Scale(
     name="tiny",
@@ -49,9 +49,9 @@ TRIED = [arm for arm in ARMS if arm.name in NAMES]
 SEEDS = [0, 1]
 
 
-def small_corpus(seed: int) -> Corpus:
+def small_corpus(num_problems: int) -> Corpus:
     """The quick domains under the names of all four."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     symbols, arithmetic = symbol_domain(rng), arithmetic_domain(rng)
     domains = [symbols, symbols, arithmetic, symbols]
     return Corpus(
@@ -59,7 +59,7 @@ def small_corpus(seed: int) -> Corpus:
         [domain.train[:60] for domain in domains],
         [domain.train[100:160] for domain in domains],
         [domain.heldout[:3] for domain in domains],
-        heldout_problems(rng, TINY.problems),
+        heldout_problems(rng, num_problems),
     )
 
 
@@ -68,13 +68,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All jobs of a few arms, done in this process."""
     folder = tmp_path_factory.mktemp("paper")
     claim_folder(folder, TINY)
-    for seed in SEEDS:
-        seed_folder(folder, seed).mkdir()
-        write_json(seed_folder(folder, seed) / "corpus.json", vars(small_corpus(seed)))
     jobs = jobs_for(SEEDS, TRIED)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper_jobs, "load_corpus", small_corpus)
         done = run_jobs(folder, TINY, jobs, "cpu", workers=0, quiet=True)
-    assert len(done) == len(jobs) == len(SEEDS) * (2 + len(TRIED))
+    assert len(done) == len(jobs) == 1 + len(SEEDS) * (1 + len(TRIED))
     return folder
 
 
@@ -149,6 +147,18 @@ def test_a_visit_has_every_row_once_and_mostly_its_own() -> None:
         assert sorted(torch.cat(parts).flatten().tolist()) == torch.cat(rows).flatten().tolist()
         for home, part in enumerate(parts):
             assert (part // 100 == home).float().mean().item() == pytest.approx(share, abs=0.03)
+
+
+def test_seeds_have_data_of_their_own_and_the_sweep_text_of_its_own() -> None:
+    corpus = small_corpus(6)
+    first, second, sweep = (corpus.of_seed(seed) for seed in (0, 1, SWEEP_SEED))
+    assert first.tuning != second.tuning
+    assert first.heldout == second.heldout == corpus.heldout
+    for texts, shuffled in zip(corpus.tuning, first.tuning, strict=True):
+        assert sorted(texts) == sorted(shuffled)
+    for trained, heldout, others in zip(sweep.tuning, sweep.heldout, corpus.heldout, strict=True):
+        assert len(heldout) == len(others)
+        assert not set(heldout) & {*trained, *others}
 
 
 def test_every_epoch_has_every_row_once() -> None:
