@@ -44,7 +44,7 @@ def chosen_arms(names: list[str] | None) -> list[Arm]:
     known = {arm.name: arm for arm in ARMS}
     for name in names or ():
         if name not in known:
-            raise UpitError(f"There is no arm {name!r}; the arms are {', '.join(known)}.")
+            raise UpitError(f"There is no arm {name!r}; the arms are {'; '.join(known)}.")
     return [arm for arm in ARMS if names is None or arm.name in names]
 
 

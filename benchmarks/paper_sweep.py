@@ -35,7 +35,9 @@ def sweep_jobs(scale: Scale) -> list[Job]:
 
 
 def swept(folder: Path, scale: Scale) -> dict[str, list[float]] | None:
-    """Perplexity of each kind by rate; None while a job is missing."""
+    """Perplexity of each kind by rate; None without a sweep and while a job is missing."""
+    if not scale.sweep:
+        return None
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     by_name = {arm.name: arm for arm in sweep_arms()}
     for kind, names in KINDS.items():
@@ -51,7 +53,7 @@ def swept(folder: Path, scale: Scale) -> dict[str, list[float]] | None:
 def chosen(folder: Path, scale: Scale) -> Scale:
     """The scale with the rates that were best; as it is where nothing was swept."""
     found = swept(folder, scale)
-    if not scale.sweep or found is None:
+    if found is None:
         return scale
     best = {kind: scale.sweep[values.index(min(values))] for kind, values in found.items()}
     return replace(scale, rates=replace(scale.rates, **best))

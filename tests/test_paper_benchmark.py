@@ -218,3 +218,4 @@ def test_the_sweep_takes_the_lowest_of_each_kind(tmp_path: Path) -> None:
     assert [row[1:].index("**10.00**") for row in table.rows] == [0, 2]
     assert sweep_jobs(TINY) == []
     assert chosen(tmp_path, TINY) is TINY
+    assert sweep_table(tmp_path, TINY).rows == []
