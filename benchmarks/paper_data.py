@@ -30,8 +30,9 @@ from upit_merge.demo.corpus import (
 from upit_merge.demo.training import pack
 
 NUMBERS = (1, 7)  # of a sum, smallest and largest
-SUMS_PER_DOCUMENT = 12
+SUMS_PER_DOCUMENT = 3  # times four, which the demo puts into a document
 SYMBOLS_PER_DOCUMENT = 8
+FEWEST_TOKENS = 32  # of a document, on average: no more are looked at than can be needed
 SWEEP_SEED = 1000  # on which learning rates are chosen
 # Names that count through thousands of characters, which hold nothing to learn but the counting.
 COUNTED = re.compile(r"-[0-9A-F]{3,}$|^HANGUL SYLLABLE|^EGYPTIAN|^CUNEIFORM|^ANATOLIAN|^BAMUM|^VAI")
@@ -160,6 +161,7 @@ def tuning_data(
     """
     documents, rows = [], []
     for name, texts in zip(corpus.names, corpus.tuning, strict=True):
+        texts = texts[: rows_per_domain * context // FEWEST_TOKENS]
         tokens = torch.tensor([len(ids) for ids in tokenizer(texts)["input_ids"]]).cumsum(0)
         count = int(torch.searchsorted(tokens, rows_per_domain * context)) + 1
         packed = pack(tokenizer, texts[:count], context)[:rows_per_domain]

@@ -103,7 +103,7 @@ SCALES = {
             context=256,
             base_steps=2000,
             base_batch=32,
-            rows_per_domain=640,
+            rows_per_domain=400,
             batch_size=8,
             rates=LearningRates(base=1e-3, stage1=5e-4, dense=5e-4, mixture=5e-4),
             sweep=(2.5e-4, 5e-4, 1e-3),
