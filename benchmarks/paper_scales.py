@@ -76,7 +76,7 @@ SCALES = {
             context=128,
             base_steps=1600,
             base_batch=8,
-            rows_per_domain=200,
+            rows_per_domain=160,
             batch_size=4,
             rates=LearningRates(base=4e-3, stage1=2e-3, dense=2e-3, mixture=2e-3),
             sweep=(1e-3, 2e-3, 4e-3),

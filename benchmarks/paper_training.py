@@ -24,6 +24,8 @@ from upit_merge.demo.training import (
     sequences,
     train_tokenizer,
 )
+from upit_merge.training.routing import balance_each_layer
+from upit_merge.training.trainable import routers
 
 # After each quarter of an epoch a checkpoint, as in the paper: with four domains, after each visit.
 STAGE1_EPOCHS = 2
@@ -47,15 +49,16 @@ def train(
         model: A dense model, or a mixture, whose gates and experts are all trained.
         rows: [rows, context]; the last batch may be smaller.
         peaks: Highest learning rates of the FFN (gates and experts) and of all else.
-        balance: Weight of a mixture's load-balancing loss.
+        balance: Weight of a mixture's load-balancing loss, as in `upit-merge finetune`.
         optimizer: To go on with; a new AdamW unless given.
         after_step: Told how many of how many steps are done; its time is not counted.
     """
     optimizer = optimizer or adamw(model)
     mixture: dict[str, Any] = {}
-    if hasattr(model.config, "num_local_experts"):
-        model.router_aux_loss_coef = balance
-        mixture = {"output_router_logits": True}  # transformers adds the balancing loss then
+    if found := routers(model):
+        balance_each_layer(model, found, model.config.num_experts_per_tok)
+        model.router_aux_loss_coef = 0.0  # that of transformers is not added
+        mixture = {"output_router_logits": True}
     model.train()
     batches = rows.to(model.device).split(batch_size)
     seconds = 0.0
@@ -63,7 +66,9 @@ def train(
         started = time.perf_counter()
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * learning_rate_cycle(step, len(batches))
-        model(input_ids=batch, labels=batch, use_cache=False, **mixture).loss.backward()
+        outputs = model(input_ids=batch, labels=batch, use_cache=False, **mixture)
+        loss = outputs.loss + balance * outputs.aux_loss if mixture else outputs.loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
