@@ -177,6 +177,14 @@ def test_what_lora_learns_is_added_to_the_weights(train: Finetune, moe: Path) ->
     assert {"self_attn.q_proj.weight", "block_sparse_moe.gate.weight", "0.w1.weight"} <= kinds
     assert not any("embed" in name or "norm" in name for name in names)
     assert not (out / "adapter_config.json").exists()
+    # The routers are found where PEFT has wrapped them.
+    history = json.loads((out / "upit_report.json").read_text())["post_training"]["history"]
+    assert all({"routing_entropy", "dead_experts", "aux_loss"} <= entry.keys() for entry in history)
+
+
+def test_a_list_of_one_module_is_a_list(train: Finetune, moe: Path) -> None:
+    names = changed(moe, train(moe, use_peft=True, lora_target_modules=["q_proj"]))
+    assert names == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)}
 
 
 def test_load_balancing_evens_the_load(train: Finetune, moe: Path) -> None:
@@ -229,9 +237,9 @@ def test_a_run_that_is_cut_off_ends_with_the_same_bytes(
     saved = RunState.saved
     count = 0
 
-    def dies(self: RunState, step: int, seconds: float) -> None:
+    def dies(self: RunState, step: int, seconds: float, limit: int | None) -> None:
         nonlocal count
-        saved(self, step, seconds)
+        saved(self, step, seconds, limit)
         count += 1
         if count == saves:
             # As a kill would leave the checkpoint that comes next.
@@ -284,6 +292,67 @@ def test_an_unfinished_run_does_not_go_on_with_other_settings(
         train(moe, learning_rate=1e-3)
     # Where it goes on the screen is not what it computes.
     train(moe, disable_tqdm=True)
+
+
+def test_killed_while_old_checkpoints_are_removed(
+    train: Finetune, moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(moe, "whole", save_total_limit=1)
+    removed = RunState._remove
+
+    def dies(self: RunState, step: int) -> None:
+        (self.folder / f"checkpoint-{step}" / "optimizer.pt").unlink()
+        raise CutOffError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "_remove", dies)
+        with pytest.raises(CutOffError):
+            train(moe, "cut", save_total_limit=1)
+    folders = sorted(path.name for path in (moe.parent / "cut").glob("checkpoint-*"))
+    assert folders == ["checkpoint-4", "checkpoint-8"]
+    monkeypatch.setattr(RunState, "_remove", removed)
+    cut = train(moe, "cut", save_total_limit=1)
+    assert not changed(whole, cut)
+    assert not [path for path in cut.iterdir() if "checkpoint" in path.name]
+
+
+def test_a_checkpoint_that_somebody_removed(
+    train: Finetune, moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = RunState.saved
+
+    def dies(*arguments: Any) -> None:
+        saved(*arguments)
+        raise CutOffError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "saved", dies)
+        with pytest.raises(CutOffError):
+            train(moe)
+    shutil.rmtree(moe.parent / "trained" / "checkpoint-4")
+    with pytest.raises(UpitError, match="checkpoint-4 is gone"):
+        train(moe)
+
+
+def test_data_that_changed_is_other_data(
+    train: Finetune, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = RunState.saved
+
+    def dies(*arguments: Any) -> None:
+        saved(*arguments)
+        raise CutOffError
+
+    data = tmp_path / "other.jsonl"
+    data.write_text('{"text": "abc def"}\n' * 16)
+    settings = {"data": None, "datasets": [{"path": "json", "data_files": str(data)}]}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "saved", dies)
+        with pytest.raises(CutOffError):
+            train(moe, **settings)
+    data.write_text('{"text": "abc def"}\n' * 17)
+    with pytest.raises(UpitError, match=r"other.jsonl changed since"):
+        train(moe, **settings)
 
 
 def test_killed_while_the_model_is_moved_into_place(
@@ -343,6 +412,12 @@ def test_a_disk_that_is_too_small_is_found_first(
         ({"save_strategy": "sometimes"}, "sometimes"),
         ({"num_train_epochs": "two"}, "num_train_epochs|num-train-epochs"),
         ({"router_aux_loss_coef": 0.01}, "is not a Mixture-of-Experts model"),
+        ({"keep_checkpoints": False}, "keep_checkpoints: false would leave nothing"),
+        ({"save_strategy": "no"}, "save_strategy is no"),
+        ({"eval_strategy": "epoch"}, "eval_strategy is epoch"),
+        ({"model_revision": "v2"}, "write model_name_or_path: .*@v2"),
+        ({"dataset_streaming": True}, "streaming has no meaning"),
+        ({"dataset_train_split": "validation"}, "has no split validation"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(
@@ -352,6 +427,23 @@ def test_mistakes_are_told_in_a_sentence(
         train(four.base, **settings)
     assert "\n" not in caught.value.message
     assert not (tmp_path / "trained").exists()
+
+
+def test_a_tied_mixture_is_not_parted(train: Finetune, tmp_path: Path, merge: Any) -> None:
+    family = build_family(tmp_path / "tied", count=2, tie_word_embeddings=True)
+    moe = merge(family.recipe(), "tied-moe")
+    with pytest.raises(UpitError, match="lora_modules_to_save has lm_head"):
+        train(moe, use_peft=True, lora_modules_to_save=["lm_head"])
+
+
+def test_a_mixture_that_could_not_be_written_is_refused_first(
+    train: Finetune, moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((moe / "config.json").read_text())
+    (moe / "config.json").write_text(json.dumps({**config, "num_local_experts": 3}))
+    with pytest.raises(UpitError):
+        train(moe)
+    assert not (moe.parent / "trained").exists()
 
 
 def test_data_that_cannot_be_read(train: Finetune, four: Family, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,27 @@ def test_other_vocabularies_and_equal_names_are_refused(
     result = CliRunner().invoke(main, [*arguments, "./nowhere"])
     assert result.exit_code == 1
     assert "./nowhere does not exist" in result.output
+
+
+def test_what_cannot_be_compared_is_told(
+    moe: Path, four: Family, data: Path, tmp_path: Path
+) -> None:
+    save_adapter(four.base, tmp_path / "adapter")
+    arguments = ["evaluate", str(moe), "--data", str(data), "--against"]
+
+    def told(model: str) -> str:
+        return CliRunner().invoke(main, [*arguments, model]).output
+
+    assert "is an adapter; write BASE+" in told(str(tmp_path / "adapter"))
+    assert "an adapter of a mixture" in told(f"x={moe}+{tmp_path / 'adapter'}")
+    # As large a vocabulary, but other pieces of text.
+    other = tmp_path / "lr=0.1"
+    shutil.copytree(four.base, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "The model lr=0.1 has another tokenizer" in told(str(other))
 
 
 def test_names_are_the_last_part_unless_given() -> None:

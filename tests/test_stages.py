@@ -113,6 +113,9 @@ def test_all_stages_once(
     with pytest.raises(UpitError, match=r"prepare is done in .*learning_rate was 0.01 and is 0.02"):
         run_pipeline(written(prepare={**TRAINING, "learning_rate": 0.02, "save_steps": 0.25}))
     changed = written(baseline=True, router={"sample": 12})
+    with pytest.raises(UpitError, match=r"router.sample was 24 and is 12"):
+        run_pipeline(changed, redo="evaluate", quiet=True)
+    assert (run / "evaluation.json").exists()
     with pytest.raises(UpitError, match=r"but router.sample was 24 and is 12.*--redo merge"):
         run_pipeline(changed, quiet=True)
     prepared = {name: data for name, data in before.items() if name.startswith("prepare")}
@@ -220,6 +223,13 @@ def test_killed_in_every_stage_it_ends_with_the_same_model(
         ({"evaluate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"base_model": "./nowhere"}, "nowhere"),
         ({"launch": "'"}, "launch"),
+        ({"baseline": {"output_dir": "x"}}, "baseline.output_dir is filled in"),
+        ({"baseline": True, "post_train": {"train_modules": "router"}}, "baseline: train_modules"),
+        (
+            {"prepare": {"use_peft": True, "lora_target_modules": ["q_proj"]}},
+            "lora_target_modules has no part of the FFN",
+        ),
+        ({"device": "cuda:7"}, "cuda"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_trained(
@@ -229,6 +239,80 @@ def test_mistakes_are_found_before_anything_is_trained(
         run_pipeline(written(**keys), quiet=True)
     assert "\n" not in caught.value.message
     assert not (tmp_path / "run" / "prepare").exists()
+
+
+def test_nothing_but_its_own_is_removed(written: Written, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "mine.txt").write_text("mine")
+    with pytest.raises(UpitError, match=r"is not empty .it holds model. and not a pipeline's"):
+        run_pipeline(written(), quiet=True)
+    (run / "pipeline.json").write_text('{"stages": {}}')
+    with pytest.raises(UpitError, match="model is in the way of the stage post_train"):
+        run_pipeline(written(), quiet=True)
+    assert (run / "model" / "mine.txt").read_text() == "mine"
+    (run / "pipeline.json").write_text('{"stages": {"prepare": {}}}')
+    with pytest.raises(UpitError, match="is not the record of a pipeline"):
+        run_pipeline(written(), quiet=True)
+
+
+def test_one_pipeline_at_a_time(written: Written, tmp_path: Path) -> None:
+    from upit_merge.staging import exclusive
+
+    (tmp_path / "run").mkdir()
+    with exclusive(tmp_path / "run"), pytest.raises(UpitError, match="Another run is writing"):
+        run_pipeline(written(), quiet=True)
+
+
+def test_a_merge_that_was_complete_but_not_recorded(
+    written: Written, four: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from upit_merge.stages.record import Record
+
+    keys: dict[str, Any] = {
+        "checkpoints": str(four.root / "sft" / "checkpoint-*"),
+        "prepare": None,
+        "post_train": None,
+        "evaluate": None,
+    }
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "done", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_pipeline(written(**keys), quiet=True)
+    moe = tmp_path / "run" / "moe"
+    before = (moe / "upit_report.json").stat().st_mtime_ns
+    run_pipeline(written(**keys), quiet=True)
+    assert (moe / "upit_report.json").stat().st_mtime_ns == before
+    # Made with other settings, and never recorded: it is made again.
+    (tmp_path / "run" / "pipeline.json").write_text(
+        json.dumps({"stages": {"merge": {"identity": {"recipe": {}}}}})
+    )
+    run_pipeline(written(**keys, merge={"parameters": {"num_experts": 4}}), quiet=True)
+    assert json.loads((moe / "config.json").read_text())["num_local_experts"] == 4
+
+
+def test_lora_in_both_stages_beside_a_dense_model(written: Written, tmp_path: Path) -> None:
+    lora = {**TRAINING, "use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+    ffn = ["gate_proj", "up_proj", "down_proj"]
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    path = written(
+        prepare={**lora, "save_steps": 0.5, "lora_target_modules": ffn},
+        post_train={
+            **lora,
+            "lora_target_modules": ["q_proj", "v_proj"],
+            "lora_target_parameters": experts,
+        },
+        baseline=True,
+    )
+    run_pipeline(path, quiet=True)
+    report = json.loads((tmp_path / "run" / "model" / "upit_report.json").read_text())
+    named = {other["model"]: other["perplexity"] for other in report["evaluation"]["others"]}
+    assert len(named) == 4
+    assert named["dense, same tokens"] < named["last checkpoint"] < named["base model"]
 
 
 def test_a_stage_that_is_not_there(written: Written) -> None:

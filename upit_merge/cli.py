@@ -289,6 +289,9 @@ def finetune(config: Path, overrides: tuple[str, ...], quiet: bool) -> None:
 
     require_trl()
     from upit_merge.training import finetune as training
+    from upit_merge.training.parent import die_with_parent
+
+    die_with_parent()
 
     training.finetune(config, overrides, quiet=quiet)
 

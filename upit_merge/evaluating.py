@@ -198,7 +198,7 @@ def _evaluate(
             evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
         opening = OpenOptions(trust_remote_code=options.trust_remote_code)
         device = resolve_devices(options.device)[0]
-        rivals = {r.name: rival_losses(r, held_out, opening, device) for r in options.against}
+        rivals = {r.name: rival_losses(r, held_out, out, opening, device) for r in options.against}
         evaluation = replace(evaluation, rivals=rivals)
     return evaluation, held_out.seeds.digest()
 

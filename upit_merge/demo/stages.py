@@ -44,7 +44,7 @@ router:
   data: ./seed.jsonl
 post_train:
   num_train_epochs: 2
-  learning_rate: 1.0e-3
+  learning_rate: 2.0e-3
   lr_scheduler_type: cosine
   router_aux_loss_coef: 0.01
   per_device_train_batch_size: 8

@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
 
 from upit_merge.errors import UpitError, shown
+from upit_merge.formats import PROJECTIONS
 from upit_merge.recipe import METHOD, Recipe, parse_recipe
 from upit_merge.recipe_errors import explain
 from upit_merge.settings import Name, Strict
@@ -154,6 +155,11 @@ class Pipeline:
         return self.out / "dense"
 
     @property
+    def last(self) -> Path:
+        """The last checkpoint made whole, for the dense model, if it is an adapter."""
+        return self.out / "last"
+
+    @property
     def result(self) -> Path:
         return self.merged if self.config.post_train is None else self.trained
 
@@ -183,7 +189,11 @@ class Pipeline:
         """The dense model's: as stage 4, but for what only a mixture has."""
         settings = self.post_train_settings()
         settings.pop("router_aux_loss_coef", None)
-        settings |= self.config.baseline if isinstance(self.config.baseline, dict) else {}
+        if settings.pop("lora_target_parameters", None):  # experts; a dense model has modules
+            named = settings.get("lora_target_modules") or []
+            settings["lora_target_modules"] = [*named, *PROJECTIONS]
+        if isinstance(self.config.baseline, dict):
+            settings |= self._block("baseline", self.config.baseline)
         return {**settings, "model_name_or_path": checkpoint, "output_dir": str(self.dense)}
 
     def recipe(self) -> dict[str, Any]:

@@ -11,12 +11,15 @@ from upit_merge.staging import require_space
 _ADAM_BYTES = 8  # two float32 moments for every trained weight
 
 
-def require_training_space(trainer: Any, out: Path, *, keep_checkpoints: bool) -> None:
+def require_training_space(
+    trainer: Any, out: Path, limit: int | None, *, keep_checkpoints: bool
+) -> None:
     """Refuse a run whose checkpoints, and result, cannot fit the disk.
 
     Args:
         trainer: Set up, not yet trained.
         out: Receives everything; what an earlier call has left there counts as free.
+        limit: Keep so many checkpoints.
         keep_checkpoints: As for `RunState.finish`; a mixture is written besides.
 
     Raises:
@@ -27,7 +30,7 @@ def require_training_space(trainer: Any, out: Path, *, keep_checkpoints: bool) -
     is_adapter = hasattr(trainer.model, "peft_config")
     saved = sum(weight.nbytes for weight in (trained if is_adapter else weights))
     whole = sum(weight.nbytes for weight in weights)
-    count = _checkpoints(trainer)
+    count = _checkpoints(trainer, limit)
     # The newest is written before the oldest of too many is removed.
     present = count if keep_checkpoints else min(count, 2)
     needed = present * saved + min(count, 2) * _ADAM_BYTES * sum(w.numel() for w in trained)
@@ -36,7 +39,7 @@ def require_training_space(trainer: Any, out: Path, *, keep_checkpoints: bool) -
     require_space(out, max(0, needed - there), f"up to {present} checkpoints of the training")
 
 
-def _checkpoints(trainer: Any) -> int:
+def _checkpoints(trainer: Any, limit: int | None) -> int:
     """How many there are at most at a time, as far as the settings tell."""
     args = trainer.args
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -45,4 +48,4 @@ def _checkpoints(trainer: Any) -> int:
         steps = math.ceil(math.ceil(len(trainer.train_dataset) / batch) * args.num_train_epochs)
     every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
     count = math.ceil(steps / every)
-    return min(count, args.save_total_limit + 1) if args.save_total_limit else count
+    return min(count, limit + 1) if limit else count

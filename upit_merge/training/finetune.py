@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from upit_merge.interrupt import ends_at_once
 from upit_merge.processes import Processes, joined
 from upit_merge.resume import file_states
 from upit_merge.staging import (
+    REPORT,
     exclusive,
     explained_failures,
     refuse_half_edited,
@@ -26,16 +27,16 @@ from upit_merge.staging import (
     remove_if_empty,
 )
 from upit_merge.training.disk import require_training_space
-from upit_merge.training.outcome import finish_move, write_mixture
+from upit_merge.training.outcome import finish_move, tensors_of, write_mixture
 from upit_merge.training.run_state import RunState
-from upit_merge.training.settings import FinetuneJob, load_job
+from upit_merge.training.settings import FinetuneJob, data_files, load_job
 from upit_merge.training.trainable import freeze_others
 from upit_merge.training.trainer import ExpertTrainer, Progress, SaveWatch
 
 LOG = logging.getLogger(__name__)
 
 
-def finetune(config: Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> None:
+def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> None:
     """Train a model as a configuration says.
 
     A dense model leaves `checkpoint-*` in `output_dir`, which become experts; a mixture becomes a
@@ -45,18 +46,27 @@ def finetune(config: Path, overrides: Sequence[str] = (), *, quiet: bool = False
     Under `accelerate launch` all processes must call this.
 
     Args:
-        config: YAML, see `settings.load_job`.
+        path: YAML, see `settings.load_job`.
         overrides: `--key value` pairs that win over it.
 
     Raises:
         UpitError: a mistake in the configuration, or in what it names.
     """
-    job = load_job(config, overrides)
+    job = load_job(path, overrides)
     out = Path(job.training.output_dir)
     folder = resolve(job.model.model_name_or_path, OpenOptions(), role="model")
     refuse_half_edited(folder)
-    is_mixture = read_json(folder / "config.json", "the model").get("model_type") in FORMATS
+    config = read_json(folder / "config.json", "the model")
+    is_mixture = config.get("model_type") in FORMATS
     keep = not is_mixture if job.own.keep_checkpoints is None else job.own.keep_checkpoints
+    if not (is_mixture or keep):
+        raise UpitError(
+            "keep_checkpoints: false would leave nothing, as a dense model's checkpoints are the "
+            "result of its training; remove it (save_total_limit: 1 keeps the last one)."
+        )
+    kind = tensors_of(folder) if is_mixture else None  # before hours are spent on it
+    if is_mixture:
+        _refuse_untied(job, config)
     _ = job.training.device  # accelerate meets the other processes first: it knows the device
     with joined() as processes, contextlib.ExitStack() as stack:
         with processes.together():
@@ -82,11 +92,15 @@ def finetune(config: Path, overrides: Sequence[str] = (), *, quiet: bool = False
             if processes.is_first:
                 state.begin()
                 stack.callback(state.abandon)
+        # Ours, see `RunState.saved`.
+        limit, job.training.save_total_limit = job.training.save_total_limit, None
         trainer = _trainer(job, folder, state.newest)
-        require_training_space(trainer, out, keep_checkpoints=keep)
-        seconds = _train(trainer, job, state, quiet=quiet)
         if is_mixture:
-            write_mixture(trainer, job, folder, out, seconds)
+            _refuse_new_tokens(job, config, trainer)
+        require_training_space(trainer, out, limit, keep_checkpoints=keep)
+        seconds = _train(trainer, job, state, limit, quiet=quiet)
+        if kind is not None:
+            write_mixture(trainer, job, folder, out, kind, seconds)
         processes.gather(None)
         if processes.is_first:
             state.finish(keep_checkpoints=keep)
@@ -113,12 +127,25 @@ def _owned(out: Path) -> Iterator[None]:
 def _identity(job: FinetuneJob, folder: Path, processes: Processes) -> dict[str, Any]:
     """What decides the result: a call that differs in any of it cannot go on with another's."""
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json")]
+    # A report changes when a model is measured, and with it nothing that is trained.
+    files = [path for path in files if path.name != REPORT]
+    files += data_files(job.own.data, job.data.datasets, job.script.dataset_name)
     return {
         "upit-merge": __version__,
         **job.identity(),
         "number of processes": processes.size,
-        "file": file_states(files, job.own.data or ""),
+        "file": file_states(files, ""),
     }
+
+
+def _refuse_untied(job: FinetuneJob, config: Mapping[str, Any]) -> None:
+    """Refuse what would part a head from the embeddings that it shares its weights with."""
+    named = {*(job.model.lora_modules_to_save or [])} & {"lm_head", "embed_tokens"}
+    if job.model.use_peft and config.get("tie_word_embeddings") and named:
+        raise UpitError(
+            f"lora_modules_to_save has {sorted(named)[0]}, but the mixture has one tensor for head "
+            "and embeddings, which LoRA would make two of; remove it."
+        )
 
 
 def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrainer:
@@ -157,6 +184,12 @@ def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrain
             f"The training cannot be set up: {one_line(first_line(error))}; correct the "
             "configuration or the data."
         ) from error
+    if model.use_peft:
+        # The name others know it by, not where it lies on this machine.
+        name = str(model.model_name_or_path)
+        shown_name = name if Path(name).expanduser().is_dir() else name.partition("@")[0]
+        for config in trainer.model.peft_config.values():
+            config.base_model_name_or_path = shown_name
     if job.own.train_modules != "all":
         freeze_others(trainer.model, job.own.train_modules)
     return trainer
@@ -177,10 +210,32 @@ def _dataset(job: FinetuneJob) -> Any:
             f"The training data cannot be read ({one_line(first_line(error))}); check the file, or "
             "the name of the dataset."
         ) from error
+    if script.dataset_train_split not in found:
+        raise UpitError(
+            f"The training data has no split {one_line(script.dataset_train_split)} (it has "
+            f"{', '.join(map(one_line, found))}); correct dataset_train_split."
+        )
     return found[script.dataset_train_split]
 
 
-def _train(trainer: ExpertTrainer, job: FinetuneJob, state: RunState, *, quiet: bool) -> float:
+def _refuse_new_tokens(job: FinetuneJob, config: Mapping[str, Any], trainer: Any) -> None:
+    before, after = config.get("vocab_size"), trainer.model.config.vocab_size
+    if job.model.use_peft and before != after:
+        raise UpitError(
+            f"The chat template adds tokens (the vocabulary of {before} becomes one of {after}), "
+            "which LoRA on a mixture cannot carry; name a .jinja file as chat_template_path, or "
+            "train without use_peft."
+        )
+
+
+def _train(
+    trainer: ExpertTrainer,
+    job: FinetuneJob,
+    state: RunState,
+    limit: int | None,
+    *,
+    quiet: bool,
+) -> float:
     """Train to the end, from the last checkpoint of an earlier call; seconds over all calls."""
     started, before = time.perf_counter(), state.seconds
 
@@ -190,7 +245,10 @@ def _train(trainer: ExpertTrainer, job: FinetuneJob, state: RunState, *, quiet: 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(f"train {job.own.train_modules}", quiet=quiet))
     trainer.add_callback(
-        SaveWatch(trainer.accelerator.wait_for_everyone, lambda step: state.saved(step, seconds()))
+        SaveWatch(
+            trainer.accelerator.wait_for_everyone,
+            lambda step: state.saved(step, seconds(), limit),
+        )
     )
     newest = state.newest
     if newest is not None:

@@ -43,13 +43,21 @@ def finish_move(out: Path) -> None:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def write_mixture(trainer: Any, job: FinetuneJob, source: Path, out: Path, seconds: float) -> None:
+def write_mixture(
+    trainer: Any,
+    job: FinetuneJob,
+    source: Path,
+    out: Path,
+    kind: tuple[set[str], torch.dtype],
+    seconds: float,
+) -> None:
     """Write the trained model into `out`, complete or not at all.
 
     All processes must call this: the weights may be spread over them.
 
     Args:
         source: The mixture that was trained; what training does not change is copied from it.
+        kind: Of it, from `tensors_of`.
         seconds: What the training took.
 
     Raises:
@@ -66,7 +74,7 @@ def write_mixture(trainer: Any, job: FinetuneJob, source: Path, out: Path, secon
         return
     staging.model.mkdir(parents=True)
     write_json(staging.root / STATE, {"identity": None, "moving": None})
-    names, dtype = _tensors(source)
+    names, dtype = kind
     if state is None:
         model = _merged(source, adapter)
         state = model.state_dict()
@@ -81,7 +89,7 @@ def write_mixture(trainer: Any, job: FinetuneJob, source: Path, out: Path, secon
     model.save_pretrained(staging.model, state_dict=cast)
     _copy_rest(source, staging.model)
     _adapt_settings(trainer, job, model.config, staging.model)
-    written, _dtype = _tensors(staging.model)
+    written, _dtype = tensors_of(staging.model)
     if written != names:
         other = sorted(written ^ names)[0]
         raise UpitError(
@@ -93,8 +101,12 @@ def write_mixture(trainer: Any, job: FinetuneJob, source: Path, out: Path, secon
     move_into_place(staging, out)
 
 
-def _tensors(folder: Path) -> tuple[set[str], torch.dtype]:
-    """The names of a mixture's tensors, and the dtype of its weights."""
+def tensors_of(folder: Path) -> tuple[set[str], torch.dtype]:
+    """The names of a mixture's tensors, and the dtype of its weights.
+
+    Raises:
+        UpitError: it is no mixture that we write.
+    """
     with opened_moe(folder, str(folder)) as moe:
         gate = inspect_moe(moe).format.gate_tensor(0)
         return {name for name in moe.specs if not is_derived(name)}, moe.specs[gate].dtype
@@ -124,6 +136,11 @@ def _adapt_settings(trainer: Any, job: FinetuneJob, config: Any, folder: Path) -
     settings = read_json(folder / "config.json", "the mixture")
     settings |= {"vocab_size": config.vocab_size, "eos_token_id": config.eos_token_id}
     write_json(folder / "config.json", settings)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        settings = read_json(generation, "the mixture")
+        settings["eos_token_id"] = trainer.model.generation_config.eos_token_id
+        write_json(generation, settings)
 
 
 def _write_report(

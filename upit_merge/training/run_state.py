@@ -15,6 +15,7 @@ from upit_merge.staging import LOCK
 from upit_merge.text_files import write_json
 
 _STATE = ".upit-finetune.json"
+_GONE = ".removed-checkpoint-"
 # Of a checkpoint: what training needs to go on from it, as large as two or three models.
 _FOR_RESUMING = (
     "optimizer*",
@@ -56,15 +57,27 @@ class RunState:
 
     @property
     def newest(self) -> Path | None:
-        """The last complete checkpoint."""
-        paths = [self._checkpoint(step) for step in sorted(self._content["saved"], reverse=True)]
-        return next((path for path in paths if path.is_dir()), None)
+        """The last complete checkpoint, the one that can be gone on from.
+
+        Raises:
+            UpitError: somebody has removed it.
+        """
+        if not self._content["saved"]:
+            return None
+        path = self._checkpoint(max(self._content["saved"]))
+        if not path.is_dir():
+            raise UpitError(
+                f"{path} is gone, from which the run would go on; put it back, or delete "
+                f"{self.folder} to start over."
+            )
+        return path
 
     def _read(self) -> dict[str, Any]:
         new = {"identity": self._identity, "saved": [], "seconds": 0.0, "finished": False}
         try:
             content = dict(json.loads(self._path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            content = {key: content[key] for key in new}
+        except (OSError, ValueError, TypeError, KeyError):
             others = sorted(p.name for p in self.folder.iterdir() if p.name != LOCK)
             if others:
                 raise UpitError(
@@ -92,7 +105,7 @@ class RunState:
         """Record that the run has begun; remove what it was writing when it was killed."""
         write_json(self._path, self._content)
         complete = {self._checkpoint(step) for step in self._content["saved"]}
-        for path in self.folder.glob("checkpoint-*"):
+        for path in [*self.folder.glob("checkpoint-*"), *self.folder.glob(f"{_GONE}*")]:
             if path not in complete:
                 shutil.rmtree(path)
 
@@ -101,17 +114,22 @@ class RunState:
         if not (self._content["saved"] or self.is_finished):
             self._path.unlink(missing_ok=True)
 
-    def saved(self, step: int, seconds: float) -> None:
+    def saved(self, step: int, seconds: float, limit: int | None = None) -> None:
         """A checkpoint is complete: only it needs what training goes on from.
 
         Args:
             seconds: Since the run began, earlier calls included.
+            limit: Keep so many checkpoints. The record is written before one is removed, so that
+                whatever is in it is whole; transformers' own rotation comes before the record.
         """
-        earlier = self._content["saved"]
-        self._content |= {"saved": sorted({*earlier, step}), "seconds": seconds}
+        everyone = sorted({*self._content["saved"], step})
+        kept = everyone[-limit:] if limit else everyone
+        self._content |= {"saved": kept, "seconds": seconds}
         write_json(self._path, self._content)
-        for old in earlier:
-            if old != step:
+        for old in everyone:
+            if old not in kept:
+                self._remove(old)
+            elif old != step:
                 self._strip(old)
 
     def finish(self, *, keep_checkpoints: bool) -> None:
@@ -127,10 +145,17 @@ class RunState:
             if keep_checkpoints:
                 self._strip(step)
             else:
-                shutil.rmtree(self._checkpoint(step), ignore_errors=True)
+                self._remove(step)
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
+
+    def _remove(self, step: int) -> None:
+        """Out of sight first: half a checkpoint looks like one."""
+        path, gone = self._checkpoint(step), self.folder / f"{_GONE}{step}"
+        if path.is_dir():
+            path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _strip(self, step: int) -> None:
         for pattern in _FOR_RESUMING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,10 @@ _NO_MATTER = frozenset(
         "push_to_hub",
         "dataset_num_proc",
         "dataloader_num_workers",
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
     ]
 )
 
@@ -130,8 +135,13 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> FinetuneJob:
         overrides = ["--bf16", "false", *overrides]
     own, training, model, data, script = _parsed(blocks, path, overrides)
     job = FinetuneJob(own=own, training=training, model=model, data=data, script=script)
+    modules = model.lora_target_modules
+    if isinstance(modules, str) and modules != "all-linear":
+        # TRL makes a text of a list of one, which PEFT then takes for a pattern of whole names.
+        model.lora_target_modules = [modules]
     _check(job, path)
-    if "output_dir" not in document and "--output_dir" not in overrides:
+    given = {option.partition("=")[0].replace("-", "_") for option in overrides}
+    if "output_dir" not in document and "__output_dir" not in given:
         raise UpitError(f"{path}: output_dir is missing; add the folder that receives the result.")
     return job
 
@@ -178,6 +188,26 @@ def _check(job: FinetuneJob, path: Path) -> None:
             f"{path}: save_only_model would keep a run that is cut off from going on; remove it "
             "(what is needed for that is removed when the training is over)."
         )
+    if training.save_strategy == "no":
+        raise UpitError(
+            f"{path}: save_strategy is no, but checkpoints are the result of the training, or what "
+            "it goes on from when it is cut off; remove it."
+        )
+    if training.eval_strategy != "no":
+        raise UpitError(
+            f"{path}: eval_strategy is {training.eval_strategy.value}, but there is no data for it "
+            "here; remove it, and measure the result with `upit-merge evaluate`."
+        )
+    if model.model_revision != "main":
+        raise UpitError(
+            f"{path}: model_revision is a part of the name here; write model_name_or_path: "
+            f"{one_line(model.model_name_or_path)}@{one_line(model.model_revision)}."
+        )
+    if job.data.streaming or job.script.dataset_streaming:
+        raise UpitError(
+            f"{path}: streaming has no meaning here, as a run that is cut off could not find its "
+            "place again; remove it."
+        )
     sources = [own.data, job.script.dataset_name, *(job.data.datasets or [])]
     if not any(sources):
         raise UpitError(f"{path}: data is missing; add the file with the training data.")
@@ -185,6 +215,32 @@ def _check(job: FinetuneJob, path: Path) -> None:
         raise UpitError(f"{path}: data and TRL's own dataset keys are both given; remove one.")
     if own.data:
         _add_file(job, path)
+
+
+def data_files(data: str | None, datasets: Any, dataset_name: str | None) -> list[Path]:
+    """The files on this machine that a model is trained on, as far as settings name them.
+
+    Args:
+        data: Our own key.
+        datasets: TRL's: mappings, or its `DatasetConfig`.
+        dataset_name: TRL's.
+    """
+    named: list[Any] = [data, dataset_name]
+    for source in datasets or []:
+        values = source if isinstance(source, dict) else vars(source)
+        files = values.get("data_files") or []
+        files = list(files.values()) if isinstance(files, dict) else files
+        folder = Path(values.get("data_dir") or "")
+        named += [values.get("path"), values.get("data_dir")]
+        for file in [files] if isinstance(files, str) else files:
+            named += [file, str(folder / str(file))]
+    found: list[Path] = []
+    for name in named:
+        if not isinstance(name, str):
+            continue
+        for path in map(Path, glob.glob(os.path.expanduser(name), recursive=True)):
+            found += [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return found
 
 
 def _add_file(job: FinetuneJob, path: Path) -> None:

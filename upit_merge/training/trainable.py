@@ -48,5 +48,7 @@ def routers(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for name, module in model.named_modules()
-        if name.endswith(".mlp.gate") and hasattr(module, "top_k")
+        # PEFT wraps a router whose weight has factors: the router itself is further inside.
+        if re.search(r"\.mlp\.gate(\.base_layer)*$", f".{name}")
+        and isinstance(module.__dict__.get("top_k"), int)
     ]
