@@ -40,7 +40,7 @@ def model(num_checkpoints: int = 3, num_experts: int = 4, **changes: Any) -> dic
     vectors = torch.tensor([e["weights"] for e in experts], dtype=torch.float64) + 0.1
     cosines = torch.full((m, m), 0.5).fill_diagonal_(1).tolist()
     report = {
-        "versions": {"upit-merge": "0.4.0"},
+        "versions": {"upit-merge": "0.5.0"},
         "seed": 3,
         "dtype": "bfloat16",
         "experts_per_token": min(2, n),

@@ -4,4 +4,4 @@ An extension to mergekit that implements UpIT (arXiv 2410.01610). Importing this
 nothing else: the interpreter imports it at start-up (see `mergekit_hook`).
 """
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
