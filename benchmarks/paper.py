@@ -8,8 +8,7 @@ python benchmarks/paper.py --folder G --scale gpu --device cuda --workers 1
 
 Four domains of text, a small Llama, checkpoints of fine-tuning, and from there dense models and
 mixtures at equal data (benchmarks/paper_arms.py). What is done is in F as JSON; the same command
-goes on from there. Two workers with a thread each: on models this small they are faster than one
-with two.
+goes on from there. Every worker has one thread.
 """
 
 from __future__ import annotations
