@@ -190,3 +190,11 @@ def moe(four: Family, merge: Callable[..., Path]) -> Path:
     router = {"data": str(four.seed_file())}
     document = four.recipe(models=models, parameters={"num_experts": 4}, router=router)
     return merge(document, max_shard_bytes=50_000)
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., Path]:
+    """Train a model on 32 short samples; see `training.trainer_in`."""
+    from tests.training import trainer_in
+
+    return trainer_in(tmp_path)
