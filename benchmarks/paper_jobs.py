@@ -8,7 +8,6 @@ last, so that a job that was killed is done again.
 from __future__ import annotations
 
 import json
-import logging
 import random
 import tempfile
 import time
@@ -258,7 +257,6 @@ class SeedRun:
             seeds = scratch / "seed.jsonl"
             self.write_seed_samples(seeds, data)
             document["router"] = {"data": str(seeds), **arm.router}
-        logging.getLogger("upit_merge").setLevel(logging.ERROR)  # random gates are meant
         source = yaml.safe_dump(document, sort_keys=False)
         options = RunOptions(device=self.device, quiet=True)
         run_recipe(parse_recipe(document), source, scratch / "moe", options)

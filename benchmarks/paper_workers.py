@@ -16,13 +16,16 @@ from upit_merge.blocks import progress_bar
 
 def prepare_worker() -> None:
     """One thread: models this small gain nothing from more."""
+    import logging
+
     import torch
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU; the CPU is not changed
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("upit_merge").setLevel(logging.ERROR)  # random gates are meant
 
 
 def run_jobs(
