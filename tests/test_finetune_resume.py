@@ -18,6 +18,15 @@ class CutOffError(Exception):
     """Stands for the end of a process."""
 
 
+_saved = RunState.saved
+
+
+def saves_and_dies(*arguments: Any) -> None:
+    """In place of `RunState.saved`: the process ends when its first checkpoint is recorded."""
+    _saved(*arguments)
+    raise CutOffError
+
+
 @pytest.mark.parametrize("kind", ["ffn", "mixture", "lora"])
 @pytest.mark.parametrize("saves", [1, 3])
 def test_a_run_that_is_cut_off_ends_with_the_same_bytes(
@@ -82,14 +91,8 @@ def test_a_run_that_is_finished_is_left_alone(
 def test_an_unfinished_run_does_not_go_on_with_other_settings(
     train: Finetune, moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = RunState.saved
-
-    def dies(*arguments: Any) -> None:
-        saved(*arguments)
-        raise CutOffError
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunState, "saved", dies)
+        patch.setattr(RunState, "saved", saves_and_dies)
         with pytest.raises(CutOffError):
             train(moe)
     with pytest.raises(UpitError, match=r"unfinished run, but training.learning_rate was 0.01 and"):
@@ -123,14 +126,8 @@ def test_killed_while_old_checkpoints_are_removed(
 def test_a_checkpoint_that_somebody_removed(
     train: Finetune, moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = RunState.saved
-
-    def dies(*arguments: Any) -> None:
-        saved(*arguments)
-        raise CutOffError
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunState, "saved", dies)
+        patch.setattr(RunState, "saved", saves_and_dies)
         with pytest.raises(CutOffError):
             train(moe)
     shutil.rmtree(moe.parent / "trained" / "checkpoint-4")
@@ -141,17 +138,11 @@ def test_a_checkpoint_that_somebody_removed(
 def test_data_that_changed_is_other_data(
     train: Finetune, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = RunState.saved
-
-    def dies(*arguments: Any) -> None:
-        saved(*arguments)
-        raise CutOffError
-
     data = tmp_path / "other.jsonl"
     data.write_text('{"text": "abc def"}\n' * 16)
     settings = {"data": None, "datasets": [{"path": "json", "data_files": str(data)}]}
     with monkeypatch.context() as patch:
-        patch.setattr(RunState, "saved", dies)
+        patch.setattr(RunState, "saved", saves_and_dies)
         with pytest.raises(CutOffError):
             train(moe, **settings)
     data.write_text('{"text": "abc def"}\n' * 17)

@@ -15,12 +15,12 @@ def die_with_parent() -> None:
     """On Linux, be killed as soon as the process that started this one is gone.
 
     Else a pipeline that was killed would leave its training behind, which would go on writing
-    while the same command, given again, wants to. A launcher in between calls this too, through
-    its children: each of them asks for itself. Elsewhere the folder's lock tells.
+    while the same command, given again, wants to. Also behind a launcher, which is killed with the
+    pipeline: each of the processes it has started asks for itself. Elsewhere the folder's lock tells.
     """
     if sys.platform != "linux" or VARIABLE not in os.environ:
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    kill_with_parent()
     if os.getppid() == 1:  # gone before we asked
         sys.exit(1)
 

@@ -88,11 +88,10 @@ class RunState:
         if not (content["finished"] or content["saved"]):
             return new  # nothing is lost by starting over
         if content["finished"]:
-            change = "with other settings" if content["identity"] != self._digest() else None
-            if change:
+            if content["identity"] != self._digest():
                 raise UpitError(
-                    f"The output folder {self.folder} holds the result of a run {change}; choose "
-                    "a new one."
+                    f"The output folder {self.folder} holds the result of a run with other "
+                    "settings; choose a new one."
                 )
         elif change := first_difference(content["identity"], self._identity):
             raise UpitError(
