@@ -24,11 +24,11 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from upit_merge.checkpoints import OpenOptions
-from upit_merge.inputs import opened
-from upit_merge.merging import Merger, measure_similarity
-from upit_merge.pipeline import RunOptions, run_recipe
-from upit_merge.recipe import parse_recipe
+from upit_merge.commands.run import RunOptions, run_recipe
+from upit_merge.config.recipe import parse_recipe
+from upit_merge.io.hub import OpenOptions
+from upit_merge.merge.inputs import opened
+from upit_merge.merge.passes import Merger, measure_similarity
 
 ALPHA = 32
 TARGETS = {"mlp": ("gate_proj", "up_proj", "down_proj"), "self_attn": ("q_proj", "v_proj")}

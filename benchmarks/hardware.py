@@ -29,14 +29,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from upit_merge.architecture import dense_shapes
-from upit_merge.checkpoints import OpenOptions
-from upit_merge.formats import format_of_dense
-from upit_merge.inputs import Inputs, opened
-from upit_merge.merging import Merger
-from upit_merge.preflight import needs
-from upit_merge.recipe import parse_recipe
-from upit_merge.router.seed_tokens import SeedSet, TokenizedSample
+from upit_merge.commands.preflight import needs
+from upit_merge.config.recipe import parse_recipe
+from upit_merge.data.tokens import SeedSet, TokenizedSample
+from upit_merge.io.hub import OpenOptions
+from upit_merge.merge.inputs import Inputs, opened
+from upit_merge.merge.passes import Merger
+from upit_merge.models.dense import dense_shapes
+from upit_merge.models.formats import format_of_dense
 
 CHECKPOINTS = 4
 SAMPLES, TOKENS = 1000, 512  # of seed data, the defaults

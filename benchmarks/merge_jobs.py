@@ -161,8 +161,8 @@ def recipe_document(job: dict[str, Any]) -> dict[str, Any]:
 def prepare_ours() -> Work:
     import torch
 
-    from upit_merge.pipeline import RunOptions, run_recipe
-    from upit_merge.recipe import parse_recipe
+    from upit_merge.commands.run import RunOptions, run_recipe
+    from upit_merge.config.recipe import parse_recipe
 
     def work(job: dict[str, Any]) -> dict[str, Any]:
         document, out = recipe_document(job), Path(job["out"])
@@ -230,10 +230,10 @@ def prepare_mergekit() -> Work:
 def prepare_planning() -> Work:
     import torch
 
-    from upit_merge.checkpoints import OpenOptions
-    from upit_merge.inputs import opened
-    from upit_merge.merging import Merger, measure_similarity
-    from upit_merge.recipe import parse_recipe
+    from upit_merge.config.recipe import parse_recipe
+    from upit_merge.io.hub import OpenOptions
+    from upit_merge.merge.inputs import opened
+    from upit_merge.merge.passes import Merger, measure_similarity
 
     def work(job: dict[str, Any]) -> dict[str, Any]:
         times: dict[str, Any] = {str(n): {"plan": [], "lineage": []} for n in PLANNED}

@@ -28,8 +28,8 @@ from benchmarks.paper_scales import SCALES  # noqa: E402
 from benchmarks.paper_sweep import chosen, sweep_jobs, sweep_table  # noqa: E402
 from benchmarks.paper_tables import all_tables, print_tables, write_section  # noqa: E402
 from benchmarks.paper_workers import run_jobs  # noqa: E402
-from upit_merge.device import resolve_device  # noqa: E402
 from upit_merge.errors import UpitError  # noqa: E402
+from upit_merge.runtime.device import resolve_device  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 

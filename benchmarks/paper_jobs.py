@@ -25,12 +25,12 @@ from benchmarks.paper_data import Corpus, TuningData, load_corpus, mixed_epochs,
 from benchmarks.paper_measures import exact_match, parameters, perplexities, routing
 from benchmarks.paper_scales import Scale
 from benchmarks.paper_training import train, train_base, train_stage1
+from upit_merge.commands.run import RunOptions, run_recipe
+from upit_merge.config.recipe import parse_recipe
 from upit_merge.demo.run import average_model
 from upit_merge.demo.training import save
 from upit_merge.errors import UpitError
-from upit_merge.pipeline import RunOptions, run_recipe
-from upit_merge.recipe import parse_recipe
-from upit_merge.text_files import write_json
+from upit_merge.io.text_file import write_json
 
 BASE = "base"
 SHARED = -1  # in place of a seed: what all of them start from

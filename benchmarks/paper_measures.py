@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.paper_data import last_number
+from upit_merge.data.tokens import TokenizedSample
 from upit_merge.demo.evaluation import perplexity
 from upit_merge.demo.training import pack
 from upit_merge.router.evaluation import Evaluation, Groups, Routing
-from upit_merge.router.seed_tokens import TokenizedSample
 
 MAX_ANSWER_TOKENS = 6  # an answer is one number, then the line ends
 ROUTING_ROWS = 32  # of every domain

@@ -12,7 +12,7 @@ from benchmarks.paper_plot import draw
 from benchmarks.paper_results import Results, exact_match_percent, spread
 from benchmarks.paper_verdicts import OURS, PAPER, Claim, verdicts
 from upit_merge.errors import UpitError
-from upit_merge.text_files import replace_text
+from upit_merge.io.text_file import replace_text
 
 BEGIN, END = "<!-- paper.py: begin -->", "<!-- paper.py: end -->"
 TITLES = {

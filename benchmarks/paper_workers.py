@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.paper_jobs import Job, run_job
 from benchmarks.paper_scales import Scale
-from upit_merge.blocks import progress_bar
+from upit_merge.runtime.parallel import progress_bar
 
 
 def prepare_worker() -> None:

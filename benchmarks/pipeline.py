@@ -26,9 +26,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from upit_merge.evaluating import EvaluateOptions, evaluate_output  # noqa: E402
-from upit_merge.rivals import Rival  # noqa: E402
-from upit_merge.router.settings import RouterSettings  # noqa: E402
+from upit_merge.commands.compare import Rival  # noqa: E402
+from upit_merge.commands.evaluate import EvaluateOptions, evaluate_output  # noqa: E402
+from upit_merge.config.router import RouterSettings  # noqa: E402
 
 FACTORS = (0.5, 2.0)
 KINDS = {"dense": "baseline.yml", "mixture": "post_train.yml"}

@@ -30,15 +30,14 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.router import spread  # noqa: E402
 from benchmarks.router_models import build, merged  # noqa: E402
 from benchmarks.rules import perplexity  # noqa: E402
-from upit_merge.checkpoints import Checkpoint  # noqa: E402
-from upit_merge.formats import PROJECTIONS  # noqa: E402
-from upit_merge.mixture import inspect_moe  # noqa: E402
-from upit_merge.recipe import RouterSettings  # noqa: E402
-from upit_merge.resizing.extend import extend_output  # noqa: E402
+from upit_merge.commands.extend import extend_output  # noqa: E402
+from upit_merge.commands.shrink import mean_gates, shrink_output  # noqa: E402
+from upit_merge.config.router import RouterSettings  # noqa: E402
+from upit_merge.io.checkpoint import Checkpoint  # noqa: E402
+from upit_merge.models.formats import PROJECTIONS  # noqa: E402
+from upit_merge.models.moe import inspect_moe, opened_moe  # noqa: E402
 from upit_merge.resizing.rewriting import ResizeOptions, shrunk_layout, write_model  # noqa: E402
-from upit_merge.resizing.shrink import mean_gates, shrink_output  # noqa: E402
 from upit_merge.resizing.sources import Group, Groups, ShrunkMoe  # noqa: E402
-from upit_merge.router.gate_files import opened_moe  # noqa: E402
 
 Result = dict[str, Any]
 QUIET = ResizeOptions(quiet=True)

@@ -31,17 +31,17 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.router_fits import CPU, FITS, SETTINGS, samples_of  # noqa: E402
 from benchmarks.router_models import build  # noqa: E402
+from upit_merge.config.router import RouterSettings  # noqa: E402
 from upit_merge.demo.corpus import load_domains  # noqa: E402
 from upit_merge.demo.evaluation import perplexity, set_gates  # noqa: E402
 from upit_merge.demo.run import average_model  # noqa: E402
 from upit_merge.demo.training import learning_rate_cycle, pack, sequences  # noqa: E402
-from upit_merge.recipe import RouterSettings  # noqa: E402
+from upit_merge.engine.layerwise import LayerwiseMoe  # noqa: E402
+from upit_merge.models.moe import opened_moe  # noqa: E402
+from upit_merge.models.tokenizer import load_tokenizer  # noqa: E402
 from upit_merge.router.evaluation import Evaluation, Groups, run_mixture  # noqa: E402
-from upit_merge.router.gate_files import opened_moe  # noqa: E402
-from upit_merge.router.layerwise import LayerwiseMoe  # noqa: E402
 from upit_merge.router.stage import RouterStage  # noqa: E402
 from upit_merge.router.worth import SampleLosses, measure_worth  # noqa: E402
-from upit_merge.tokenizer import load_tokenizer  # noqa: E402
 
 # On the well-mixed models the question is only whether anything makes it worse.
 POST_TRAINED = ("random 0", "one_vs_rest (default)", "default, assign: balanced")

@@ -21,15 +21,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from upit_merge.config.router import RouterSettings
+from upit_merge.data.tokens import SeedSet
+from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.models.gates import training_free_gates
+from upit_merge.models.moe import opened_moe
+from upit_merge.models.tokenizer import load_tokenizer
+from upit_merge.output.patch import PatchedCopies
 from upit_merge.router.expert_tuning import load_expert, padded_batch
-from upit_merge.router.gate_files import PatchedCopies, opened_moe
-from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.pretrain import load_seed_set, pretrain_router, training_free_gates
+from upit_merge.router.pretrain import load_seed_set, pretrain_router
 from upit_merge.router.progress import Progress
-from upit_merge.router.seed_tokens import SeedSet
-from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
-from upit_merge.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 

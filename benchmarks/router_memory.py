@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from upit_merge.formats import FORMATS, PROJECTIONS
-from upit_merge.router.gate_files import InPlace, opened_moe
-from upit_merge.router.layerwise import LayerwiseMoe
+from upit_merge.config.router import RouterSettings
+from upit_merge.data.tokens import SeedSet, TokenizedSample
+from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.models.formats import FORMATS, PROJECTIONS
+from upit_merge.models.moe import opened_moe
+from upit_merge.output.patch import InPlace
 from upit_merge.router.memory import ModelShape, router_memory
 from upit_merge.router.pretrain import pretrain_router
-from upit_merge.router.seed_tokens import SeedSet, TokenizedSample
-from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
 
 mixtral = FORMATS["mixtral"]

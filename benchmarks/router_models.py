@@ -14,10 +14,10 @@ from pathlib import Path
 import yaml
 from transformers.utils import logging
 
+from upit_merge.commands.run import RunOptions, run_recipe
+from upit_merge.config.recipe import parse_recipe
 from upit_merge.demo.corpus import Domain, load_domains
 from upit_merge.demo.training import TrainingBudget, train_demo_models
-from upit_merge.pipeline import RunOptions, run_recipe
-from upit_merge.recipe import parse_recipe
 
 SPECIALISED = TrainingBudget(hidden_size=192, layers=4, base_steps=900, sft_steps=200)
 # Every visit draws from all three domains alike.

@@ -30,10 +30,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.router import spread  # noqa: E402
 from benchmarks.router_fits import CPU  # noqa: E402
 from benchmarks.router_models import build, merged  # noqa: E402
-from upit_merge.recipe import RouterSettings  # noqa: E402
+from upit_merge.config.router import RouterSettings  # noqa: E402
+from upit_merge.engine.layerwise import LayerwiseMoe  # noqa: E402
+from upit_merge.models.moe import opened_moe  # noqa: E402
 from upit_merge.router.evaluation import Evaluation, Groups, run_mixture  # noqa: E402
-from upit_merge.router.gate_files import opened_moe  # noqa: E402
-from upit_merge.router.layerwise import LayerwiseMoe  # noqa: E402
 from upit_merge.router.pretrain import seed_set_for  # noqa: E402
 from upit_merge.router.stage import RouterStage  # noqa: E402
 

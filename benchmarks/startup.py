@@ -61,7 +61,7 @@ def main() -> None:
         # Later imports of other modules ask the hook once each: too little to see in a process.
         asked = timeit.repeat(
             "find('json.decoder', None)",
-            "from upit_merge.mergekit_hook import _MergekitFinder; find = _MergekitFinder.find_spec",
+            "from upit_merge.plugin.hook import _MergekitFinder; find = _MergekitFinder.find_spec",
             number=10_000,
         )
         print(f"each import after that: the hook adds {min(asked) / 10_000 * 1000:.5f}")

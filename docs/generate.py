@@ -22,10 +22,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from upit_merge.cli import main
-from upit_merge.cli_options import LazyOptionsCommand
-from upit_merge.recipe import Recipe
-from upit_merge.stages.config import PipelineConfig
+from upit_merge.cli.main import main
+from upit_merge.cli.options import LazyOptionsCommand
+from upit_merge.config.recipe import Recipe
+from upit_merge.pipeline.config import PipelineConfig
 
 FOLDER = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py: change the descriptions in the program instead. -->"

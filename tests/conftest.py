@@ -165,8 +165,8 @@ def family(shared_family: Family, tmp_path: Path) -> Family:
 @pytest.fixture
 def merge(tmp_path: Path) -> Callable[..., Path]:
     """Run a recipe document through our pipeline; returns the output folder."""
-    from upit_merge.pipeline import RunOptions, run_recipe
-    from upit_merge.recipe import parse_recipe
+    from upit_merge.commands.run import RunOptions, run_recipe
+    from upit_merge.config.recipe import parse_recipe
 
     def run(document: dict[str, Any], out: str | Path = "out", **options: Any) -> Path:
         folder = tmp_path / out

@@ -26,16 +26,16 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from upit_merge import resume
+from upit_merge.commands.extend import extend_output
+from upit_merge.commands.run import RunOptions, run_recipe
+from upit_merge.commands.shrink import shrink_output
+from upit_merge.config.recipe import load_recipe
+from upit_merge.config.router import RouterSettings
 from upit_merge.errors import UpitError
-from upit_merge.pipeline import RunOptions, run_recipe
-from upit_merge.recipe import load_recipe
-from upit_merge.resizing.extend import extend_output
+from upit_merge.output import journal as resume
+from upit_merge.output.staging import EDIT_STAGING, STAGING
 from upit_merge.resizing.rewriting import ResizeOptions
-from upit_merge.resizing.shrink import shrink_output
 from upit_merge.router import progress
-from upit_merge.router.settings import RouterSettings
-from upit_merge.staging import EDIT_STAGING, STAGING
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
@@ -195,7 +195,7 @@ def disk_really_full(recipe: Path, out: Path, reference: dict[str, Any]) -> Iter
 
         def run_unaware() -> None:
             shutil.disk_usage = lambda _: os.statvfs_result  # type: ignore[assignment]
-            from upit_merge import preflight
+            from upit_merge.commands import preflight
 
             preflight.missing_space = lambda *_: None  # type: ignore[assignment]
             run(recipe, disk / "out")

@@ -23,17 +23,18 @@ from transformers import AutoTokenizer, MixtralForCausalLM
 from tests.conftest import Family, build_family
 from tests.lora import save_adapter, with_adapters
 from tests.naive import PROJECTIONS, load_model
-from upit_merge import resume
-from upit_merge.adapters.adapter import Adapter, open_model
-from upit_merge.checkpoints import Checkpoint, OpenOptions
-from upit_merge.cli import main as upit_merge
-from upit_merge.expansion.factors import LowRank, factor_gram
-from upit_merge.inputs import Inputs, opened
-from upit_merge.merging import Merger, measure_similarity
-from upit_merge.recipe import parse_recipe
-from upit_merge.references import expand_models, split_reference
-from upit_merge.resume import has_progress
-from upit_merge.staging import STAGING
+from upit_merge.cli.main import main as upit_merge
+from upit_merge.config.recipe import parse_recipe
+from upit_merge.config.references import expand_models
+from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.io.hub import OpenOptions, split_reference
+from upit_merge.merge.inputs import Inputs, opened
+from upit_merge.merge.passes import Merger, measure_similarity
+from upit_merge.models.lora.adapter import Adapter, open_model
+from upit_merge.models.lora.low_rank import LowRank, factor_gram
+from upit_merge.output import journal as resume
+from upit_merge.output.journal import has_progress
+from upit_merge.output.staging import STAGING
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = (torch.device("cpu"),)
@@ -280,7 +281,7 @@ def test_threads_files_and_blocks_do_not_change_a_byte(lora: Any, merge: Any) ->
         torch.set_num_threads(4)
         four = load_model(merge(document, "four", max_shard_bytes=20_000))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("upit_merge.expansion.experts._BLOCK_ELEMENTS", {"cpu": 100})
+            patch.setattr("upit_merge.merge.experts._BLOCK_ELEMENTS", {"cpu": 100})
             small = load_model(merge(document, "small"))
     finally:
         torch.set_num_threads(threads)

@@ -32,10 +32,11 @@ from tests.test_bad_input import (
     snapshot,
     without,
 )
-from upit_merge.adapters.adapter import open_model
-from upit_merge.adapters.config import read_adapter_config
-from upit_merge.checkpoints import Checkpoint, OpenOptions
 from upit_merge.errors import UpitError
+from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.io.hub import OpenOptions
+from upit_merge.models.lora.adapter import open_model
+from upit_merge.models.lora.config import read_adapter_config
 
 LAST = "lora/checkpoint-1500"
 CONFIG = f"{LAST}/adapter_config.json"

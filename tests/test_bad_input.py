@@ -27,7 +27,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Family, build_family
-from upit_merge.cli import main as upit_merge
+from upit_merge.cli.main import main as upit_merge
 
 BASE, FIRST, SECOND, LAST = "base", *(f"sft/checkpoint-{step}" for step in (500, 1000, 1500))
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -844,7 +844,7 @@ def test_full_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("upit_merge.tensor_files.PositionedFile.write", no_space)
+    monkeypatch.setattr("upit_merge.io.tensor_file.PositionedFile.write", no_space)
     recipe = family.write_recipe(family.recipe())
     before = snapshot(family.root)
     result = run("upit-merge", recipe, family.root / "out")

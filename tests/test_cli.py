@@ -11,9 +11,9 @@ import yaml
 from click.testing import CliRunner, Result
 
 from tests.conftest import Family
-from upit_merge.cli import main
+from upit_merge.cli.main import main
+from upit_merge.config.recipe import parse_recipe_text
 from upit_merge.demo.run import RECIPE
-from upit_merge.recipe import parse_recipe_text
 
 ROOT = Path(__file__).parent.parent
 

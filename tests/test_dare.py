@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests import naive
-from upit_merge.expansion.dare import MaskKey, dare, index_hash, keep_bits, mask_key
+from upit_merge.merge.counter_rng import MaskKey, index_hash, mask_key
+from upit_merge.merge.dare import dare, keep_bits
 
 COUNT = 1 << 20
 KEY = mask_key("a test")

@@ -134,7 +134,7 @@ def test_all_stages_runs_a_pipeline_on_text_in_order(
     import subprocess
 
     from upit_merge.demo import stages
-    from upit_merge.stages.config import load_pipeline
+    from upit_merge.pipeline.config import load_pipeline
     from upit_merge.training.settings import load_job
 
     calls = []

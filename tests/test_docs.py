@@ -15,9 +15,9 @@ import yaml
 from pydantic import BaseModel, TypeAdapter
 
 from tests.source_messages import source_messages
-from upit_merge.cli import main
-from upit_merge.recipe import FilteredDensity, Parameters, parse_recipe_text
-from upit_merge.router.settings import RouterSettings
+from upit_merge.cli.main import main
+from upit_merge.config.recipe import FilteredDensity, Parameters, parse_recipe_text
+from upit_merge.config.router import RouterSettings
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import Family, byte_tokenizer
 from tests.naive import load_model
-from upit_merge.cli import main
-from upit_merge.evaluating import EvaluateOptions, evaluate_output
+from upit_merge.cli.main import main
+from upit_merge.commands.evaluate import EvaluateOptions, evaluate_output
+from upit_merge.config.router import RouterSettings
+from upit_merge.data.tokens import TokenizedSample
 from upit_merge.router.evaluation import Evaluation, Groups, Routing
-from upit_merge.router.seed_tokens import TokenizedSample
-from upit_merge.router.settings import RouterSettings
 
 KINDS = {"letters": "abcdefgh", "digits": "0123456789"}
 

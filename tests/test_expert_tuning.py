@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import Family, build_family
 from tests.naive import load_model
-from upit_merge.checkpoints import Checkpoint
+from upit_merge.config.router import UpitObjective
+from upit_merge.data.tokens import TokenizedSample
 from upit_merge.errors import UpitError
+from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.models.moe import opened_moe
 from upit_merge.router.expert_tuning import (
     ExpertModel,
     TunedExpert,
@@ -29,9 +32,6 @@ from upit_merge.router.expert_tuning import (
     positive_loss,
     tune_expert,
 )
-from upit_merge.router.gate_files import opened_moe
-from upit_merge.router.seed_tokens import TokenizedSample
-from upit_merge.router.settings import UpitObjective
 
 CPU = torch.device("cpu")
 EXPERT = 1

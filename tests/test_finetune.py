@@ -146,8 +146,8 @@ def test_load_balancing_evens_the_load(train: Finetune, moe: Path) -> None:
 
 
 def test_verify_says_that_it_was_trained_further(train: Finetune, moe: Path) -> None:
-    from upit_merge.pipeline import RunOptions
-    from upit_merge.verify import verify_output
+    from upit_merge.commands.run import RunOptions
+    from upit_merge.commands.verify import verify_output
 
     with pytest.raises(UpitError, match="trained further"):
         verify_output(train(moe), None, RunOptions(quiet=True))

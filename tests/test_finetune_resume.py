@@ -174,7 +174,7 @@ def test_killed_while_the_model_is_moved_into_place(
 def test_a_disk_that_is_too_small_is_found_first(
     train: Finetune, moe: Path, four: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from upit_merge import staging
+    from upit_merge.output import staging
 
     weights_of_dense = 4 * sum(tensor.numel() for tensor in weights(four.base).values())
     with monkeypatch.context() as patch:

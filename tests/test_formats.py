@@ -12,15 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import build_family
 from tests.naive import PROJECTIONS, grow, load_model
-from upit_merge import formats
+from upit_merge.commands.plan import plan_recipe
+from upit_merge.commands.run import RunOptions
+from upit_merge.commands.verify import verify_output
+from upit_merge.config.recipe import parse_recipe
+from upit_merge.engine.layerwise import LayerwiseMoe
 from upit_merge.errors import UpitError
-from upit_merge.formats.qwen3_moe import Qwen3Moe
-from upit_merge.pipeline import RunOptions
-from upit_merge.planning import plan_recipe
-from upit_merge.recipe import parse_recipe
-from upit_merge.router.gate_files import opened_moe
-from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.verify import verify_output
+from upit_merge.models import formats
+from upit_merge.models.formats.qwen3_moe import Qwen3Moe
+from upit_merge.models.moe import opened_moe
 
 QUIET = RunOptions(quiet=True)
 

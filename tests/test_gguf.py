@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import VOCABULARY, build_family
 from tests.naive import load_model
-from upit_merge.formats import FORMATS
+from upit_merge.models.formats import FORMATS
 
 NUM_EXPERTS = 4
 KINDS = {"llama": "mixtral", "qwen3": "qwen3_moe"}

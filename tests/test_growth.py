@@ -19,10 +19,10 @@ from tests.conftest import Family, build_family
 from tests.naive import PROJECTIONS, load_model
 from tests.test_experts import unlike_naive
 from tests.test_lineage import plan, random_gram
-from upit_merge.cli import main as upit_merge
-from upit_merge.expansion.growth import needs_gram
-from upit_merge.expansion.selection import merge_similar
-from upit_merge.recipe import Parameters
+from upit_merge.cli.main import main as upit_merge
+from upit_merge.config.recipe import Parameters
+from upit_merge.merge.growth import needs_gram
+from upit_merge.merge.selection import merge_similar
 
 Vectors = np.ndarray
 

@@ -23,9 +23,10 @@ from tests.test_bad_input import (
     run,
     sharded,
 )
-from upit_merge.checkpoints import Checkpoint, OpenOptions, resolve
-from upit_merge.cli import main as upit_merge
+from upit_merge.cli.main import main as upit_merge
 from upit_merge.errors import UpitError
+from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.io.hub import OpenOptions, resolve
 
 
 @pytest.fixture(autouse=True)

@@ -29,10 +29,10 @@ from tests.test_bad_input import (
     run,
 )
 from tests.test_hostile_files import assert_run_refused
-from upit_merge.cli import main as upit_merge
+from upit_merge.cli.main import main as upit_merge
 from upit_merge.errors import UpitError
-from upit_merge.tensor_files import SafetensorsFile
-from upit_merge.tokenizer import highest_token_id, write_chat_template
+from upit_merge.io.tensor_file import SafetensorsFile
+from upit_merge.models.tokenizer import highest_token_id, write_chat_template
 
 # ---- headers of safetensors ----------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from upit_merge.config.recipe import load_recipe, parse_recipe, parse_recipe_text
 from upit_merge.errors import UpitError
-from upit_merge.recipe import load_recipe, parse_recipe, parse_recipe_text
 
 
 def laughs(leaf: str, levels: int = 9) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from upit_merge import resume
-from upit_merge.resume import Journal, Saver, first_difference, has_progress
+from upit_merge.output import journal as resume
+from upit_merge.output.identity import first_difference
+from upit_merge.output.journal import Journal, Saver, has_progress
 
 
 def test_a_journal_is_read_back_to_the_last_bit(tmp_path: Path) -> None:

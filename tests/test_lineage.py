@@ -11,14 +11,14 @@ import torch
 
 from tests.conftest import Family, build_family
 from tests.naive import load_model
-from upit_merge.checkpoints import OpenOptions
+from upit_merge.config.recipe import Parameters, parse_recipe
 from upit_merge.errors import UpitError
-from upit_merge.expansion.growth import plan_lineage
-from upit_merge.expansion.selection import keep_diverse
-from upit_merge.expansion.similarity import cosine, squared_distance
-from upit_merge.inputs import opened
-from upit_merge.merging import Merger, measure_similarity
-from upit_merge.recipe import Parameters, parse_recipe
+from upit_merge.io.hub import OpenOptions
+from upit_merge.merge.growth import plan_lineage
+from upit_merge.merge.inputs import opened
+from upit_merge.merge.passes import Merger, measure_similarity
+from upit_merge.merge.selection import keep_diverse
+from upit_merge.merge.similarity import cosine, squared_distance
 
 
 def brute_deltas(family: Family) -> torch.Tensor:

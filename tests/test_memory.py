@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from tests.conftest import build_family
-from upit_merge import preflight
-from upit_merge.checkpoints import OpenOptions
-from upit_merge.inputs import opened
-from upit_merge.merging import Merger
-from upit_merge.preflight import memory_limit, needs, router_needs
-from upit_merge.recipe import parse_recipe
+from upit_merge.commands import preflight
+from upit_merge.commands.preflight import memory_limit, needs, router_needs
+from upit_merge.config.recipe import parse_recipe
+from upit_merge.config.router import RouterSettings
+from upit_merge.io.hub import OpenOptions
+from upit_merge.merge.inputs import opened
+from upit_merge.merge.passes import Merger
 from upit_merge.router.memory import ModelShape, router_memory
-from upit_merge.router.settings import RouterSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -155,7 +155,7 @@ def test_the_router_takes_what_was_foretold(tmp_path: Path) -> None:
 def test_commands_ask_for_memory_before_the_work(shared_family, merge, monkeypatch) -> None:
     from click.testing import CliRunner
 
-    from upit_merge.cli import main
+    from upit_merge.cli.main import main
 
     out = merge(shared_family.recipe())
     monkeypatch.setattr(preflight, "memory_limit", lambda: (500 << 20, "this container"))

@@ -160,7 +160,7 @@ except Exception as error:
 def test_interpreter_start_imports_nothing_but_the_hook() -> None:
     """Of ours: the package and the hook. Of everybody else's: nothing."""
     code = "import sys; print(sorted(n for n in sys.modules if 'upit' in n or 'mergekit' in n))"
-    assert python(code) == "['upit_merge', 'upit_merge.mergekit_hook']"
+    assert python(code) == "['upit_merge', 'upit_merge.plugin.hook']"
     with_hook = python("import sys; print(len(sys.modules))")
     without = python("import sys; print(len(sys.modules))", UPIT_MERGE_DISABLE_PLUGIN="1")
     assert with_hook == without
@@ -169,7 +169,7 @@ def test_interpreter_start_imports_nothing_but_the_hook() -> None:
 def test_hook_never_raises_even_if_the_plugin_is_broken() -> None:
     code = """
 import sys
-sys.modules["upit_merge.mergekit_plugin"] = None
+sys.modules["upit_merge.plugin.method"] = None
 import mergekit.merge
 print("mergekit works:", callable(mergekit.merge.run_merge))
 """

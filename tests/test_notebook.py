@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 from tests.conftest import build_family
 from tests.lora import save_adapter
-from upit_merge.cli import main
-from upit_merge.recipe import parse_recipe_text
+from upit_merge.cli.main import main
+from upit_merge.config.recipe import parse_recipe_text
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment, minimize
 
+from upit_merge.models.gates import random_gate
 from upit_merge.router.buckets import balanced, lowest
 from upit_merge.router.objectives import (
     LOGISTIC_PENALTY,
@@ -24,7 +25,6 @@ from upit_merge.router.objectives import (
     hidden,
     normalise,
     one_vs_rest,
-    random_gate,
     ridge,
     softmax,
     upit,

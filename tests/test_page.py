@@ -13,9 +13,9 @@ from markdown_it import MarkdownIt
 from tests.conftest import Family
 from tests.pages import evaluation, model, page_of, report_of
 from tests.test_output import load
+from upit_merge.report.card import render
 from upit_merge.report.facts import Facts
 from upit_merge.report.markdown import amount, escaped, fenced, table
-from upit_merge.report.page import render
 
 
 def test_no_section_without_something_to_say() -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from tests.conftest import Family
 from tests.pages import assert_valid_for_the_hub, model, page_of
+from upit_merge.report.card import render
 from upit_merge.report.facts import Facts
 from upit_merge.report.metadata import metadata
-from upit_merge.report.page import render
 from upit_merge.report.sources import card_metadata, described, short_label
 
 

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import Family
-from upit_merge.stages.config import load_pipeline
+from upit_merge.pipeline.config import load_pipeline
 from upit_merge.training.finetune import finetune
 from upit_merge.training.settings import load_job
 

@@ -16,7 +16,7 @@ from tests.conftest import Family
 from tests.pages import REPORT, assert_valid_for_the_hub, page_of, report_of
 from tests.test_output import load
 from tests.test_resizing import command, done, refused
-from upit_merge.report.page import render
+from upit_merge.report.card import render
 
 
 def held_out(root: Path) -> Path:

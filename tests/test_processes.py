@@ -16,16 +16,16 @@ import yaml
 from tests.conftest import Family, build_family
 from tests.crash import contents
 from tests.naive import load_model
-from upit_merge.checkpoints import OpenOptions
-from upit_merge.device import merge_workers
-from upit_merge.inputs import opened
-from upit_merge.merging import Clock, Merger, merge, share_of
-from upit_merge.processes import Processes
-from upit_merge.recipe import parse_recipe
-from upit_merge.resume import Journal
-from upit_merge.shards import Shard, ShardWriter
-from upit_merge.staging import Staging
-from upit_merge.tensor_files import TensorSpec
+from upit_merge.config.recipe import parse_recipe
+from upit_merge.io.hub import OpenOptions
+from upit_merge.io.shards import Shard, ShardWriter
+from upit_merge.io.tensor_file import TensorSpec
+from upit_merge.merge.inputs import opened
+from upit_merge.merge.passes import Clock, Merger, merge, share_of
+from upit_merge.output.journal import Journal
+from upit_merge.output.staging import Staging
+from upit_merge.runtime.device import merge_workers
+from upit_merge.runtime.processes import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 60_000
@@ -145,7 +145,7 @@ def test_devices_take_turns_without_a_trace(
     document = shared_family.recipe(parameters={"num_experts": num_experts})
     alone = merge(document, "alone")
     monkeypatch.setattr(
-        "upit_merge.pipeline.resolve_devices",
+        "upit_merge.commands.run.resolve_devices",
         lambda *_, **__: (torch.device("cpu"), torch.device("cpu", 0)),
     )
     assert contents(merge(document, "several")) == contents(alone)
@@ -166,7 +166,7 @@ def test_devices_take_turns_without_a_trace(
 def test_inputs_are_read_once_per_pass(
     shared_family: Family, merge, monkeypatch, parameters, passes: int
 ) -> None:
-    from upit_merge.checkpoints import Checkpoint
+    from upit_merge.io.checkpoint import Checkpoint
 
     rows = Checkpoint.rows
     read: dict[tuple[str, str], int] = {}

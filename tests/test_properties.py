@@ -22,9 +22,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from upit_merge.config.recipe import Recipe, parse_recipe, parse_recipe_text
 from upit_merge.errors import UpitError
-from upit_merge.recipe import Recipe, parse_recipe, parse_recipe_text
-from upit_merge.tensor_files import SafetensorsFile
+from upit_merge.io.tensor_file import SafetensorsFile
 
 Document = dict[str, Any]
 

@@ -8,11 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from upit_merge.architecture import DenseArchitecture
-from upit_merge.errors import UpitError
-from upit_merge.expansion.density import resolve_densities
-from upit_merge.formats import FORMATS
-from upit_merge.recipe import (
+from upit_merge.config.recipe import (
     FilteredDensity,
     Parameters,
     Recipe,
@@ -20,8 +16,12 @@ from upit_merge.recipe import (
     parse_recipe,
     parse_recipe_text,
 )
-from upit_merge.references import expand_models
-from upit_merge.router.settings import ByColumn, Refinement, RouterSettings, UpitObjective
+from upit_merge.config.references import expand_models
+from upit_merge.config.router import ByColumn, Refinement, RouterSettings, UpitObjective
+from upit_merge.errors import UpitError
+from upit_merge.merge.density import resolve_densities
+from upit_merge.models.dense import DenseArchitecture
+from upit_merge.models.formats import FORMATS
 
 Document = dict[str, Any]
 

@@ -16,8 +16,8 @@ from tests.conftest import Family
 from tests.lora import save_adapter
 from tests.naive import PROJECTIONS, load_model
 from tests.test_upcycling import unlike_naive
-from upit_merge.cli import main as upit_merge
-from upit_merge.recipe import load_recipe
+from upit_merge.cli.main import main as upit_merge
+from upit_merge.config.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yml"))
 

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import build_family
 from tests.test_router import some_samples
-from upit_merge.router.assembled import AssembledMoe
-from upit_merge.router.gate_files import opened_moe
-from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.packed import PackedStates, token_batches
+from upit_merge.config.router import RouterSettings
+from upit_merge.data.tokens import TokenizedSample
+from upit_merge.engine.assembled import AssembledMoe
+from upit_merge.engine.hidden_states import PackedStates, token_batches
+from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.models.moe import opened_moe
 from upit_merge.router.refine import (
     GateTrainer,
     RefineState,
@@ -25,8 +27,6 @@ from upit_merge.router.refine import (
     refine_gates,
     sample_order,
 )
-from upit_merge.router.seed_tokens import TokenizedSample
-from upit_merge.router.settings import RouterSettings
 
 CPU = torch.device("cpu")
 BALANCE = 0.3

@@ -22,7 +22,7 @@ from tests.lora import save_adapter
 from tests.naive import PROJECTIONS, load_model
 from tests.test_output import load
 from tests.test_resume import crash
-from upit_merge.cli import main
+from upit_merge.cli.main import main
 from upit_merge.resizing.grouping import group_experts
 
 

@@ -17,8 +17,8 @@ from tests.crash import contents
 from tests.naive import load_model
 from tests.test_output import LLAMA3_ROPE, load
 from tests.test_resizing import done, extend, is_gate, refused, shrink
-from upit_merge.shards import ShardWriter
-from upit_merge.staging import EDIT_STAGING
+from upit_merge.io.shards import ShardWriter
+from upit_merge.output.staging import EDIT_STAGING
 
 # ---- mistakes ----------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ def test_broken_weights_are_told(four, moe, tmp_path) -> None:
 
 def test_no_room(four, moe, monkeypatch) -> None:
     before = contents(moe)
-    monkeypatch.setattr("upit_merge.staging.free_bytes", lambda _folder: 1000)
+    monkeypatch.setattr("upit_merge.io.disk.free_bytes", lambda _folder: 1000)
     for words in (extend(moe, four), shrink(moe, four, 2)):
         assert "has 0.00 GB free, but the changed files" in refused(*words)
         assert contents(moe) == before

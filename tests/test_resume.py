@@ -19,9 +19,9 @@ from click.testing import CliRunner
 
 from tests.conftest import Family, build_family
 from tests.crash import contents
-from upit_merge import resume
-from upit_merge.cli import main as upit_merge
-from upit_merge.staging import STAGING
+from upit_merge.cli.main import main as upit_merge
+from upit_merge.output import journal as resume
+from upit_merge.output.staging import STAGING
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -100,7 +100,7 @@ def unfinished(family: Family, monkeypatch: pytest.MonkeyPatch) -> tuple[Family,
         def fail(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("upit_merge.pipeline.write_settings", fail)
+        patch.setattr("upit_merge.commands.run.write_settings", fail)
         assert invoke("run", recipe, out).exit_code == 1
     assert os.listdir(out) == [STAGING]
     return family, recipe, out
@@ -112,7 +112,7 @@ def invoke(*args: object) -> Any:
 
 def test_finished_tensors_are_not_made_again(unfinished, monkeypatch) -> None:
     _family, recipe, out = unfinished
-    from upit_merge.checkpoints import Checkpoint
+    from upit_merge.io.checkpoint import Checkpoint
 
     read: set[str] = set()
     rows = Checkpoint.rows
@@ -204,7 +204,7 @@ def test_another_run_does_not_go_on_with_it(unfinished, change, reason: str) -> 
 
 def test_a_mistake_in_the_models_leaves_nothing(family: Family, monkeypatch) -> None:
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr("upit_merge.expansion.experts._BLOCK_ELEMENTS", {"cpu": 1 << 10})
+    monkeypatch.setattr("upit_merge.merge.experts._BLOCK_ELEMENTS", {"cpu": 1 << 10})
     from safetensors.torch import load_file, save_file
 
     path = family.checkpoints[-1] / "model.safetensors"
@@ -247,7 +247,7 @@ def test_training_the_router_leaves_an_unfinished_run_alone(family: Family, monk
     recipe, out = family.write_recipe(family.recipe()), family.root / "out"
     assert invoke("run", recipe, out).exit_code == 0
     with monkeypatch.context() as patch:
-        patch.setattr("upit_merge.pipeline.write_settings", lambda *_, **__: 1 / 0)
+        patch.setattr("upit_merge.commands.run.write_settings", lambda *_, **__: 1 / 0)
         assert invoke("run", recipe, out, "--overwrite").exit_code == 1
     journal = out / STAGING / "journal-0.jsonl"
     before = journal.read_bytes()
@@ -288,12 +288,12 @@ main()
     ],
     ids=["in a thread", "at the start", "in the main thread"],
 )  # fmt: skip
-@pytest.mark.parametrize("module", ["upit_merge.cli", "mergekit.scripts.run_yaml"])
+@pytest.mark.parametrize("module", ["upit_merge.cli.main", "mergekit.scripts.run_yaml"])
 def test_ctrl_c(family: Family, save: float, patch: str, line: str, module: str) -> None:
-    if module != "upit_merge.cli" and save:
+    if module != "upit_merge.cli.main" and save:
         pytest.skip("the same code")
     recipe, out = family.write_recipe(family.recipe()), family.root / "out"
-    words = ["run"] if module == "upit_merge.cli" else []
+    words = ["run"] if module == "upit_merge.cli.main" else []
     argv = ["program", *words, str(recipe), str(out), "--quiet"]
     script = _BUSY.format(save=save, patch=patch, argv=argv, module=module)
     with subprocess.Popen(

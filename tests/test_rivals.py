@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import Family, build_family
 from tests.lora import save_adapter
-from upit_merge.cli import main
-from upit_merge.rivals import Rival
+from upit_merge.cli.main import main
+from upit_merge.commands.compare import Rival
 
 
 def evaluate(out: Path, data: Path, *options: str) -> dict:

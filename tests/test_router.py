@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import Family, build_family, train_on
 from tests.naive import load_model
-from upit_merge.cli import main
+from upit_merge.cli.main import main
+from upit_merge.data.tokens import TokenizedSample
+from upit_merge.engine.hidden_states import MEAN, PackedStates, Stream, token_batches
+from upit_merge.engine.layerwise import LayerwiseMoe
 from upit_merge.errors import UpitError
-from upit_merge.router.gate_files import opened_moe
-from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.packed import MEAN, PackedStates, Stream, token_batches
-from upit_merge.router.seed_tokens import TokenizedSample
+from upit_merge.models.moe import opened_moe
 from upit_merge.router.worth import SampleLosses
 
 CPU = torch.device("cpu")

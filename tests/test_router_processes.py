@@ -15,9 +15,9 @@ from tests.conftest import Family
 from tests.naive import load_model
 from tests.test_evaluate import held_out
 from tests.test_processes import torchrun
-from upit_merge.cli import main
-from upit_merge.processes import Processes
-from upit_merge.router.packed import Stream
+from upit_merge.cli.main import main
+from upit_merge.engine.hidden_states import Stream
+from upit_merge.runtime.processes import Processes
 
 # Many batches, so that both processes have some; 7 is more than one sample of most.
 SMALL = ("--batch-tokens", "90")

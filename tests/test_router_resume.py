@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from tests.conftest import Family
 from tests.crash import contents
 from tests.naive import load_model
-from upit_merge.cli import main
+from upit_merge.cli.main import main
+from upit_merge.engine.hidden_states import PackedStates
+from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.output.staging import EDIT_STAGING
 from upit_merge.router import progress
-from upit_merge.router.layerwise import LayerwiseMoe
-from upit_merge.router.packed import PackedStates
 from upit_merge.router.progress import Progress
 from upit_merge.router.refine import GateTrainer
-from upit_merge.staging import EDIT_STAGING
 
 TRAIN_EXPERTS = [
     "--objective",
@@ -208,7 +208,7 @@ def test_training_of_experts_goes_on(out, shared_family, tmp_path, monkeypatch) 
     before = load_model(out)
     changed = {name for name, tensor in trained.items() if not torch.equal(tensor, before[name])}
     assert changed == {n for n in trained if ".experts." in n or n.endswith("gate.weight")}
-    from upit_merge.router.gate_files import PatchedCopies
+    from upit_merge.output.patch import PatchedCopies
 
     files = contents(out)
     # The third expert is trained, but not written yet; and the last step, many files' renaming.

@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from upit_merge.data import tokens as seed_tokens
+from upit_merge.data.examples import SeedExample, read_seed_data, sample_examples
+from upit_merge.data.tokens import tokenize_seed_data
 from upit_merge.errors import UpitError
-from upit_merge.router import seed_tokens
-from upit_merge.router.seed_data import SeedExample, read_seed_data, sample_examples
-from upit_merge.router.seed_tokens import tokenize_seed_data
 
 CHAT = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 TEMPLATE = (
@@ -431,7 +431,7 @@ def test_unreadable_file(tmp_path):
 
 def test_dataset_id_offline_and_not_cached():
     # Its own process: huggingface_hub reads HF_HUB_OFFLINE once, at import.
-    code = "from upit_merge.router.seed_data import *\nread_seed_data('nobody/no-such-dataset')"
+    code = "from upit_merge.data.examples import *\nread_seed_data('nobody/no-such-dataset')"
     code = f"import os; os.environ['HF_HUB_OFFLINE'] = '1'\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]

@@ -17,8 +17,8 @@ import yaml
 
 from tests.conftest import Family
 from upit_merge.errors import UpitError
-from upit_merge.stages.config import load_pipeline
-from upit_merge.stages.run import run_pipeline
+from upit_merge.pipeline.config import load_pipeline
+from upit_merge.pipeline.run import run_pipeline
 
 TRAINING = {"per_device_train_batch_size": 8, "max_length": 32, "learning_rate": 1e-2}
 Written = Callable[..., Path]
@@ -105,7 +105,7 @@ def test_all_stages_once(
     assert model_files(run) == before
 
     # The files it left are what the other commands take.
-    from upit_merge.recipe import load_recipe
+    from upit_merge.config.recipe import load_recipe
 
     assert load_recipe(run / "recipe.yml")[0].router is not None
 
@@ -257,7 +257,7 @@ def test_nothing_but_its_own_is_removed(written: Written, tmp_path: Path) -> Non
 
 
 def test_one_pipeline_at_a_time(written: Written, tmp_path: Path) -> None:
-    from upit_merge.staging import exclusive
+    from upit_merge.output.lock import exclusive
 
     (tmp_path / "run").mkdir()
     with exclusive(tmp_path / "run"), pytest.raises(UpitError, match="Another run is writing"):
@@ -267,7 +267,7 @@ def test_one_pipeline_at_a_time(written: Written, tmp_path: Path) -> None:
 def test_a_merge_that_was_complete_but_not_recorded(
     written: Written, four: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from upit_merge.stages.record import Record
+    from upit_merge.pipeline.record import Record
 
     keys: dict[str, Any] = {
         "checkpoints": str(four.root / "sft" / "checkpoint-*"),

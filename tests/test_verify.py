@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import Family
 from upit_merge import __version__
-from upit_merge.cli import main as upit_merge
+from upit_merge.cli.main import main as upit_merge
 
 CHILD = "model.layers.1.block_sparse_moe.experts.4.w2.weight"
 GATE = "model.layers.0.block_sparse_moe.gate.weight"

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from tests.conftest import build_family
 from tests.naive import load_model
-from upit_merge.formats import FORMATS
+from upit_merge.models.formats import FORMATS
 
 KINDS = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}
 # What the loader calls the three matrices of an expert in a file, by the part they are of its own.

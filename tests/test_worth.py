@@ -10,18 +10,18 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from tests.naive import load_model
-from upit_merge.checkpoints import OpenOptions
-from upit_merge.cli import main
+from upit_merge.cli.main import main
+from upit_merge.commands.preview import PlannedMoe, checkpoint_losses
+from upit_merge.config.recipe import parse_recipe
+from upit_merge.config.router import ByColumn, RouterSettings
+from upit_merge.data.tokens import TokenizedSample
 from upit_merge.errors import UpitError
-from upit_merge.inputs import opened
-from upit_merge.preview import PlannedMoe, checkpoint_losses
-from upit_merge.recipe import parse_recipe
+from upit_merge.io.hub import OpenOptions
+from upit_merge.merge.inputs import opened
+from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
 from upit_merge.router.pretrain import load_seed_set
-from upit_merge.router.seed_tokens import TokenizedSample
-from upit_merge.router.settings import ByColumn, RouterSettings
 from upit_merge.router.worth import SampleLosses, measure_worth
-from upit_merge.tokenizer import load_tokenizer
 
 SAMPLES, EXPERTS, TARGETS = 400, 4, 40
 

@@ -15,15 +15,15 @@ from typing import Any
 
 from rich.table import Table
 
-from upit_merge.blocks import progress_bar
 from upit_merge.demo.corpus import Domain, load_domains
 from upit_merge.demo.evaluation import perplexity, set_gates
 from upit_merge.demo.training import DemoModels, TrainingBudget, train_demo_models
 from upit_merge.errors import UpitError
+from upit_merge.io.text_file import write_json
+from upit_merge.models.gates import training_free_gates
+from upit_merge.models.moe import opened_moe
 from upit_merge.report.tables import show
-from upit_merge.router.gate_files import opened_moe
-from upit_merge.router.pretrain import training_free_gates
-from upit_merge.text_files import write_json
+from upit_merge.runtime.parallel import progress_bar
 
 RECIPE = """\
 # What `upit-merge demo` runs: checkpoints of a small Llama, fine-tuned on three kinds of text one

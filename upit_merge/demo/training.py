@@ -28,8 +28,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from upit_merge.blocks import progress_bar
 from upit_merge.demo.corpus import Domain
+from upit_merge.runtime.parallel import progress_bar
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 TOKENIZER_DOCUMENTS = 800  # per domain, so that none has most of the merges

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from upit_merge.errors import first_line, one_line
-from upit_merge.expansion.similarity import cosine
+from upit_merge.merge.similarity import cosine
 from upit_merge.report.facts import Facts, Matrix
 from upit_merge.report.family_tree import draw_family_tree, has_tree
 from upit_merge.report.figures import ACCENT, SECOND, figure, matrix_image, thinned

@@ -5,21 +5,20 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from upit_merge import __version__
-from upit_merge.architecture import moe_shapes
-from upit_merge.expansion.lineage import Lineage
-from upit_merge.expansion.similarity import cosine
-from upit_merge.formats import MoeFormat
-from upit_merge.recipe import Recipe
+from upit_merge.config.recipe import Recipe
+from upit_merge.io.sources import DenseModel
+from upit_merge.merge.lineage import Lineage
+from upit_merge.merge.similarity import cosine
+from upit_merge.models.formats import MoeFormat
+from upit_merge.models.moe import parameter_counts
+from upit_merge.models.tokenizer import own_template
 from upit_merge.report.sources import described
-from upit_merge.tensor_files import DenseModel
-from upit_merge.tokenizer import own_template
 
 _PACKAGES = ("mergekit", "torch", "transformers", "safetensors")
 
@@ -101,14 +100,3 @@ def mixture_record(
         "tokenizer": any((folder / file).is_file() for file in tokenizers),
         "chat_template": own_template(folder) is not None,
     }
-
-
-def parameter_counts(
-    form: MoeFormat, settings: Mapping[str, Any], num_experts: int, num_experts_per_token: int
-) -> dict[str, int]:
-    """Experts, parameters, and of these the active ones: what a token meets in all layers."""
-    sizes = {name: prod(shape) for name, shape in moe_shapes(form, settings, num_experts)}
-    expert = sum(sizes[name] for name in form.expert_names(settings["num_hidden_layers"], [0]))
-    idle = (num_experts - num_experts_per_token) * expert
-    total = sum(sizes.values())
-    return {"num_experts": num_experts, "parameters": total, "active_parameters": total - idle}

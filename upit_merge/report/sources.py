@@ -11,9 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from upit_merge.checkpoints import looks_like_path
-from upit_merge.references import split_reference
-from upit_merge.tensor_files import DenseModel
+from upit_merge.io.hub import looks_like_path, split_reference
+from upit_merge.io.sources import DenseModel
 
 # Of a card's metadata block, which is at its very beginning.
 _METADATA = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)

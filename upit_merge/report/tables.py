@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from upit_merge.expansion.lineage import Lineage
+from upit_merge.merge.lineage import Lineage
 
 
 def show(table: Table) -> None:

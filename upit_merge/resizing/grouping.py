@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from upit_merge.expansion.similarity import cosine
+from upit_merge.engine.hidden_states import Batch
+from upit_merge.merge.similarity import cosine
 from upit_merge.resizing.sources import Group
 from upit_merge.router.evaluation import swept
-from upit_merge.router.packed import Batch
 from upit_merge.router.stage import RouterStage
 
 

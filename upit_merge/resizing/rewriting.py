@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upit_merge.blocks import map_in_order, progress_bar, row_blocks
-from upit_merge.checkpoints import WEIGHT_FILE, WEIGHT_INDEX, Checkpoint, OpenOptions
-from upit_merge.mixture import MoeArchitecture
-from upit_merge.report.record import parameter_counts
+from upit_merge.io.checkpoint import WEIGHT_FILE, WEIGHT_INDEX, Checkpoint
+from upit_merge.io.disk import require_space
+from upit_merge.io.hub import OpenOptions
+from upit_merge.io.shards import Shard, ShardWriter, plan_shards, shard_index
+from upit_merge.io.tensor_file import TensorSpec, row_blocks
+from upit_merge.io.text_file import write_json
+from upit_merge.models.moe import MoeArchitecture, parameter_counts
 from upit_merge.resizing.sources import ResizedMoe
-from upit_merge.shards import Shard, ShardWriter, plan_shards, shard_index
-from upit_merge.staging import require_space
-from upit_merge.tensor_files import TensorSpec
-from upit_merge.text_files import write_json
+from upit_merge.runtime.parallel import map_in_order, progress_bar
 
 _BLOCK_ELEMENTS = 1 << 20
 _GATES_FILE = "model-gates.safetensors"

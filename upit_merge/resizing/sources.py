@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upit_merge.architecture import ffn_tensor
-from upit_merge.checkpoints import Checkpoint
 from upit_merge.errors import UpitError
-from upit_merge.formats import COUNT_FIELDS, PROJECTIONS
-from upit_merge.mixture import MoeArchitecture
-from upit_merge.tensor_files import DenseModel, TensorSpec, all_finite
+from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.io.sources import DenseModel
+from upit_merge.io.tensor_file import TensorSpec, all_finite
+from upit_merge.models.dense import ffn_tensor
+from upit_merge.models.formats import COUNT_FIELDS, PROJECTIONS
+from upit_merge.models.moe import MoeArchitecture
 
 
 class ResizedMoe:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upit_merge.config.router import ByColumn
+from upit_merge.data.tokens import TokenizedSample
 from upit_merge.errors import UpitError
-from upit_merge.router.seed_tokens import TokenizedSample
-from upit_merge.router.settings import ByColumn
 from upit_merge.router.worth import SampleLosses, measure_worth
 
 NDArray = np.ndarray[Any, Any]

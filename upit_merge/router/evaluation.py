@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upit_merge.data.tokens import TokenizedSample
+from upit_merge.engine.assembled import AssembledMoe, RoutingCallback
+from upit_merge.engine.hidden_states import Batch, PackedStates
 from upit_merge.errors import UpitError, one_line
-from upit_merge.router.assembled import AssembledMoe, RoutingCallback
 from upit_merge.router.buckets import Buckets
-from upit_merge.router.packed import Batch, PackedStates
-from upit_merge.router.seed_tokens import TokenizedSample
 from upit_merge.router.stage import RouterStage
 
 ALL = "all"  # the name of the group of all samples, unless a group has it

@@ -25,15 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upit_merge.architecture import ffn_tensor
-from upit_merge.blocks import progress_bar
+from upit_merge.config.router import UpitObjective
+from upit_merge.data.tokens import TokenizedSample
+from upit_merge.engine.layerwise import LOGIT_ROWS
 from upit_merge.errors import UpitError
-from upit_merge.formats import PROJECTIONS
-from upit_merge.mixture import MoeArchitecture, read_moe
-from upit_merge.router.layerwise import LOGIT_ROWS
-from upit_merge.router.seed_tokens import TokenizedSample
-from upit_merge.router.settings import UpitObjective
-from upit_merge.tensor_files import TensorSource
+from upit_merge.io.sources import TensorSource
+from upit_merge.models.dense import ffn_tensor
+from upit_merge.models.formats import PROJECTIONS
+from upit_merge.models.moe import MoeArchitecture, read_moe
+from upit_merge.runtime.parallel import progress_bar
 
 # How torchrun, `accelerate launch` and MPI tell a process that it is one of several.
 _LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "ACCELERATE_", "OMPI_", "PMI_", "MV2_")

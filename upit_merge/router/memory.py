@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from upit_merge.router.layerwise import LOGIT_ROWS, LayerwiseMoe
+from upit_merge.config.router import RouterSettings
+from upit_merge.engine.layerwise import LOGIT_ROWS, LayerwiseMoe
 from upit_merge.router.objectives import CHUNK_BYTES
-from upit_merge.router.settings import RouterSettings
 
 # What the allocator loses, and Python's own objects; see benchmarks/router_memory.py.
 _MARGIN = 1.1

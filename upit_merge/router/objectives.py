@@ -85,22 +85,6 @@ class GateData:
 Objective = Callable[[GateData], Tensor]
 
 
-def random_gate(num_experts: int, norm_weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Random directions, scaled so that logits vary by about 1; needs no data.
-
-    Args:
-        norm_weight: The weight of the norm before the gate, (hidden_size,): its root mean square
-            is that of the router's inputs.
-    """
-    gate = torch.randn(num_experts, norm_weight.shape[0], generator=generator)
-    return F.normalize(gate, dim=1) / root_mean_square(norm_weight)
-
-
-def root_mean_square(norm_weight: Tensor) -> Tensor:
-    """Of the outputs of an RMS norm with this weight, (hidden_size,), to be expected."""
-    return norm_weight.float().square().mean().sqrt().clamp(min=1e-6).cpu()
-
-
 def covariance(data: GateData) -> Tensor:
     """HᵀH / num_tokens with H the inputs, float64, (hidden_size, hidden_size)."""
     summed = torch.zeros(data.width, data.width, dtype=torch.float64, device=data.device)

@@ -10,20 +10,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from upit_merge.architecture import norm_tensor
+from upit_merge.config.router import RouterSettings
+from upit_merge.data.examples import read_seed_data, sample_examples
+from upit_merge.data.tokens import SeedSet, tokenize_seed_data
+from upit_merge.engine.layerwise import LayerwiseMoe
 from upit_merge.errors import UpitError
-from upit_merge.router import objectives
+from upit_merge.io.sources import TensorSource
+from upit_merge.models.dense import norm_tensor
+from upit_merge.models.gates import (
+    gates_digest,
+    root_mean_square,
+    tensors_digest,
+    training_free_gates,
+)
+from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.expert_tuning import tune_expert
-from upit_merge.router.gate_files import gates_digest, tensors_digest
-from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.refine import GateTrainer, RefineState, refine_gates
-from upit_merge.router.seed_data import read_seed_data, sample_examples
-from upit_merge.router.seed_tokens import SeedSet, tokenize_seed_data
-from upit_merge.router.settings import RouterSettings
 from upit_merge.router.stage import RouterStage
-from upit_merge.tensor_files import TensorSource
-from upit_merge.tokenizer import load_tokenizer
 
 
 class ExpertSink(Protocol):
@@ -100,19 +104,6 @@ def seed_set_for(
     )
 
 
-def training_free_gates(
-    backbone: TensorSource, num_layers: int, num_experts: int, seed: int
-) -> list[Tensor]:
-    """A random gate per layer, for an MoE without seed data.
-
-    Args:
-        backbone: Has the norms before the gates, whose size sets the gates' scale.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    norms = (backbone.tensor(norm_tensor(layer)) for layer in range(num_layers))
-    return [objectives.random_gate(num_experts, norm, generator) for norm in norms]
-
-
 def tuned_gates(
     stage: RouterStage, buckets: Buckets, sink: ExpertSink
 ) -> tuple[list[Tensor], list[str]]:
@@ -159,7 +150,7 @@ def tuned_gates(
     for layer in range(model.num_layers):
         gate = torch.stack([found[expert][0][layer] for expert in experts])
         scale = gate.norm(dim=1).mean().clamp(min=1e-12)
-        scale = scale * objectives.root_mean_square(model.moe.tensor(norm_tensor(layer)))
+        scale = scale * root_mean_square(model.moe.tensor(norm_tensor(layer)))
         gates.append(stage.checked(layer, gate / scale / float(stage.settings.temperature)))
     return gates, [found[expert][1] for expert in experts]
 

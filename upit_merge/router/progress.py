@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from upit_merge.engine.hidden_states import PackedStates
 from upit_merge.errors import first_line
-from upit_merge.processes import ALONE, Processes
-from upit_merge.router.packed import PackedStates
-from upit_merge.staging import free_bytes
-from upit_merge.tensor_files import tensor_memory
-from upit_merge.text_files import write_json
+from upit_merge.io.disk import free_bytes
+from upit_merge.io.tensor_file import tensor_memory
+from upit_merge.io.text_file import write_json
+from upit_merge.output.edit import IDENTITY
+from upit_merge.runtime.processes import ALONE, Processes
 
 LOG = logging.getLogger(__name__)
 
@@ -30,8 +31,6 @@ LOG = logging.getLogger(__name__)
 # for keeping them to take but a small part of the time. Less than that is computed again.
 KEEP_SECONDS = 10.0
 _KEEP_SHARE = 0.05
-
-_IDENTITY = "identity.json"
 
 
 class Progress:
@@ -58,7 +57,7 @@ class Progress:
         if folder is None:
             return
         whole = json.loads(json.dumps(identity or {}))
-        known = folder / _IDENTITY
+        known = folder / IDENTITY
         if processes.is_first and not (known.is_file() and _read_json(known) == whole):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -198,11 +197,6 @@ class Progress:
         (self._folder / f"sweep-{rank}.json").unlink(missing_ok=True)
         for path in self._folder.glob(f"states-{rank}-*.bin"):
             path.unlink(missing_ok=True)
-
-
-def has_begun(folder: Path) -> bool:
-    """Whether anything is kept there that a stage could go on with."""
-    return folder.is_dir() and any(path.name != _IDENTITY for path in folder.iterdir())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upit_merge.processes import ALONE, Processes
-from upit_merge.router.assembled import AssembledMoe
-from upit_merge.router.layerwise import LayerwiseMoe, row_parts
-from upit_merge.router.packed import Batch, PackedStates, token_batches
-from upit_merge.router.seed_tokens import TokenizedSample
-from upit_merge.router.settings import RouterSettings
+from upit_merge.config.router import RouterSettings
+from upit_merge.data.tokens import TokenizedSample
+from upit_merge.engine.assembled import AssembledMoe
+from upit_merge.engine.hidden_states import Batch, PackedStates, token_batches
+from upit_merge.engine.layerwise import LayerwiseMoe, row_parts
+from upit_merge.runtime.processes import ALONE, Processes
 
 
 def balance_loss(probabilities: Tensor, shares: Tensor, num_tokens: int) -> Tensor:

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upit_merge.blocks import progress_bar
+from upit_merge.config.router import ByColumn, RouterSettings
+from upit_merge.data.tokens import SeedSet
+from upit_merge.engine.hidden_states import MEAN, PackedStates, Stream, token_batches
+from upit_merge.engine.layerwise import LayerwiseMoe
 from upit_merge.errors import UpitError
-from upit_merge.processes import ALONE, Processes
+from upit_merge.io.tensor_file import all_finite
 from upit_merge.router import objectives
 from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
-from upit_merge.router.layerwise import LayerwiseMoe
 from upit_merge.router.objectives import GateData, Objective
-from upit_merge.router.packed import MEAN, PackedStates, Stream, token_batches
 from upit_merge.router.progress import Progress
-from upit_merge.router.seed_tokens import SeedSet
-from upit_merge.router.settings import ByColumn, RouterSettings
 from upit_merge.router.worth import SampleLosses, measure_worth
-from upit_merge.tensor_files import all_finite
+from upit_merge.runtime.parallel import progress_bar
+from upit_merge.runtime.processes import ALONE, Processes
 
 LOG = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upit_merge.router.seed_tokens import TokenizedSample
+from upit_merge.data.tokens import TokenizedSample
 
 # Nats per token. Checkpoints of a well-mixed run offer a few thousandths, specialised ones a tenth.
 _SMALL_GAIN = 0.01

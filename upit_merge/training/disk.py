@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from upit_merge.staging import require_space
+from upit_merge.io.disk import require_space
 
 _ADAM_BYTES = 8  # two float32 moments for every trained weight
 

@@ -12,20 +12,16 @@ from typing import Any
 from transformers.trainer_callback import PrinterCallback
 
 from upit_merge import __version__
-from upit_merge.checkpoints import SAFE_WEIGHTS, OpenOptions, has_any, read_json, resolve
 from upit_merge.errors import UpitError, first_line, one_line
-from upit_merge.formats import FORMATS
-from upit_merge.interrupt import ends_at_once
-from upit_merge.processes import Processes, joined
-from upit_merge.resume import file_states
-from upit_merge.staging import (
-    REPORT,
-    exclusive,
-    explained_failures,
-    refuse_half_edited,
-    release,
-    remove_if_empty,
-)
+from upit_merge.io.checkpoint import SAFE_WEIGHTS, has_any, read_json
+from upit_merge.io.disk import explained_failures
+from upit_merge.io.hub import OpenOptions, resolve
+from upit_merge.models.formats import FORMATS
+from upit_merge.output.identity import file_states
+from upit_merge.output.lock import exclusive, release
+from upit_merge.output.staging import REPORT, refuse_half_edited, remove_if_empty
+from upit_merge.runtime.interrupt import ends_at_once
+from upit_merge.runtime.processes import Processes, joined
 from upit_merge.training.disk import require_training_space
 from upit_merge.training.outcome import finish_move, tensors_of, write_mixture
 from upit_merge.training.run_state import RunState

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from upit_merge.architecture import is_derived
-from upit_merge.checkpoints import read_json
 from upit_merge.errors import UpitError
-from upit_merge.mixture import inspect_moe
-from upit_merge.report.papers import page_is_ours, recipe_of, write_page
-from upit_merge.report.stored import read_report
-from upit_merge.router.gate_files import opened_moe
-from upit_merge.staging import REPORT, STAGING, STATE, Staging, is_moving, move_into_place
-from upit_merge.text_files import write_json
+from upit_merge.io.checkpoint import read_json
+from upit_merge.io.text_file import write_json
+from upit_merge.models.dense import is_derived
+from upit_merge.models.moe import inspect_moe, opened_moe
+from upit_merge.output.staging import REPORT, STAGING, STATE, Staging, is_moving, move_into_place
+from upit_merge.report.read import read_report
+from upit_merge.report.write import page_is_ours, recipe_of, write_page
 from upit_merge.training.settings import FinetuneJob
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.errors import UpitError
-from upit_merge.resume import first_difference
-from upit_merge.staging import LOCK
-from upit_merge.text_files import write_json
+from upit_merge.io.text_file import write_json
+from upit_merge.output.identity import first_difference
+from upit_merge.output.lock import LOCK
 
 _STATE = ".upit-finetune.json"
 _GONE = ".removed-checkpoint-"

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from upit_merge.config.yaml_file import load_mapping
 from upit_merge.errors import UpitError, first_line, one_line, shown
 from upit_merge.training.quiet import quieten
-from upit_merge.yaml_files import load_mapping
 
 # What reads a file of training data, by its ending, in the words of the datasets library.
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}

@@ -14,7 +14,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-from upit_merge.blocks import progress_bar
+from upit_merge.runtime.parallel import progress_bar
 from upit_merge.training.routing import RoutingMonitor, balance_each_layer, routing_metrics
 from upit_merge.training.trainable import routers
 

@@ -1,0 +1,121 @@
+"""Other models on the same held-out samples, to compare a mixture with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from upit_merge.commands.preview import checkpoint_losses
+from upit_merge.config.recipe import METHOD, parse_recipe
+from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.errors import UpitError
+from upit_merge.io.checkpoint import is_adapter, read_json
+from upit_merge.io.hub import OpenOptions, resolve, split_reference
+from upit_merge.merge.inputs import opened
+from upit_merge.models.formats import FORMATS
+from upit_merge.models.moe import opened_moe
+from upit_merge.models.tokenizer import has_tokenizer, load_tokenizer
+from upit_merge.router.evaluation import run_mixture
+from upit_merge.router.stage import RouterStage
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A model to compare with.
+
+    Args:
+        name: What to call it.
+        reference: A dense model or a mixture: a folder, a Hub id, or `BASE+ADAPTER`.
+    """
+
+    name: str
+    reference: str
+
+    @classmethod
+    def parse(cls, text: str) -> Rival:
+        """From `NAME=MODEL`, or `MODEL`, which is called by its last part."""
+        name, given, reference = text.partition("=")
+        if given and not Path(split_reference(text)[0]).is_dir():  # a path may have one, too
+            return cls(name.strip(), reference.strip())
+        return cls(Path(split_reference(text)[1] or text).name, text)
+
+
+def rival_losses(
+    rival: Rival,
+    held_out: RouterStage,
+    held_out_folder: Path,
+    options: OpenOptions,
+    device: torch.device,
+) -> Tensor:
+    """Summed negative log-likelihood of each sample's targets, float64, (num_samples,).
+
+    Args:
+        held_out: The samples, as the mixture's own tokenizer has cut them.
+        held_out_folder: The mixture's, with that tokenizer.
+
+    Raises:
+        UpitError: it cannot be read, or has another vocabulary.
+    """
+    base, adapter = split_reference(rival.reference)
+    folder = resolve(base, options, role="model to compare with")
+    if is_adapter(folder):
+        raise UpitError(f"The model {rival.name} is an adapter; write BASE+{rival.reference}.")
+    config = read_json(folder / "config.json", f"the model {rival.name}")
+    if config.get("vocab_size") != held_out.model.vocab_size:
+        raise UpitError(
+            f"The model {rival.name} has a vocabulary of {config.get('vocab_size')} tokens, the "
+            f"mixture one of {held_out.model.vocab_size}: their perplexities cannot be compared; "
+            "leave it out."
+        )
+    _refuse_other_tokenizer(rival, folder, held_out_folder)
+    if config.get("model_type") in FORMATS:
+        if adapter:
+            raise UpitError(
+                f"The model {rival.name} is an adapter of a mixture, which cannot be compared; add "
+                "it to the mixture's weights first."
+            )
+        with opened_moe(folder, f"the model {rival.name}") as moe:
+            return run_mixture(replace(held_out, model=LayerwiseMoe(moe, device)))[0]
+    # A dense model is a mixture with one expert.
+    document = {
+        "merge_method": METHOD,
+        "base_model": str(folder),
+        "models": [{"model": f"{folder}+{adapter}" if adapter else str(folder)}],
+        "parameters": {"expansion": "copy"},
+    }
+    recipe = parse_recipe(document, f"the model {rival.name}")
+    with opened(recipe, options) as inputs:
+        losses = checkpoint_losses(
+            inputs, held_out.seeds, held_out.settings, device, quiet=held_out.quiet
+        )
+    return losses.sums.sum(2)[:, 0]
+
+
+def _refuse_other_tokenizer(rival: Rival, folder: Path, own: Path) -> None:
+    """The same number means another piece of text to another tokenizer of the same size."""
+    if not (has_tokenizer(folder) and has_tokenizer(own)):
+        return
+    theirs, ours = (load_tokenizer(path).get_vocab() for path in (folder, own))
+    if any(theirs.get(token, number) != number for token, number in ours.items()):
+        raise UpitError(
+            f"The model {rival.name} has another tokenizer than the mixture: their perplexities "
+            "cannot be compared; leave it out."
+        )
+
+
+def check_names(rivals: Sequence[Rival]) -> None:
+    """Refuse names that do not tell the models apart.
+
+    Raises:
+        UpitError: naming one that is there twice.
+    """
+    names = [rival.name for rival in rivals]
+    for name in names:
+        if names.count(name) > 1:
+            raise UpitError(
+                f"Two models to compare with are called {name}; give names: --against NAME=MODEL."
+            )

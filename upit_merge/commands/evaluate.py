@@ -1,0 +1,314 @@
+"""`upit-merge evaluate`: how good a mixture is on held-out data, and what its router does."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from upit_merge.commands.compare import Rival, check_names, rival_losses
+from upit_merge.commands.preflight import require_router_memory
+from upit_merge.config.router import RouterSettings
+from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.errors import UpitError
+from upit_merge.io.disk import explained_failures
+from upit_merge.io.hub import OpenOptions
+from upit_merge.io.text_file import write_json
+from upit_merge.models.moe import opened_moe
+from upit_merge.output.edit import Edit
+from upit_merge.output.staging import REPORT, require_output
+from upit_merge.report.heatmap import check_format, draw_routing
+from upit_merge.report.read import read_report, recorded_router
+from upit_merge.report.tables import show
+from upit_merge.report.write import write_papers
+from upit_merge.router.buckets import assign_by_loss
+from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
+from upit_merge.router.pretrain import refined_gates, seed_set_for
+from upit_merge.router.stage import RouterStage
+from upit_merge.router.worth import measure_worth
+from upit_merge.runtime.device import resolve_devices
+from upit_merge.runtime.interrupt import ends_at_once
+from upit_merge.runtime.processes import Processes, joined
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to look at, and where to put it.
+
+    Args:
+        group_by: Column of the data that tells kinds of text apart.
+        json: Receives all numbers.
+        plot: Receives the routing heat map.
+        card: Put the results on the model's page, and into its report.
+        experts: Compare with every expert as a dense model, which costs a run for each.
+        control: Compare with gates fitted to shuffled buckets, the router's seed data at hand.
+        against: Other models to compare with.
+        seed: Of the sampling.
+        device: `cpu`, `cuda` or `auto`.
+        trust_remote_code: Run code that comes with a tokenizer.
+        quiet: No progress bars, no tables.
+    """
+
+    group_by: str | None = None
+    json: Path | None = None
+    plot: Path | None = None
+    card: bool = False
+    experts: bool = True
+    control: bool = False
+    against: tuple[Rival, ...] = ()
+    seed: int = 0
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    quiet: bool = False
+
+
+def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOptions) -> Evaluation:
+    """Evaluate the MoE folder `out`, layer by layer; prints tables.
+
+    Nothing is changed but, with `options.card`, the model's page and report.
+
+    Under torchrun or `accelerate launch` all processes must call this; they share the samples.
+
+    Args:
+        settings: Of these, what says which data, how much of it, and in which batches.
+
+    Raises:
+        UpitError: `out` is no MoE folder with a tokenizer, the data does not fit, or a file
+            cannot be written.
+    """
+    require_output(out)
+    for path in (options.json, options.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UpitError(f"The folder of {path} does not exist; create it first.")
+    if options.plot is not None:
+        check_format(options.plot)
+    check_names(options.against)
+    with (
+        explained_failures(out),
+        joined() as processes,
+        ends_at_once(lambda: "Interrupted."),
+        contextlib.ExitStack() as stack,
+    ):
+        edit = Edit(out, "evaluate", processes)
+        with processes.together():
+            if options.card and processes.is_first:
+                stack.enter_context(edit.begun())
+                _require_report(out)
+        if options.card:
+            stack.enter_context(edit.interruptible("the model's page and report are as they were"))
+        evaluation, samples = _evaluate(out, settings, options, processes)
+        if processes.is_first:
+            _tell(evaluation, options)
+            if options.card:
+                _keep(edit, condensed(evaluation, settings.data, samples), quiet=options.quiet)
+    return evaluation
+
+
+def _require_report(out: Path) -> None:
+    if not read_report(out):
+        raise UpitError(
+            f"{out} has no {REPORT} to keep the results in; leave out --card, or take --json."
+        )
+
+
+def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
+    """Put an evaluation into report and page; what else was measured on the same text stays."""
+    before = read_report(edit.out)
+    earlier = before.get("evaluation") or {}
+    if earlier.get("samples_sha256") == record["samples_sha256"] and "others" not in record:
+        record["others"] = earlier.get("others", [])
+    edit.emptied()
+    gone = write_papers(edit, before, {"evaluation": record}, same_model=True)
+    edit.put_into_place({}, gone)
+    if not quiet:
+        print(f"The results are in the report of {edit.out}.")
+
+
+def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[str, Any]:
+    """What the report keeps of an evaluation: `to_report` without what is per sample.
+
+    Args:
+        data: Where the samples are from; of a file only its name is kept.
+        samples_sha256: Digest of the samples' tokens.
+    """
+    report = evaluation.to_report()
+    groups, whole = report["groups"], evaluation.groups.whole
+    if whole not in groups:  # there is one kind of text, which is all
+        (whole,) = groups
+    by_layer = groups[whole]["routing"]
+    for name, shares in rows(evaluation):
+        groups[name] = {key: v for key, v in groups[name].items() if key != "entropy"}
+        groups[name]["routing"] = shares
+    return {
+        "data": Path(data).name if Path(data).expanduser().exists() else data,
+        "samples_sha256": samples_sha256,
+        "whole": whole,
+        "groups": groups,
+        "by_layer": by_layer,
+        "dead_places": len(report["dead"]),
+        "entropy": evaluation.entropy(range(len(evaluation.samples))),
+        "agreement": report.get("agreement"),
+        **({"others": report["others"]} if "others" in report else {}),
+    }
+
+
+def _evaluate(
+    out: Path, settings: RouterSettings, options: EvaluateOptions, processes: Processes
+) -> tuple[Evaluation, str]:
+    """The evaluation, and a digest of what it was made on."""
+    with (
+        opened_moe(out, str(out)) as moe,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        model = LayerwiseMoe(moe, resolve_devices(options.device)[0])
+
+        def stage(settings: RouterSettings, seed: int, column: str | None = None) -> RouterStage:
+            seeds = seed_set_for(
+                model,
+                out,
+                settings,
+                seed,
+                trust_remote_code=options.trust_remote_code,
+                column=column,
+            )
+            return RouterStage(
+                model, seeds, settings, seed, Path(scratch), processes, quiet=options.quiet
+            )
+
+        with processes.together():
+            control = _control(stage, out) if options.control else None
+            held_out = stage(settings, options.seed, options.group_by)
+            require_router_memory(model, held_out.lengths, settings, out, evaluated=True)
+        sums, routing = run_mixture(held_out)
+        samples = held_out.seeds.samples
+        evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
+        if options.experts and model.num_experts > 1:
+            buckets = assign_by_loss(held_out.losses(), "lowest")
+            evaluation = replace(evaluation, buckets=buckets)
+        if control is not None:
+            gates: Sequence[Tensor] = control.gates(control.buckets())
+            if control.settings.refine is not None:
+                gates, _ = refined_gates(control, gates)
+            evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
+        opening = OpenOptions(trust_remote_code=options.trust_remote_code)
+        device = resolve_devices(options.device)[0]
+        rivals = {r.name: rival_losses(r, held_out, out, opening, device) for r in options.against}
+        evaluation = replace(evaluation, rivals=rivals)
+    return evaluation, held_out.seeds.digest()
+
+
+def _control(stage: Any, out: Path) -> RouterStage:
+    """The stage that made the gates of `out`, but with shuffled buckets."""
+    recorded = recorded_router(read_report(out).get("router"))
+    if recorded is None:
+        raise UpitError(
+            f"{out} has no record of how its gates were trained, so there is nothing to compare "
+            "shuffled buckets with; leave out --control, or train them with `upit-merge router`."
+        )
+    settings, seed = recorded
+    if settings.objective == "random" or settings.trains_experts:
+        raise UpitError(
+            f"The gates of {out} come from objective: {settings.objective}"
+            f"{' with train_experts' * settings.trains_experts}, which has no control; leave out "
+            "--control."
+        )
+    shuffled: RouterStage = stage(settings.model_copy(update={"assign": "shuffled"}), seed)
+    return shuffled
+
+
+def _tell(evaluation: Evaluation, options: EvaluateOptions) -> None:
+    if options.json is not None:
+        write_json(options.json, evaluation.to_report())
+    everything = range(len(evaluation.samples))
+    if not options.quiet:
+        _print(evaluation)
+    if options.plot is not None:
+        whole = evaluation.groups.whole
+        groups = [row for row in rows(evaluation) if row[0] != whole] or list(rows(evaluation))
+        draw_routing(options.plot, groups, evaluation.shares(everything).tolist())
+
+
+def _print(evaluation: Evaluation) -> None:
+    everything = range(len(evaluation.samples))
+    show(_perplexities(evaluation))
+    if evaluation.rivals:
+        show(_beside_others(evaluation))
+    show(_routing(evaluation))
+    entropy = evaluation.entropy(everything)
+    print(
+        f"Entropy of the routing, 1 is even: {entropy['token']:.2f} per token, "
+        f"{entropy['load']:.2f} over all tokens."
+    )
+    dead = evaluation.dead()
+    places = ", ".join(f"{expert} in layer {layer}" for layer, expert in dead[:6])
+    more = ", …" if len(dead) > 6 else ""
+    print(f"Experts with less than a tenth of an even share: {places + more if dead else 'none'}.")
+    if (agreement := evaluation.agreement()) is not None:
+        print(
+            f"The expert that predicts a sample best is the first choice for "
+            f"{agreement['first']:.0%} of its tokens (chance: {agreement['chance']:.0%}), and "
+            f"among the chosen for {agreement['chosen']:.0%}."
+        )
+        assert evaluation.buckets is not None
+        assert evaluation.buckets.losses is not None
+        print(measure_worth(evaluation.buckets.losses).verdict())
+
+
+def _perplexities(evaluation: Evaluation) -> Table:
+    table = Table(title="Held-out perplexity (lower is better)", title_justify="left")
+    table.add_column("text")
+    columns = ["samples", "tokens", "mixture"]
+    if evaluation.control is not None:
+        columns.append("shuffled router")
+    alone = evaluation.experts_alone(range(len(evaluation.samples)))
+    best = 0
+    if alone is not None:
+        best = alone.index(min(alone))
+        columns += [f"expert {best} alone", "best expert per sample"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, members in evaluation.groups.members.items():
+        found = evaluation.group_report(members)
+        values = [found["perplexity"]]
+        if evaluation.control is not None:
+            values.append(found["control_perplexity"])
+        if alone is not None:
+            values += [found["experts_alone"][best], found["best_expert_per_sample"]]
+        counts = (f"{found['samples']:,}", f"{found['targets']:,}")
+        table.add_row(name, *counts, *(f"{value:.2f}" for value in values))
+    return table
+
+
+def _beside_others(evaluation: Evaluation) -> Table:
+    table = Table(title="Perplexity beside other models", title_justify="left")
+    table.add_column("model", overflow="fold")
+    groups = evaluation.groups.members
+    for name in groups:
+        table.add_column(name, justify="right")
+    for model, sums in [*evaluation.rivals.items(), ("this mixture", None)]:
+        values = (evaluation.perplexity(members, sums) for members in groups.values())
+        style = "bold" if sums is None else ""
+        table.add_row(model, *(f"{value:.2f}" for value in values), style=style)
+    return table
+
+
+def _routing(evaluation: Evaluation) -> Table:
+    table = Table(title="Share of the routed places, mean over the layers", title_justify="left")
+    table.add_column("expert", justify="right")
+    groups = list(rows(evaluation))
+    for name, _shares in groups:
+        table.add_column(name, justify="right")
+    for expert in range(len(groups[0][1])):
+        cells = [
+            Text(f"{shares[expert]:.1%}", "bold" if shares[expert] == max(shares) else "")
+            for _name, shares in groups
+        ]
+        table.add_row(str(expert), *cells)
+    return table

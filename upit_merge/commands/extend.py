@@ -1,0 +1,197 @@
+"""`upit-merge extend`: one more expert for a mixture that is there (Nexus, arXiv 2408.15901)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from upit_merge.commands.preflight import require_router_memory
+from upit_merge.commands.router import router_identity
+from upit_merge.config.router import RouterSettings
+from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.errors import UpitError
+from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.io.disk import explained_failures
+from upit_merge.io.hub import OpenOptions
+from upit_merge.io.sources import DenseModel
+from upit_merge.models.gates import gates_digest, named_gates, tensors_digest
+from upit_merge.models.lora.adapter import open_model
+from upit_merge.models.moe import check_expert, opened_moe
+from upit_merge.output.edit import Edit
+from upit_merge.output.identity import file_states
+from upit_merge.output.staging import REPORT, require_output, scratch_folder
+from upit_merge.report.read import read_report
+from upit_merge.report.sources import described
+from upit_merge.report.tables import show_buckets
+from upit_merge.report.write import write_papers
+from upit_merge.resizing.rewriting import ResizeOptions, extended_layout, resized, write_model
+from upit_merge.resizing.sources import ExtendedMoe
+from upit_merge.router import objectives
+from upit_merge.router.pretrain import RouterResult, pretrain_router, seed_set_for
+from upit_merge.router.progress import Progress
+from upit_merge.router.stage import RouterStage
+from upit_merge.runtime.device import resolve_devices
+from upit_merge.runtime.processes import refuse_company
+
+_DEFAULTS = {key: RouterSettings.model_fields[key].default for key in ("subset", "split")}
+
+
+def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Settings in which the data, if none is named, is what the gates of `out` were trained on.
+
+    Raises:
+        UpitError: that is not known.
+    """
+    if values.get("data") is not None:
+        return dict(values)
+    require_output(out)
+    given = [key for key in ("subset", "split") if values.get(key) not in (None, _DEFAULTS[key])]
+    if given:
+        raise UpitError(f"--{given[0]} is of the data; name that with --data.")
+    told = (read_report(out).get("router") or {}).get("settings") or {}
+    if not isinstance(told.get("data"), str):
+        raise UpitError(
+            f"The data the gates of {out} were trained on is not known (its {REPORT} has none); "
+            "give some with --data."
+        )
+    return {**values, **{key: told.get(key) for key in ("data", "subset", "split")}}
+
+
+def extend_output(
+    out: Path, reference: str, settings: RouterSettings, options: ResizeOptions, *, all_gates: bool
+) -> None:
+    """Add the FFN of a dense model as one more expert to the MoE folder `out`.
+
+    The experts that are there, and the backbone, keep their bytes. Of the gates only the new
+    expert's routing vector is fitted, to win on the samples it predicts best and lose on all
+    others, see `objectives.added_row`.
+
+    Args:
+        reference: The dense model: a folder, a Hub id, or an adapter on its base.
+        settings: Which data, and how the gates are fitted.
+        all_gates: Fit the routing vectors of all experts.
+
+    Raises:
+        UpitError: `out` is no MoE folder with a tokenizer, the model does not fit it, or the data
+            does not.
+    """
+    refuse_company("extend")
+    _refuse_joint(settings, all_gates=all_gates)
+    with explained_failures(out), contextlib.ExitStack() as stack:
+        edit = Edit(out, "extend")
+        stack.enter_context(edit.begun())
+        moe = stack.enter_context(opened_moe(out, str(out)))
+        dense = _opened(reference, options.open, stack)
+        extended = ExtendedMoe(moe, check_expert(moe, dense), dense)
+        before = read_report(out)
+        model = LayerwiseMoe(extended, resolve_devices(options.device)[0])
+        seeds = seed_set_for(
+            model,
+            out,
+            settings,
+            options.seed,
+            trust_remote_code=options.open.trust_remote_code,
+        )
+        require_router_memory(model, [len(s.input_ids) for s in seeds.samples], settings, out)
+        added = {"model": file_states(dense.files(), ""), "all gates": all_gates}
+        wanted = {**router_identity(seeds, settings, options.seed), **added}
+        if edit.was_finished(wanted):
+            return
+        scratch = stack.enter_context(scratch_folder(out))
+        progress = Progress(edit.progress, {**wanted, "files": file_states(moe.files(), "")})
+        stage = RouterStage(
+            model, seeds, settings, options.seed, scratch, progress=progress, quiet=options.quiet
+        )
+        with edit.interruptible("the model is as it was"):
+            names = model.format.gate_names(model.num_layers)
+            own = [moe.tensor(name).float() for name in names]
+            fitted = pretrain_router(stage) if all_gates else _with_new_row(stage, own)
+            stem = f"model-expert-{extended.expert:05d}"
+            layout = extended_layout(moe, extended, names, stem, options.max_shard_bytes)
+            named = named_gates(model.format, fitted.gates)
+            write_model(edit.emptied(), layout, extended, named, quiet=options.quiet)
+            changes = _report(before, fitted, extended, dense, model, all_gates=all_gates)
+            obsolete = write_papers(edit, before, changes, layout.obsolete)
+            edit.put_into_place(wanted, obsolete)
+    if not options.quiet:
+        print(seeds.summary())
+        show_buckets(fitted.report)
+        told = "All gates are fitted anew." if all_gates else "The other gates are as they were."
+        print(f"{dense.label} is expert {extended.expert} of {out}. {told}")
+
+
+def _opened(reference: str, options: OpenOptions, stack: contextlib.ExitStack) -> DenseModel:
+    """A dense model, or an adapter with its base."""
+
+    def open_base(label: str, folder: Path) -> Checkpoint:
+        return stack.enter_context(contextlib.closing(Checkpoint(label, folder, options)))
+
+    return stack.enter_context(contextlib.closing(open_model(reference, None, options, open_base)))
+
+
+def _refuse_joint(settings: RouterSettings, *, all_gates: bool) -> None:
+    """Refuse settings that would change more than the new expert's gates."""
+    if settings.trains_experts:
+        raise UpitError(
+            "upit.train_experts would change the experts that are there; extend first, then use "
+            "`upit-merge router`."
+        )
+    if all_gates:
+        return
+    if settings.refine is not None:
+        raise UpitError("refine changes all gates; add --all-gates.")
+    if settings.objective != RouterSettings.model_fields["objective"].default:
+        raise UpitError(f"objective: {settings.objective} is for all gates; add --all-gates.")
+
+
+def _with_new_row(stage: RouterStage, gates: Sequence[Tensor]) -> RouterResult:
+    """Fit the new expert's routing vector beside those that are there."""
+    buckets = stage.buckets()
+    fitted = stage.gates(buckets, partial(objectives.added_row, gates=gates))
+    report = {
+        "settings": stage.settings.model_dump(mode="json"),
+        "seed": stage.seed,
+        "data": stage.seeds.to_report(),
+        "buckets": buckets.to_report(),
+        "seconds": stage.seconds,
+        "gates_sha256": gates_digest(fitted, stage.model.stored_dtype),
+    }
+    return RouterResult(fitted, report)
+
+
+def _report(
+    before: Mapping[str, Any],
+    fitted: RouterResult,
+    extended: ExtendedMoe,
+    dense: DenseModel,
+    model: LayerwiseMoe,
+    *,
+    all_gates: bool,
+) -> dict[str, Any]:
+    """What changes in the report."""
+    names = sorted(model.format.expert_names(model.num_layers, [extended.expert]))
+    extension = {
+        "expert": extended.expert,
+        "model": dense.label,
+        "source": described([dense])[0],
+        "sha256": tensors_digest(extended.tensor(name) for name in names),
+        "gates": "all" if all_gates else "its own",
+        "router": {key: value for key, value in fitted.report.items() if key != "seconds"},
+    }
+    router = before.get("router")
+    if all_gates:
+        # Experts that were trained before are so still.
+        earlier = (router or {}).get("experts_sha256")
+        router = {**({"experts_sha256": earlier} if earlier else {}), **fitted.report}
+    elif router is not None:  # else the other gates are random still
+        router = {**router, "gates_sha256": fitted.report["gates_sha256"]}
+    return {
+        "router": router,
+        "extensions": [*before.get("extensions", []), extension],
+        **resized(before, model.architecture, extended.expert + 1),
+    }

@@ -1,0 +1,119 @@
+"""`upit-merge plan`: everything a run would decide and need, without writing anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from upit_merge.commands.preflight import needs
+from upit_merge.commands.preview import checkpoint_losses
+from upit_merge.commands.run import RunOptions, seed_set
+from upit_merge.config.recipe import Recipe
+from upit_merge.config.router import RouterSettings
+from upit_merge.errors import UpitError
+from upit_merge.merge.inputs import opened
+from upit_merge.merge.passes import Merger, measure_similarity
+from upit_merge.merge.similarity import cosine
+from upit_merge.output.staging import refuse_occupied
+from upit_merge.report.tables import lineage_table, show
+from upit_merge.router.worth import SampleLosses, measure_worth
+from upit_merge.runtime.device import resolve_devices
+from upit_merge.runtime.interrupt import ends_at_once
+
+
+def plan_recipe(
+    recipe: Recipe, options: RunOptions, out: Path | None = None, data: str | None = None
+) -> None:
+    """Validate, compute the lineage, and print it with what a run would need of this machine.
+
+    Args:
+        out: Where the output would go, to see whether it fits the disk.
+        data: Seed data on which to find out whether the checkpoints differ enough for a router.
+
+    Raises:
+        UpitError: as `run_recipe` would.
+    """
+    recipe = recipe.with_seed(options.seed)
+    if data is not None:
+        recipe = _with_data(recipe, data)
+    devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
+    if out is not None:
+        refuse_occupied(out)
+    with ends_at_once(lambda: "Interrupted."), opened(recipe, options.open) as inputs:
+        seeds = seed_set(inputs, options)
+        shards = inputs.shards(options.max_shard_bytes)
+        merger = Merger(inputs, devices, quiet=options.quiet)
+        required = needs(merger, seeds, shards)
+        gram = measure_similarity(merger)
+        lineage = merger.lineage(gram)
+        show(_cosine_table(inputs.labels, cosine(gram.sum(0)).tolist()))
+        show(lineage_table(lineage, inputs.labels))
+        total = sum(shard.num_bytes for shard in shards)
+        parameters = total // inputs.dtype.itemsize
+        print(f"Expansion: {lineage.summary}.")
+        if (distance := lineage.smallest_distance()) is not None:
+            print(
+                f"Closest two experts: distance {distance:.4g}, cosine of the most similar pair "
+                f"{lineage.largest_cosine():.4f}."
+            )
+        print(
+            f"Output: {parameters:,} parameters, {total / 1e9:.2f} GB in {len(shards)} file(s), "
+            f"{inputs.num_experts} experts per layer, {inputs.experts_per_token} per token."
+        )
+        if seeds:
+            print(seeds.summary())
+        for line in required.lines(out):
+            print(line)
+        if data is not None and seeds is not None and recipe.router is not None:
+            losses = checkpoint_losses(
+                inputs, seeds, recipe.router, devices[0], quiet=options.quiet
+            )
+            show(_loss_table(inputs.labels, losses))
+            print(measure_worth(losses).verdict())
+            if idle := _hardly_best(losses):
+                print(
+                    f"Hardly ever the best: checkpoint(s) {', '.join(map(str, idle))}. The router "
+                    "will hardly use them; leave them out, or take others."
+                )
+    for sentence in required.shortages(out):
+        raise UpitError(sentence)
+
+
+def _with_data(recipe: Recipe, data: str) -> Recipe:
+    """The same recipe with this seed data; which experts get it is not the question here."""
+    router = recipe.router or RouterSettings(data=data)
+    router = router.model_copy(update={"data": data, "assign": "lowest"})
+    return recipe.model_copy(update={"router": router})
+
+
+def _hardly_best(losses: SampleLosses) -> list[int]:
+    """Checkpoints that are best for less than a tenth of an even share of the samples."""
+    best = torch.bincount(losses.means.argmin(1), minlength=losses.sums.shape[1])
+    return [i for i, count in enumerate(best.tolist()) if count * len(best) < 0.1 * best.sum()]
+
+
+def _loss_table(labels: list[str], losses: SampleLosses) -> Table:
+    means = losses.means
+    best = torch.bincount(means.argmin(1), minlength=len(labels)).tolist()
+    table = Table(
+        title="Checkpoints' FFNs on the shared backbone (loss in nats per token)",
+        title_justify="left",
+    )
+    table.add_column("checkpoint", overflow="fold")
+    for column in ("best for samples", "loss on all"):
+        table.add_column(column, justify="right")
+    for index, (label, loss) in enumerate(zip(labels, means.mean(0).tolist(), strict=True)):
+        table.add_row(f"{index} {label}", str(best[index]), f"{loss:.4f}")
+    return table
+
+
+def _cosine_table(labels: list[str], rows: list[list[float]]) -> Table:
+    table = Table(title="Cosine similarity of the checkpoints' deltas", title_justify="left")
+    table.add_column("checkpoint", overflow="fold")
+    for index in range(len(labels)):
+        table.add_column(str(index), justify="right")
+    for index, (label, row) in enumerate(zip(labels, rows, strict=True)):
+        table.add_row(f"{index} {label}", *(f"{value:.4f}" for value in row))
+    return table

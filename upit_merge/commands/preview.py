@@ -1,0 +1,71 @@
+"""The mixture a recipe's checkpoints would make, without writing it: to look before the work."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upit_merge.config.router import RouterSettings
+from upit_merge.data.tokens import SeedSet
+from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.io.tensor_file import TensorSpec
+from upit_merge.merge.inputs import Inputs
+from upit_merge.models.dense import ffn_tensor
+from upit_merge.models.formats import PROJECTIONS
+from upit_merge.models.moe import moe_config, moe_specs
+from upit_merge.router.stage import RouterStage
+from upit_merge.router.worth import SampleLosses
+
+
+class PlannedMoe:
+    """The checkpoints as the experts of a mixture: their FFNs on the recipe's backbone.
+
+    Children of the expansion are not among them: they are mixtures of what is.
+    """
+
+    label = "the planned model"
+
+    def __init__(self, inputs: Inputs) -> None:
+        count, layers = len(inputs.checkpoints), inputs.architecture.num_layers
+        body, gates = moe_specs(inputs.architecture, count, inputs.dtype)
+        self._inputs, form = inputs, inputs.architecture.format
+        self._ffn = {
+            form.expert_tensor(layer, expert, projection): (expert, ffn_tensor(layer, projection))
+            for layer in range(layers)
+            for expert in range(count)
+            for projection in PROJECTIONS
+        }
+        self.specs: Mapping[str, TensorSpec] = {spec.name: spec for spec in [*body, *gates]}
+        self.config: Mapping[str, Any] = moe_config(
+            inputs.settings_donor, inputs.settings_donor, count, min(2, count), inputs.dtype
+        )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """What the run would write under this name; gates there are none."""
+        dtype = self.specs[name].dtype
+        if name in self._ffn:
+            expert, dense = self._ffn[name]
+            return self._inputs.checkpoints[expert].tensor(dense).to(dtype)
+        first, *others = (model.tensor(name) for model in self._inputs.backbone)
+        if not others:
+            return first.to(dtype)
+        return (sum((t.float() for t in others), first.float()) / (1 + len(others))).to(dtype)
+
+
+def checkpoint_losses(
+    inputs: Inputs,
+    seeds: SeedSet,
+    settings: RouterSettings,
+    device: torch.device,
+    *,
+    quiet: bool,
+) -> SampleLosses:
+    """Every sample's loss under every checkpoint's FFN on the shared backbone."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = LayerwiseMoe(PlannedMoe(inputs), device)
+        stage = RouterStage(model, seeds, settings, inputs.recipe.seed, Path(scratch), quiet=quiet)
+        return stage.losses()

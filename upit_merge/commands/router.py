@@ -1,0 +1,165 @@
+"""`upit-merge router`: train the gates of an MoE that is already there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from upit_merge import __version__
+from upit_merge.commands.preflight import require_router_memory
+from upit_merge.config.explain import explain
+from upit_merge.config.router import NO_MATTER, RouterSettings
+from upit_merge.data.tokens import SeedSet
+from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.errors import UpitError
+from upit_merge.io.disk import explained_failures
+from upit_merge.models.gates import named_gates
+from upit_merge.models.moe import opened_moe
+from upit_merge.output.edit import Edit
+from upit_merge.output.identity import file_states
+from upit_merge.output.patch import PatchedCopies
+from upit_merge.output.staging import scratch_folder
+from upit_merge.report.read import read_report
+from upit_merge.report.tables import show_buckets
+from upit_merge.report.write import write_papers
+from upit_merge.router.pretrain import RouterResult, pretrain_router, seed_set_for
+from upit_merge.router.progress import Progress
+from upit_merge.router.stage import RouterStage
+from upit_merge.runtime.device import resolve_devices
+from upit_merge.runtime.processes import Processes, joined
+
+
+def parse_settings(values: Mapping[str, Any]) -> RouterSettings:
+    """Router settings from command line values, by option name (`refine_steps` is in `refine`).
+
+    Raises:
+        UpitError: naming the option and what would work.
+    """
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        if value is None or value is False:  # an option, or a flag, that was not given
+            continue
+        block, _, inner = key.partition("_")
+        if block in _BLOCKS:
+            nested.setdefault(block, {})[inner] = _number(value)
+        else:
+            nested[key] = value if key in _TEXTS else _number(value)
+    try:
+        return RouterSettings.model_validate(nested)
+    except ValidationError as error:
+        told = explain(error, nested, {"": RouterSettings})
+        key, _, rest = told.partition(" ")
+        if key.partition(".")[0] not in RouterSettings.model_fields:
+            raise UpitError(f"{told[0].upper()}{told[1:]}.") from None
+        option = key.replace("_", "-").replace(".", "-")
+        raise UpitError(f"--{option} {rest}.") from None
+
+
+_BLOCKS = ("upit", "refine")
+_TEXTS = ("data", "subset", "split", "assign", "objective", "stream")
+
+
+def _number(value: Any) -> Any:
+    """Text as the number it is: `sample` takes a count (500) or a fraction (0.01)."""
+    if isinstance(value, str):
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                return number(value)
+    return value
+
+
+def train_router(
+    out: Path,
+    settings: RouterSettings,
+    *,
+    seed: int,
+    device: str,
+    trust_remote_code: bool,
+    quiet: bool,
+) -> None:
+    """Replace the gates of the MoE folder `out` by ones fitted to seed data.
+
+    Under torchrun or `accelerate launch` all processes must call this; they share the samples.
+    A call that was cut off goes on where it stopped, if it is repeated.
+
+    Raises:
+        UpitError: `out` is no MoE folder with a tokenizer, or the data does not fit.
+    """
+    with joined() as processes, explained_failures(out), contextlib.ExitStack() as stack:
+        edit = Edit(out, "router", processes)
+        with processes.together():
+            if processes.is_first:
+                stack.enter_context(edit.begun())
+        with processes.together():
+            moe = stack.enter_context(opened_moe(out, str(out)))
+            before = read_report(out)
+            model = LayerwiseMoe(moe, resolve_devices(device)[0])
+            seeds = seed_set_for(model, out, settings, seed, trust_remote_code=trust_remote_code)
+            lengths = [len(sample.input_ids) for sample in seeds.samples]
+            require_router_memory(model, lengths, settings, out)
+
+        wanted = router_identity(seeds, settings, seed)
+        if edit.was_finished(wanted):
+            return
+        scratch = stack.enter_context(scratch_folder(out, processes.rank))
+        identity = {**wanted, "files": file_states(moe.files(), "")}
+        progress = Progress(edit.progress, identity, processes)
+        stage = RouterStage(model, seeds, settings, seed, scratch, processes, progress, quiet)
+        copies = PatchedCopies(moe, edit.model)
+        with edit.interruptible("the gates are as they were", keeps_files=True):
+            _prepare(copies, model, settings, progress, processes)
+            result = pretrain_router(stage, copies)
+            processes.gather(None)  # nobody looks into the folders any more
+            if processes.is_first:
+                copies.write(named_gates(model.format, result.gates))
+                edit.put_into_place(wanted, _add_papers(edit, result, before))
+        if processes.is_first and not quiet:
+            print(seeds.summary())
+            show_buckets(result.report)
+            print(f"The gates in {out} are replaced.")
+
+
+def router_identity(seeds: SeedSet, settings: RouterSettings, seed: int) -> dict[str, Any]:
+    """What decides the gates, but for the model: a call that differs in any of it starts over."""
+    values = settings.model_dump(mode="json", exclude=set(NO_MATTER))
+    identity = {"settings": values, "seed": seed, "samples": seeds.digest()}
+    # As it is read back from a file: JSON has texts for keys only.
+    return dict(json.loads(json.dumps({"upit-merge": __version__, **identity})))
+
+
+def _prepare(
+    copies: PatchedCopies,
+    model: LayerwiseMoe,
+    settings: RouterSettings,
+    progress: Progress,
+    processes: Processes,
+) -> None:
+    """Copy the files that will change while the stage runs."""
+    with processes.together():
+        if not processes.is_first:
+            return
+        if not progress.has("tuned-"):
+            shutil.rmtree(copies.folder, ignore_errors=True)
+        copies.folder.mkdir(parents=True, exist_ok=True)
+        copies.prepare(model.format.gate_names(model.num_layers))
+        if settings.trains_experts:
+            experts = range(model.num_experts)
+            copies.prepare(model.format.expert_names(model.num_layers, experts))
+
+
+def _add_papers(edit: Edit, result: RouterResult, before: Mapping[str, Any]) -> list[str]:
+    """Page and report that speak of the new gates; returns the names of files that go."""
+    # Experts that were trained before are so still.
+    earlier = (before.get("router") or {}).get("experts_sha256")
+    kept = {"experts_sha256": earlier} if earlier else {}
+    obsolete = write_papers(edit, before, {"router": {**kept, **result.report}})
+    if len(list(edit.model.glob("*.safetensors"))) > 1:
+        # Between the first and the last of them the folder must not load as a model.
+        shutil.copyfile(edit.out / "config.json", edit.model / "config.json")
+    return obsolete

@@ -1,0 +1,337 @@
+"""The whole job: recipe in, MoE folder out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from upit_merge import __version__
+from upit_merge.commands.preflight import needs
+from upit_merge.config.recipe import Recipe
+from upit_merge.config.router import NO_MATTER, ByColumn
+from upit_merge.data.tokens import SeedSet
+from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.io.checkpoint import WEIGHT_INDEX
+from upit_merge.io.disk import explained_failures
+from upit_merge.io.hub import OpenOptions
+from upit_merge.io.shards import Shard, shard_index
+from upit_merge.io.sources import DenseModel
+from upit_merge.io.text_file import write_json
+from upit_merge.merge.inputs import Inputs, opened
+from upit_merge.merge.lineage import Lineage
+from upit_merge.merge.passes import Clock, Merged, Merger, merge
+from upit_merge.models.dense import context_length
+from upit_merge.models.gates import named_gates
+from upit_merge.models.moe import moe_config, opened_moe
+from upit_merge.models.tokenizer import (
+    copy_generation_config,
+    copy_tokenizer_files,
+    load_tokenizer,
+    write_chat_template,
+)
+from upit_merge.output.identity import file_states
+from upit_merge.output.patch import InPlace
+from upit_merge.output.staging import (
+    REPORT,
+    STAGING,
+    Staging,
+    refuse_occupied,
+    scratch_folder,
+    staged_output,
+)
+from upit_merge.report.record import merge_record, mixture_record
+from upit_merge.report.tables import show_buckets
+from upit_merge.report.write import RECIPE_COPY, write_page
+from upit_merge.router.buckets import by_column
+from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
+from upit_merge.router.progress import Progress
+from upit_merge.router.stage import RouterStage
+from upit_merge.runtime.device import resolve_devices
+from upit_merge.runtime.interrupt import ends_at_once
+from upit_merge.runtime.processes import Processes, joined
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a recipe is run; what it makes does not depend on these, but for the seed.
+
+    Args:
+        device: `cpu` or `cuda`, with or without an index.
+        multi_gpu: Use all CUDA devices.
+        max_shard_bytes: Upper bound of an output file.
+        open: How checkpoints are opened.
+        seed: Replaces the recipe's seed.
+        copy_tokenizer: Give the output a tokenizer.
+        write_card: Write `README.md` and `mergekit_config.yml`.
+        overwrite: Replace an earlier output of this program.
+        name: Of the model, for its page; the output folder's if None.
+        quiet: No progress bars, no tables.
+    """
+
+    device: str = "cpu"
+    multi_gpu: bool = False
+    max_shard_bytes: int = 5_000_000_000
+    open: OpenOptions = field(default_factory=OpenOptions)
+    seed: int | None = None
+    copy_tokenizer: bool = True
+    write_card: bool = True
+    overwrite: bool = False
+    name: str | None = None
+    quiet: bool = False
+
+
+def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> None:
+    """Turn a recipe into an MoE folder.
+
+    Under torchrun or `accelerate launch` all processes must call this; they share the merge and
+    the router's samples, and the first does the rest.
+
+    Args:
+        recipe: The validated recipe.
+        source: Its text, kept beside the model.
+        out: The folder to write; must be empty, not exist, or hold an unfinished run of the same
+            recipe, unless `options.overwrite`.
+
+    Raises:
+        UpitError: whatever the user can mend; nothing is left in `out` then.
+        ResumableError: the disk is full or another process failed; the same call goes on later.
+    """
+    recipe = recipe.with_seed(options.seed)
+    with (
+        joined() as processes,
+        ends_at_once(lambda: "Interrupted; nothing was written." * processes.is_first),
+        explained_failures(out),
+        contextlib.ExitStack() as stack,
+    ):
+        with processes.together():
+            run = _prepared(recipe, source, out, options, processes, stack)
+        complete = processes.gather(run.staging.complete)[0]
+        if not complete:
+            merged = merge(run.merger, run.staging, run.shards, processes, run.clock)
+            with processes.together():
+                run.settle(processes)
+            router = run.train_router(processes)
+            if processes.is_first:
+                run.finish(merged, router)
+    if not processes.is_first:
+        return
+    if complete:
+        LOG.info("The earlier run was complete but for the last files, which are in place now.")
+    else:
+        run.tell(merged.lineage, router)
+    if not options.quiet:
+        print(f"The model is in {out}.")
+
+
+def _prepared(
+    recipe: Recipe,
+    source: str,
+    out: Path,
+    options: RunOptions,
+    processes: Processes,
+    stack: contextlib.ExitStack,
+) -> _Run:
+    """Open everything and ask everything that can be asked before the work."""
+    first = processes.is_first
+    devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
+    if first:
+        refuse_occupied(out, overwrite=options.overwrite)
+    # Opened first: a glob must not find the output folder that is about to be made.
+    inputs = stack.enter_context(opened(recipe, options.open))
+    merger = Merger(inputs, devices, quiet=options.quiet or not first)
+    shards = inputs.shards(options.max_shard_bytes)
+    seeds = seed_set(inputs, options) if first else None
+    staging = Staging(out / STAGING)
+    if first:
+        samples = seeds.digest() if seeds else None
+        identity = run_identity(recipe, inputs.models, options.max_shard_bytes, samples)
+        staging = stack.enter_context(staged_output(out, identity, overwrite=options.overwrite))
+        if not staging.complete:
+            needs(merger, seeds, shards).require(out, staging.size())
+    return _Run(merger, shards, seeds, staging, out, source, options, Clock())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A recipe that is being run; what is done after the merge stage."""
+
+    merger: Merger
+    shards: Sequence[Shard]
+    seeds: SeedSet | None
+    staging: Staging
+    out: Path
+    source: str
+    options: RunOptions
+    clock: Clock
+
+    def settle(self, processes: Processes) -> None:
+        """What must be there before the router can be trained: a folder that can be opened."""
+        if processes.is_first:
+            copy = self.options.copy_tokenizer
+            write_settings(self.staging.model, self.merger.inputs, self.shards, copy_tokenizer=copy)
+
+    def train_router(self, processes: Processes) -> RouterResult | None:
+        """Fit the gates and write them; every process has the result."""
+        inputs, settings = self.merger.inputs, self.merger.inputs.recipe.router
+        seeds = processes.gather(self.seeds)[0]
+        if settings is None or seeds is None:
+            return None
+        device = self.merger.devices[0]
+        with (
+            self.clock.measure("router"),
+            scratch_folder(self.out, processes.rank) as scratch,
+            opened_moe(self.staging.model, config=output_config(inputs)) as moe,
+        ):
+            progress = Progress(self.staging.root / "router", {}, processes)
+            stage = RouterStage(
+                LayerwiseMoe(moe, device),
+                seeds,
+                settings,
+                inputs.recipe.seed,
+                scratch,
+                processes,
+                progress,
+                self.options.quiet,
+            )
+            output = InPlace(moe)
+            router = pretrain_router(stage, output)
+            if processes.is_first:
+                output.write(named_gates(inputs.architecture.format, router.gates))
+        processes.gather(None)  # nobody uses the scratch folders any more
+        return router
+
+    def finish(self, merged: Merged, router: RouterResult | None) -> None:
+        """Everything after weights and gates: report, card and configuration."""
+        inputs, folder = self.merger.inputs, self.staging.model
+        record = merge_record(
+            inputs.recipe,
+            inputs.base,
+            inputs.checkpoints,
+            merged.gram,
+            merged.lineage,
+            inputs.experts_per_token,
+            inputs.dtype,
+        )
+        record["seed_option"] = self.options.seed
+        record["model"] = mixture_record(
+            folder,
+            self.options.name or self.out.absolute().name,
+            inputs.architecture.format,
+            inputs.architecture.settings,
+            inputs.num_experts,
+            inputs.experts_per_token,
+        )
+        record |= {"router": router.report if router else None, "seconds": self.clock.seconds}
+        self._write_papers(record)
+        # Last of all: without it no folder loads as a model.
+        write_json(folder / "config.json", output_config(inputs))
+
+    def tell(self, lineage: Lineage, router: RouterResult | None) -> None:
+        """What users should know of a finished model."""
+        if router is None:
+            LOG.warning(
+                "The recipe has no router: block, so the gates are random: the model works, but "
+                "its experts are not told apart. Train them with `upit-merge router %s --data "
+                "seed.jsonl`.",
+                self.out,
+            )
+        if self.options.quiet:
+            return
+        if self.seeds:
+            print(self.seeds.summary())
+        if router:
+            show_buckets(router.report)
+        print(f"{lineage.summary[0].upper()}{lineage.summary[1:]}.")
+
+    def _write_papers(self, record: dict[str, Any]) -> None:
+        """The recipe, the page with its pictures, and the report."""
+        folder = self.staging.model
+        if self.options.write_card:
+            (folder / RECIPE_COPY).write_text(self.source, encoding="utf-8")
+            record = write_page(folder, record, self.source)
+        names = (path.name for path in folder.iterdir())
+        record["files"] = sorted([*names, REPORT, "config.json"])
+        write_json(folder / REPORT, record)
+
+
+def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
+    """The router's seed data, read before the long work so that its mistakes show early."""
+    settings = inputs.recipe.router
+    if settings is None or inputs.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(
+        inputs.tokenizer.folder, trust_remote_code=options.open.trust_remote_code
+    )
+    if inputs.chat_template:
+        tokenizer.chat_template = inputs.chat_template
+    seeds = load_seed_set(
+        settings,
+        tokenizer,
+        context=context_length(inputs.settings_donor),
+        vocab_size=inputs.architecture.settings["vocab_size"],
+        seed=inputs.recipe.seed,
+    )
+    if isinstance(settings.assign, ByColumn):
+        by_column(seeds.samples, settings.assign, inputs.num_experts)
+    return seeds
+
+
+def output_config(inputs: Inputs) -> dict[str, Any]:
+    """The output's `config.json`."""
+    return moe_config(
+        inputs.settings_donor,
+        inputs.tokenizer or inputs.settings_donor,
+        inputs.num_experts,
+        inputs.experts_per_token,
+        inputs.dtype,
+    )
+
+
+def write_settings(
+    folder: Path, inputs: Inputs, shards: Sequence[Shard], *, copy_tokenizer: bool
+) -> None:
+    """What a model folder has beside weights and `config.json`: shard index, tokenizer."""
+    if len(shards) > 1:
+        write_json(folder / WEIGHT_INDEX, shard_index(shards))
+    copy_generation_config(inputs.tokenizer or inputs.settings_donor, folder)
+    if inputs.tokenizer is None:
+        LOG.warning("No model of the recipe has a tokenizer; the output has none either.")
+    elif copy_tokenizer:
+        copy_tokenizer_files(inputs.tokenizer, folder)
+        if inputs.chat_template:
+            write_chat_template(inputs.chat_template, folder)
+
+
+def run_identity(
+    recipe: Recipe,
+    models: Sequence[DenseModel],
+    max_shard_bytes: int,
+    seed_samples: str | None = None,
+) -> dict[str, Any]:
+    """What decides a run's bytes: a run that differs in any of it cannot be continued.
+
+    How much the router computes at a time is not among it: whoever ran out of memory may lower it.
+
+    Input files are told apart by size and time of change, as build tools do: reading them would
+    take as long as starting anew.
+    """
+    files = [path for model in models for path in model.files()]
+    return {
+        "upit-merge": __version__,
+        "recipe": _without_sizes(recipe.model_dump(mode="json")),
+        "--out-shard-size": max_shard_bytes,
+        "what the tokenizer makes of the seed data": seed_samples,
+        "file": file_states(files, recipe.router.data if recipe.router else ""),
+    }
+
+
+def _without_sizes(recipe: dict[str, Any]) -> dict[str, Any]:
+    for name in NO_MATTER:
+        (recipe["router"] or {}).pop(name, None)
+    return recipe

@@ -1,0 +1,162 @@
+"""`upit-merge shrink`: fewer experts, merged by what the router does (arXiv 2310.01334)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from upit_merge.commands.preflight import require_router_memory
+from upit_merge.commands.router import router_identity
+from upit_merge.config.router import RouterSettings
+from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.errors import UpitError
+from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.io.disk import explained_failures
+from upit_merge.models.gates import gates_digest
+from upit_merge.models.moe import MoeArchitecture, opened_moe
+from upit_merge.output.edit import Edit
+from upit_merge.output.staging import scratch_folder
+from upit_merge.report.read import read_report
+from upit_merge.report.tables import show
+from upit_merge.report.write import write_papers
+from upit_merge.resizing.grouping import RoutingStatistics, group_experts, routing_statistics
+from upit_merge.resizing.rewriting import ResizeOptions, resized, shrunk_layout, write_model
+from upit_merge.resizing.sources import Group, Groups, ShrunkMoe
+from upit_merge.router.pretrain import seed_set_for
+from upit_merge.router.stage import RouterStage
+from upit_merge.runtime.device import resolve_devices
+from upit_merge.runtime.processes import refuse_company
+
+
+def shrink_output(
+    out: Path, num_experts: int, settings: RouterSettings, options: ResizeOptions
+) -> None:
+    """Merge the experts of the MoE folder `out` until `num_experts` are left in every layer.
+
+    Layer by layer, experts are grouped by how the router uses them on some data, see
+    `group_experts`. A group's weights, and its routing vector, are the mean of its members',
+    weighted by how often each was chosen; an expert that stays alone keeps its bytes.
+
+    Args:
+        settings: Which data, and in which batches.
+
+    Raises:
+        UpitError: `out` is no MoE folder with a tokenizer, has not more experts than that, or
+            routes a token to more; or the data does not fit.
+    """
+    refuse_company("shrink")
+    with explained_failures(out), contextlib.ExitStack() as stack:
+        edit = Edit(out, "shrink")
+        stack.enter_context(edit.begun())
+        moe = stack.enter_context(opened_moe(out, str(out)))
+        before = read_report(out)
+        model = LayerwiseMoe(moe, resolve_devices(options.device)[0])
+        seeds = seed_set_for(
+            model,
+            out,
+            settings,
+            options.seed,
+            trust_remote_code=options.open.trust_remote_code,
+        )
+        wanted = {**router_identity(seeds, settings, options.seed), "experts": num_experts}
+        if edit.was_finished(wanted):
+            return
+        _refuse_number(out, model, num_experts)
+        lengths = [len(sample.input_ids) for sample in seeds.samples]
+        require_router_memory(model, lengths, settings, out, evaluated=True)
+        scratch = stack.enter_context(scratch_folder(out))
+        stage = RouterStage(model, seeds, settings, options.seed, scratch, quiet=options.quiet)
+        with edit.interruptible("the model is as it was"):
+            found = routing_statistics(stage)
+            groups = _groups(found, num_experts)
+            gates = mean_gates(moe, model.architecture, groups)
+            shrunk = ShrunkMoe(moe, model.architecture, groups, gates)
+            names = model.format.gate_names(model.num_layers)
+            layout = shrunk_layout(moe, shrunk, names, options.max_shard_bytes)
+            write_model(edit.emptied(), layout, shrunk, {}, quiet=options.quiet)
+            record = _record(model, found, groups, stage)
+            record["extensions"] = len(before.get("extensions", []))
+            changes: dict[str, Any] = {
+                "shrunk": [*before.get("shrunk", []), record],
+                **resized(before, model.architecture, num_experts),
+            }
+            if router := before.get("router"):
+                digest = gates_digest(gates, model.stored_dtype)
+                kept = {key: value for key, value in router.items() if key != "experts_sha256"}
+                changes["router"] = {**kept, "gates_sha256": digest}
+            obsolete = write_papers(edit, before, changes, layout.obsolete)
+            edit.put_into_place(wanted, obsolete)
+    if not options.quiet:
+        print(seeds.summary())
+        show(_table(groups, found))
+        print(
+            f"{out} has {num_experts} experts per layer instead of {model.num_experts}. Its gates "
+            "are means of the old ones; `upit-merge router` fits them anew."
+        )
+
+
+def _refuse_number(out: Path, model: LayerwiseMoe, num_experts: int) -> None:
+    if num_experts >= model.num_experts:
+        raise UpitError(
+            f"{out} has {model.num_experts} experts per layer, which cannot be merged into "
+            f"{num_experts}; give a lower --experts."
+        )
+    chosen = int(model.architecture.config.num_experts_per_tok)
+    if num_experts < chosen:
+        raise UpitError(
+            f"{out} routes a token to {chosen} experts, so that {num_experts} would be too few; "
+            f"give --experts {chosen} or more."
+        )
+
+
+def _groups(found: RoutingStatistics, num_experts: int) -> list[list[Group]]:
+    return [
+        group_experts(chosen, products, num_experts)
+        for chosen, products in zip(found.chosen, found.products, strict=True)
+    ]
+
+
+def mean_gates(moe: Checkpoint, architecture: MoeArchitecture, groups: Groups) -> list[Tensor]:
+    """Routing vectors of the groups: on a token, the mean of what the members' would say."""
+    gates = []
+    names = architecture.format.gate_names(architecture.num_layers)
+    for name, row in zip(names, groups, strict=True):
+        gate = moe.tensor(name).float()
+        shares = torch.zeros(len(row), len(gate))
+        for index, group in enumerate(row):
+            shares[index, list(group.members)] = torch.tensor(group.shares)
+        gates.append(shares @ gate)
+    return gates
+
+
+def _record(
+    model: LayerwiseMoe, found: RoutingStatistics, groups: Groups, stage: RouterStage
+) -> dict[str, Any]:
+    return {
+        "from": model.num_experts,
+        "to": len(groups[0]),
+        "settings": stage.settings.model_dump(mode="json"),
+        "seed": stage.seed,
+        "data": stage.seeds.to_report(),
+        "shares": [[round(share, 6) for share in row] for row in found.shares.tolist()],
+        "groups": [[list(group.members) for group in row] for row in groups],
+    }
+
+
+def _table(groups: Sequence[Sequence[Group]], found: RoutingStatistics) -> Table:
+    table = Table(title="Experts that became one, the dominant first", title_justify="left")
+    table.add_column("layer", justify="right")
+    table.add_column("groups", overflow="fold")
+    for layer, row in enumerate(groups):
+        parts = [
+            " + ".join(f"{m} ({found.shares[layer, m]:.0%})" for m in group.members)
+            for group in row
+        ]
+        table.add_row(str(layer), " | ".join(parts))
+    return table

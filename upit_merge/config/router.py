@@ -1,0 +1,178 @@
+"""The recipe's `router:` block; also the options of `upit-merge router`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+
+from upit_merge.config.fields import Name, Number, PositiveNumber, Strict, as_number
+
+# Router settings that decide how much is computed at a time, but not what.
+NO_MATTER = ("batch_tokens", "memory_gb")
+
+
+class ByColumn(Strict):
+    """`assign: {column: NAME}`: the data says which expert a sample belongs to."""
+
+    EXAMPLE: ClassVar[str] = "column: domain\nexperts: {code: 0, math: 1, wiki: 2}"
+
+    column: Name = Field(description="Column of the seed data with every sample's expert.")
+    experts: dict[StrictStr | StrictInt, Annotated[StrictInt, Field(ge=0)]] | None = Field(
+        None, description="Number of the expert for each value; without it the values are numbers."
+    )
+
+
+def _assignment(value: Any) -> Any:
+    """`column: NAME` may be written as one text too, as on the command line."""
+    if isinstance(value, str) and (found := re.fullmatch(r"column:\s*(\S.*)", value.strip())):
+        return {"column": found[1]}
+    return value
+
+
+class UpitObjective(Strict):
+    """`upit:` in the `router:` block, the paper's own training (section 3.3)."""
+
+    EXAMPLE: ClassVar[str] = "train_experts: true\nlora_rank: 16\nbatch_size: 4"
+
+    train_experts: StrictBool = Field(
+        False,
+        description="Train each expert's FFN together with its routing vectors (the paper's stage "
+        "3), not the vectors alone.",
+    )
+    alpha: Annotated[Number, BeforeValidator(as_number), Field(ge=0, le=1)] = Field(
+        0.5, description="Weight of the language-modelling loss; the rest is the router's."
+    )
+    epochs: StrictInt = Field(4, ge=1, description="Passes over every expert's samples.")
+    lr: PositiveNumber | None = Field(
+        None,
+        description="Learning rate; if not given 2e-4, but 2e-5 where whole FFNs are trained "
+        "(paper).",
+    )
+    batch_size: StrictInt = Field(16, ge=1, description="Samples per step.")
+    lora_rank: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        None, description="Train the FFNs through LoRA of this rank, which takes less memory."
+    )
+
+    @property
+    def learning_rate(self) -> float:
+        if self.lr is not None:
+            return float(self.lr)
+        return 2e-5 if self.train_experts and self.lora_rank is None else 2e-4
+
+
+class Refinement(Strict):
+    """`refine:` in the `router:` block: the gates trained on the loss of the whole MoE."""
+
+    EXAMPLE: ClassVar[str] = "steps: 100\ntokens: 4096"
+
+    steps: StrictInt = Field(ge=1, description="Optimiser steps.")
+    lr: PositiveNumber = Field(
+        0.02, description="Learning rate, relative to the size of the gates' entries."
+    )
+    tokens: StrictInt = Field(8192, ge=2, description="Seed tokens per step.")
+    balance: Annotated[
+        StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)],
+        BeforeValidator(as_number),
+        Field(ge=0),
+    ] = Field(0.01, description="Weight of the load-balancing loss.")
+
+
+class RouterSettings(Strict):
+    """`router:`, the pre-training of the gates (paper, section 3.3)."""
+
+    EXAMPLE: ClassVar[str] = """\
+data: ./seed.jsonl
+sample: 2000
+objective: softmax
+refine: {steps: 100}
+"""
+
+    data: Name = Field(
+        description="Seed samples: jsonl or parquet with columns text, or messages, or prompt and "
+        "completion; txt (blank lines separate samples; without any, every line is one); a folder "
+        "of them; or a dataset id."
+    )
+    subset: Name | None = Field(None, description="Configuration name of a dataset id.")
+    split: Name = Field("train", description="Split of a dataset id.")
+    sample: Annotated[
+        Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, le=1)] | None,
+        BeforeValidator(as_number),
+    ] = Field(
+        None,
+        description="Samples to use: a count, or a fraction such as 0.01; at most 1,000 if not "
+        "given.",
+    )
+    max_length: StrictInt = Field(
+        512, ge=2, description="Tokens of a sample that are used, never above the model's context."
+    )
+    assign: Annotated[
+        Literal["lowest", "balanced", "shuffled"] | ByColumn, BeforeValidator(_assignment)
+    ] = Field(
+        "lowest",
+        description="Who gets a sample: the expert with the lowest loss (paper); balanced, in "
+        "equal buckets of least loss, so that no expert is left out; column:NAME, as the data "
+        "says; or shuffled, a control.",
+    )
+    objective: Literal["one_vs_rest", "softmax", "ridge", "hidden", "upit", "random"] = Field(
+        "one_vs_rest",
+        description="How the gates are fitted: one_vs_rest and softmax (logistic regressions), "
+        "ridge (closed form, cheapest), hidden (mean state, as mergekit), upit (the paper's: "
+        "positives only), random (not at all).",
+    )
+    stream: Literal["mean", "expert"] | None = Field(
+        None,
+        description="The gates learn from what the mean of all experts computes, or the sample's "
+        "own expert; if not given mean, but expert for objective: upit.",
+    )
+    temperature: PositiveNumber = Field(
+        1.0, description="Divides the gate logits: higher mixes the chosen experts more evenly."
+    )
+    batch_tokens: StrictInt = Field(
+        8192, ge=1, description="Tokens pushed through a layer at a time."
+    )
+    memory_gb: PositiveNumber = Field(
+        4.0, description="GiB of hidden states kept in memory; more than that go to disk."
+    )
+    upit: UpitObjective | None = Field(None, description="For objective: upit.")
+    refine: Refinement | None = Field(
+        None,
+        description="After any objective: train the gates on the loss of the whole mixture.",
+    )
+
+    @model_validator(mode="after")
+    def _expressible(self) -> RouterSettings:
+        if self.upit is not None and self.objective != "upit":
+            raise ValueError(
+                f"router: upit is given, but objective is {self.objective}; set objective: upit or "
+                "remove the upit: block"
+            )
+        return self
+
+    @property
+    def column(self) -> str | None:
+        """The column of the data that assigns its samples, if one does."""
+        return self.assign.column if isinstance(self.assign, ByColumn) else None
+
+    @property
+    def router_stream(self) -> Literal["mean", "expert"]:
+        """Whose hidden states the gates are fitted to."""
+        return self.stream or ("expert" if self.objective == "upit" else "mean")
+
+    @property
+    def upit_settings(self) -> UpitObjective:
+        return self.upit or UpitObjective()
+
+    @property
+    def trains_experts(self) -> bool:
+        """Whether the FFNs change too."""
+        return self.upit is not None and self.upit.train_experts

@@ -1,0 +1,325 @@
+"""Pass 2: every expert's tensors and the shared backbone, block by block, straight to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from upit_merge.errors import UpitError
+from upit_merge.io.sources import DenseModel
+from upit_merge.io.tensor_file import TensorSpec, all_finite, row_blocks
+from upit_merge.merge.counter_rng import index_hash, mask_key
+from upit_merge.merge.dare import dare
+from upit_merge.merge.lineage import Lineage
+from upit_merge.merge.similarity import block_gram, low_rank_deltas, low_rank_gram
+from upit_merge.merge.upcycle import Alteration
+from upit_merge.models.dense import DenseArchitecture
+from upit_merge.models.lora.adapter import Adapter
+from upit_merge.output.journal import Saver
+from upit_merge.runtime.parallel import map_in_order, progress_bar
+
+# Small enough that the dozen passes over a block run in the processor's cache, large enough that
+# Python's part does not show; a GPU wants more work at a time. Results do not depend on it.
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
+
+
+def block_elements(device: torch.device, mutation: str, num_experts: int) -> int:
+    """Elements of a block; smaller where all experts' deltas of it are alive at once."""
+    size = _BLOCK_ELEMENTS[device.type]
+    return max(1 << 14, size * 16 // (16 + num_experts)) if mutation == "compound" else size
+
+
+def block_bytes(device: torch.device, mutation: str, num_experts: int, num_models: int) -> int:
+    """Bytes of RAM a block takes while it is worked on, with both passes' arithmetic in one.
+
+    The stored values of all models, their deltas in float32, and a handful of temporaries; the
+    Gram matrix of the same block, in float64, is over by the time the experts begin.
+    """
+    elements = block_elements(device, mutation, num_experts)
+    if device.type != "cpu":  # the arithmetic is elsewhere; values come and go
+        return elements * (4 * num_models + 8)
+    deltas = num_models + (num_experts if mutation == "compound" else 0)
+    return elements * (4 * num_models + max(4 * deltas + 24, 8 * (num_models + 1)))
+
+
+class Sink(Protocol):
+    """Takes the rows of output tensors, in any order, from any thread."""
+
+    def wants(self, name: str) -> bool:
+        """Whether a tensor is to be made at all."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype it is to be given in."""
+        ...
+
+    def write(self, name: str, start: int, rows: torch.Tensor) -> None:
+        """Take rows of it, beginning at row `start`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExpertBuilder:
+    """Computes blocks of experts; pure arithmetic, no files.
+
+    Args:
+        lineage: Who the experts are.
+        densities: (num_ffn_tensors, num_checkpoints), float64.
+        seed: Of the DARE masks.
+        alteration: What makes copies unlike; None keeps their bytes.
+    """
+
+    lineage: Lineage
+    densities: torch.Tensor
+    seed: int
+    alteration: Alteration | None = None
+
+    def block(
+        self,
+        tensor: int,
+        name: str,
+        first_element: int,
+        base: torch.Tensor,
+        checkpoints: dict[int, torch.Tensor],
+        wanted: Collection[int],
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (expert index, values) for one block of one FFN tensor.
+
+        Args:
+            tensor: Index of the tensor, a row of `densities`.
+            name: Its dense name, part of the mask keys.
+            first_element: Index of the block's first element in the flattened tensor.
+            base: The base's values, stored dtype, any shape.
+            checkpoints: The values of the checkpoints needed, same shape.
+            wanted: Indices of the experts to compute.
+
+        Yields:
+            Checkpoint experts in their stored dtype, the others in float32; shape of `base`. What
+            is computed is overwritten by the next one's values.
+        """
+        experts, mixed = self.lineage.unit_of(tensor).experts, []
+        if self.alteration is not None:
+            copies = {i: own for i in wanted if (own := experts[i].checkpoint) is not None}
+            yield from self.alteration.block(tensor, first_element, checkpoints, copies)
+            return
+        for index in wanted:
+            own = experts[index].checkpoint
+            if own is None:
+                mixed.append(index)
+            else:
+                yield index, checkpoints[own]
+        if not mixed:
+            return
+        origin = base.float()
+        deltas = {i: (values.float() - origin).flatten() for i, values in checkpoints.items()}
+        hashed = index_hash(
+            mask_key(self.seed, "element", name), first_element, base.numel(), base.device
+        )
+        # Where there are averages there are no children.
+        if self.lineage.mutation == "compound" and not experts[mixed[0]].is_average:
+            for index, values in self._compound(tensor, name, origin, deltas, hashed):
+                if index in mixed:
+                    yield index, values
+            return
+        child, part = torch.empty_like(origin).flatten(), torch.empty_like(origin).flatten()
+        work = torch.empty_like(hashed)
+        for index in mixed:
+            parts = [(i, w) for i, w in enumerate(experts[index].weights) if w != 0]
+            # The memory of the child before is taken again: it is in the processor's cache.
+            for count, (i, weight) in enumerate(parts):
+                key, density = mask_key(self.seed, index, i, name), float(self.densities[tensor, i])
+                if experts[index].is_average:
+                    density = 1.0
+                out = part if count else child
+                dare(deltas[i], hashed, key, density, weight, out=out, work=work)
+                if count:
+                    child.add_(part)
+            yield index, child.view_as(origin).add_(origin)
+
+    def _compound(
+        self,
+        tensor: int,
+        name: str,
+        origin: torch.Tensor,
+        deltas: dict[int, torch.Tensor],
+        hashed: torch.Tensor,
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """All children, as each may be a parent of the next."""
+        density = float(self.densities[tensor, 0])
+        grown: list[torch.Tensor] = []
+        for index, expert in enumerate(self.lineage.unit_of(tensor).experts):
+            if expert.checkpoint is not None:
+                grown.append(deltas[expert.checkpoint])
+                continue
+            assert expert.parents is not None
+            assert expert.alpha is not None
+            first, second = (
+                dare(grown[parent], hashed, mask_key(self.seed, index, slot, name), density, weight)
+                for slot, (parent, weight) in enumerate(
+                    zip(expert.parents, (expert.alpha, 1 - expert.alpha), strict=True)
+                )
+            )
+            grown.append(first.add_(second))
+            yield index, grown[-1].view_as(origin) + origin
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A block of one dense tensor, and what is to be made of it.
+
+    Attributes:
+        targets: Names of the output's tensors by expert; by 0 for the backbone.
+        ffn: (index among the FFN tensors, dense name), or None for the backbone.
+        with_gram: Its part of the Gram matrix is wanted too.
+        low_rank: The checkpoints, if the tensor's Gram matrix comes from their factors.
+    """
+
+    spec: TensorSpec
+    start: int
+    stop: int
+    targets: Mapping[int, str]
+    ffn: tuple[int, str] | None
+    with_gram: bool
+    low_rank: Sequence[Adapter] | None
+    device: torch.device
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == self.spec.shape[0]
+
+
+def write_experts(
+    sink: Sink,
+    base: DenseModel,
+    checkpoints: Sequence[DenseModel],
+    backbone: Sequence[DenseModel],
+    architecture: DenseArchitecture,
+    builder: ExpertBuilder,
+    saver: Saver,
+    *,
+    grams: Collection[int] = (),
+    devices: Sequence[torch.device],
+    workers: int,
+    quiet: bool,
+    description: str = "writing experts",
+) -> dict[int, torch.Tensor]:
+    """Make all experts and the backbone that the sink wants; every input tensor is read once.
+
+    Args:
+        backbone: The models whose attention, norms and embeddings are averaged; usually one.
+        saver: Told of every tensor that is complete.
+        grams: Indices of the FFN tensors whose Gram matrix is computed on the way.
+        devices: Blocks take turns on them.
+
+    Returns:
+        The Gram matrices asked for, by tensor, as `delta_gram` gives them.
+
+    Raises:
+        UpitError: a backbone weight is NaN or infinite, or an expert overflows float16.
+    """
+    needed = {t: unit.checkpoints for unit in builder.lineage.units for t in unit.tensors}
+    models = (base, *checkpoints)
+    low_rank = {
+        index: low_rank_deltas(base, checkpoints, name)
+        for index, (_layer, _projection, name) in enumerate(architecture.ffn_names())
+        if index in grams
+    }
+    jobs = list(_jobs(sink, architecture, builder.lineage, low_rank, devices))
+
+    def run(job: _Job) -> torch.Tensor | None:
+        name, start, stop = job.spec.name, job.start, job.stop
+        if job.ffn is None:
+            target = job.targets[0]
+            rows = _mean_rows(backbone, name, start, stop)
+            sink.write(target, start, _cast(rows, sink.dtype(target), f"The backbone's {name}"))
+            return None
+        tensor = job.ffn[0]
+        by_rows = job.with_gram and not job.low_rank
+        read = range(len(checkpoints)) if by_rows else needed[tensor]
+        origin = base.rows(name, start, stop).to(job.device)
+        values = {i: checkpoints[i].rows(name, start, stop).to(job.device) for i in read}
+        gram = block_gram(name, models, [origin, *values.values()]) if by_rows else None
+        if job.low_rank and start == 0:
+            gram = low_rank_gram(job.low_rank, name)
+        first = start * (job.spec.numel // job.spec.shape[0])
+        inputs = {i: values[i] for i in needed[tensor]}
+        for expert, rows in builder.block(tensor, name, first, origin, inputs, job.targets):
+            target = job.targets[expert]
+            sink.write(target, start, _cast(rows, sink.dtype(target), f"Expert {expert}'s {name}"))
+        return gram
+
+    def bytes_of(job: _Job) -> int:
+        per_row = job.spec.numel // job.spec.shape[0]
+        return sum(
+            (job.stop - job.start) * per_row * sink.dtype(target).itemsize
+            for target in job.targets.values()
+        )
+
+    total: dict[int, torch.Tensor] = {}
+    with progress_bar(sum(map(bytes_of, jobs)), description, quiet=quiet) as bar:
+        for job, gram in zip(jobs, map_in_order(run, jobs, workers), strict=True):
+            if job.ffn and gram is not None:
+                total[job.ffn[0]] = total.get(job.ffn[0], 0) + gram
+            if job.is_last:
+                done = {job.ffn[0]: total[job.ffn[0]]} if job.ffn and job.with_gram else {}
+                rows = job.stop - job.start
+                saver.finished(job.targets.values(), done, bytes_of(job) // rows * job.stop)
+            bar.update(bytes_of(job))
+    return total
+
+
+def _jobs(
+    sink: Sink,
+    architecture: DenseArchitecture,
+    lineage: Lineage,
+    grams: Mapping[int, Sequence[Adapter] | None],
+    devices: Sequence[torch.device],
+) -> Iterator[_Job]:
+    ffn = {
+        name: (index, layer, projection)
+        for index, (layer, projection, name) in enumerate(architecture.ffn_names())
+    }
+    name_of = architecture.format.expert_tensor
+    size = block_elements(devices[0], lineage.mutation, len(lineage))
+    for count, (name, spec) in enumerate(architecture.specs.items()):
+        index, layer, projection = ffn.get(name, (None, 0, ""))
+        targets = {0: name}
+        if index is not None:
+            targets = {e: name_of(layer, e, projection) for e in range(len(lineage))}
+        targets = {expert: target for expert, target in targets.items() if sink.wants(target)}
+        with_gram = index is not None and index in grams
+        if not targets and not with_gram:
+            continue
+        tensor = None if index is None else (index, name)
+        low_rank = None if index is None else grams.get(index)
+        device = devices[count % len(devices)]
+        for start, stop in row_blocks(spec, size):
+            yield _Job(spec, start, stop, targets, tensor, with_gram, low_rank, device)
+
+
+def _cast(rows: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
+    """To the output's dtype; inputs are finite by now, so infinities are overflows of the cast."""
+    cast = rows.to(dtype)
+    if dtype == torch.float16 and not all_finite(cast):
+        raise UpitError(f"{what} overflows float16; set dtype: bfloat16.")
+    return cast
+
+
+def _mean_rows(models: Sequence[DenseModel], name: str, start: int, stop: int) -> torch.Tensor:
+    """The mean of the models' rows, in float32; those of a single model as they are stored."""
+    total: torch.Tensor | None = None
+    for model in models:
+        rows = model.rows(name, start, stop)
+        if not all_finite(rows):
+            raise UpitError(
+                f"Checkpoint {model.label} has NaN or infinite weights in {name}; use a checkpoint "
+                "from before the training diverged."
+            )
+        if len(models) == 1:
+            return rows
+        total = rows.float() if total is None else total.add_(rows.float())
+    assert total is not None
+    return total.div_(len(models))

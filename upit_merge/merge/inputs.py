@@ -1,0 +1,209 @@
+"""Everything a recipe refers to, opened and checked before any work starts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from upit_merge.config.recipe import Recipe
+from upit_merge.config.references import expand_models
+from upit_merge.errors import UpitError
+from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.io.hub import OpenOptions, resolve, split_reference
+from upit_merge.io.shards import Shard, plan_shards
+from upit_merge.io.sources import DenseModel
+from upit_merge.merge.density import resolve_densities
+from upit_merge.models.dense import DenseArchitecture, default_dtype, inspect_models, stored_dtype
+from upit_merge.models.lora.adapter import open_model, warn_of_unlike_adapters
+from upit_merge.models.moe import moe_specs
+from upit_merge.models.tokenizer import (
+    find_model,
+    highest_token_id,
+    resolve_chat_template,
+    tokenizer_donor,
+)
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a recipe refers to, opened and found to fit together."""
+
+    recipe: Recipe
+    base: Checkpoint
+    checkpoints: tuple[DenseModel, ...]
+    architecture: DenseArchitecture
+    densities: torch.Tensor
+    backbone: tuple[DenseModel, ...]
+    tokenizer: DenseModel | None
+    dtype: torch.dtype
+    num_experts: int
+    experts_per_token: int
+    chat_template: str | None
+
+    @property
+    def labels(self) -> list[str]:
+        return [checkpoint.label for checkpoint in self.checkpoints]
+
+    @property
+    def models(self) -> tuple[DenseModel, ...]:
+        """The base, then the checkpoints."""
+        return (self.base, *self.checkpoints)
+
+    @property
+    def settings_donor(self) -> DenseModel:
+        """Whose configuration the output carries: the last model the backbone comes from."""
+        return self.backbone[-1]
+
+    def shards(self, max_shard_bytes: int) -> tuple[Shard, ...]:
+        return plan_shards(
+            moe_specs(self.architecture, self.num_experts, self.dtype), max_shard_bytes
+        )
+
+
+@contextlib.contextmanager
+def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
+    """Open and check every model of a recipe; closes them again."""
+    entries = expand_models(recipe.models)
+    with contextlib.ExitStack() as stack:
+        complete: dict[str, Checkpoint] = {}
+
+        def open_complete(label: str, folder: Path) -> Checkpoint:
+            """Adapters of one base share it, open once."""
+            path = os.path.realpath(folder)
+            if path not in complete:
+                model = Checkpoint(label, folder, options)
+                complete[path] = stack.enter_context(contextlib.closing(model))
+            return complete[path]
+
+        def open_entry(reference: str) -> DenseModel:
+            model = open_model(reference, base, options, open_complete)
+            return stack.enter_context(contextlib.closing(model))
+
+        base = open_complete(recipe.base_model, _base_folder(recipe.base_model, options))
+        checkpoints = tuple(open_entry(entry.model) for entry in entries)
+        architecture = inspect_models(base, checkpoints, recipe.architecture)
+        num_experts = recipe.parameters.num_experts or len(checkpoints)
+        experts_per_token = recipe.parameters.experts_per_token or min(2, num_experts)
+        if num_experts < experts_per_token:
+            raise UpitError(
+                f"The recipe makes {num_experts} experts but routes a token to "
+                f"{experts_per_token}; lower experts_per_token or raise num_experts."
+            )
+        copies = recipe.parameters.expansion == "copy"
+        if copies and num_experts < len(checkpoints):
+            raise UpitError(
+                f"The recipe copies {len(checkpoints)} checkpoints into {num_experts} experts, "
+                "which leaves some out; raise num_experts or list fewer under models:."
+            )
+        _warn_of_repeats(base, checkpoints, copies=copies)
+        warn_of_unlike_adapters(checkpoints)
+        if recipe.output_dtype is None:
+            _warn_of_mixed_dtypes(base, checkpoints, architecture)
+        donor = tokenizer_donor(recipe.tokenizer_source, base, checkpoints)
+        if recipe.router and donor is None:
+            raise UpitError(
+                "router: needs a tokenizer for its seed data, but no model of the recipe has one; "
+                "put tokenizer.json into the last checkpoint's folder."
+            )
+        if donor:
+            _warn_of_large_tokenizer(donor, architecture.settings["vocab_size"])
+        yield Inputs(
+            recipe=recipe,
+            base=base,
+            checkpoints=checkpoints,
+            architecture=architecture,
+            densities=resolve_densities(
+                architecture,
+                recipe.parameters.density,
+                [entry.parameters.density for entry in entries],
+            ),
+            backbone=_backbone(recipe.parameters.backbone, base, checkpoints),
+            tokenizer=donor,
+            dtype=recipe.output_dtype or default_dtype(base, architecture),
+            num_experts=num_experts,
+            experts_per_token=experts_per_token,
+            chat_template=(
+                resolve_chat_template(recipe.chat_template, [*checkpoints, base])
+                if recipe.chat_template
+                else None
+            ),
+        )
+
+
+def _base_folder(reference: str, options: OpenOptions) -> Path:
+    model, adapter = split_reference(reference)
+    if adapter is not None:
+        raise UpitError(
+            f"base_model: {reference} is an adapter on {model}, but deltas are measured against a "
+            f"complete model; write base_model: {model}."
+        )
+    return resolve(reference, options, role="base_model")
+
+
+def _warn_of_large_tokenizer(donor: DenseModel, vocab_size: int) -> None:
+    """Token ids without an embedding crash a model only when they occur."""
+    if (highest := highest_token_id(donor.folder)) is not None and highest >= vocab_size:
+        LOG.warning(
+            "The tokenizer of %s has token ids up to %d, but the models have only %d embeddings; "
+            "text with the further tokens will fail.",
+            donor.label,
+            highest,
+            vocab_size,
+        )
+
+
+def _warn_of_mixed_dtypes(
+    base: Checkpoint, checkpoints: Sequence[DenseModel], architecture: DenseArchitecture
+) -> None:
+    """Arithmetic is float32 in any case, but the output's dtype should then be a choice."""
+    expected = stored_dtype(base, architecture)
+    for checkpoint in checkpoints:
+        if (found := stored_dtype(checkpoint, architecture)) != expected:
+            LOG.warning(
+                "Checkpoint %s is stored in %s, the base in %s, and the output will be in %s; "
+                "set dtype: in the recipe to choose.",
+                checkpoint.label,
+                *(str(d).removeprefix("torch.") for d in (found, expected)),
+                str(default_dtype(base, architecture)).removeprefix("torch."),
+            )
+            return
+
+
+def _warn_of_repeats(base: Checkpoint, checkpoints: Sequence[DenseModel], *, copies: bool) -> None:
+    for checkpoint in checkpoints:
+        # Upcycling is done to a pre-trained model as it is.
+        if not copies and checkpoint.folder.resolve() == base.folder.resolve():
+            LOG.warning(
+                "The base %s is listed under models: too; it becomes an expert that was not "
+                "fine-tuned, and a parent of others.",
+                base.label,
+            )
+    sources = [{path.resolve() for path in checkpoint.files()} for checkpoint in checkpoints]
+    for checkpoint, files in zip(checkpoints, sources, strict=True):
+        if sources.count(files) > 1:
+            LOG.warning(
+                "Checkpoint %s is listed %d times; its copies become identical experts.",
+                checkpoint.label,
+                sources.count(files),
+            )
+            return
+
+
+def _backbone(
+    setting: str, base: Checkpoint, checkpoints: tuple[DenseModel, ...]
+) -> tuple[DenseModel, ...]:
+    if setting == "last":
+        return (checkpoints[-1],)
+    if setting == "average":
+        return checkpoints
+    if setting == "base":
+        return (base,)
+    return (find_model(setting, "parameters.backbone", checkpoints, base),)

@@ -1,0 +1,62 @@
+"""The gates of a mixture: drawn at random, named, digested."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upit_merge.io.sources import TensorSource
+from upit_merge.io.tensor_file import raw_bytes
+from upit_merge.models.dense import norm_tensor
+from upit_merge.models.formats import MoeFormat
+
+
+def training_free_gates(
+    backbone: TensorSource, num_layers: int, num_experts: int, seed: int
+) -> list[Tensor]:
+    """A random gate per layer, for an MoE without seed data.
+
+    Args:
+        backbone: Has the norms before the gates, whose size sets the gates' scale.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    norms = (backbone.tensor(norm_tensor(layer)) for layer in range(num_layers))
+    return [random_gate(num_experts, norm, generator) for norm in norms]
+
+
+def random_gate(num_experts: int, norm_weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Random directions, scaled so that logits vary by about 1; needs no data.
+
+    Args:
+        norm_weight: The weight of the norm before the gate, (hidden_size,): its root mean square
+            is that of the router's inputs.
+    """
+    gate = torch.randn(num_experts, norm_weight.shape[0], generator=generator)
+    return F.normalize(gate, dim=1) / root_mean_square(norm_weight)
+
+
+def root_mean_square(norm_weight: Tensor) -> Tensor:
+    """Of the outputs of an RMS norm with this weight, (hidden_size,), to be expected."""
+    return norm_weight.float().square().mean().sqrt().clamp(min=1e-6).cpu()
+
+
+def named_gates(form: MoeFormat, gates: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gates by their names in a format, in layer order."""
+    return dict(zip(form.gate_names(len(gates)), gates, strict=True))
+
+
+def gates_digest(gates: Sequence[torch.Tensor], dtype: torch.dtype) -> str:
+    """SHA-256 of all gates as they are stored, layer after layer."""
+    return tensors_digest(gate.to(dtype) for gate in gates)
+
+
+def tensors_digest(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of the bytes of some tensors, in their order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(raw_bytes(tensor, tensor.dtype))
+    return digest.hexdigest()

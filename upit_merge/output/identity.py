@@ -1,0 +1,52 @@
+"""Tell two runs apart: what decides their bytes, and what of it differs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def file_states(files: Iterable[Path], seed_data: str) -> dict[str, str]:
+    """Size and time of change of files, and of the seed data's unless it is a dataset id."""
+    paths = {path.resolve() for path in files}
+    seeds = Path(os.path.expanduser(seed_data))
+    if seed_data and seeds.is_dir():
+        paths |= {path for path in seeds.resolve().rglob("*") if path.is_file()}
+    elif seed_data and seeds.is_file():
+        paths.add(seeds.resolve())
+    stats = {str(path): path.stat() for path in sorted(paths)}
+    return {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in stats.items()}
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What differs between two identities, in words; None if nothing does."""
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name != "file":
+            return next(_changes(name, old, new))
+        for path in {**(old or {}), **(new or {})}:
+            was, is_now = (old or {}).get(path), (new or {}).get(path)
+            if was != is_now:
+                how = "was not part of it" if was is None else "changed since"
+                return f"{path} {'is no longer part of it' if is_now is None else how}"
+    return None
+
+
+def _changes(name: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in {**old, **new}:
+            if old.get(key) != new.get(key):
+                inner = key if name == "recipe" else f"{name}.{key}"
+                yield from _changes(inner, old.get(key), new.get(key))
+    elif isinstance(old, list | dict) or isinstance(new, list | dict):
+        yield f"{name} has changed"
+    else:
+        yield f"{name} was {_word(old)} and is {_word(new)}"
+
+
+def _word(value: Any) -> str:
+    return "not set" if value is None else str(value)

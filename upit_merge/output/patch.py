@@ -1,0 +1,106 @@
+"""Tensors of a MoE folder, opened and replaced: gates, and experts that were trained."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.io.disk import require_space
+from upit_merge.io.sources import TensorSource
+from upit_merge.io.tensor_file import SafetensorsFile, TensorSpec, patch_tensors
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def _by_file(moe: Checkpoint, tensors: Tensors) -> dict[Path, dict[str, torch.Tensor]]:
+    by_file: dict[Path, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        by_file[moe.file_of(name)][name] = tensor
+    return by_file
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """A model whose tensors are replaced in place; for a folder that nobody uses yet."""
+
+    moe: Checkpoint
+
+    @property
+    def source(self) -> TensorSource:
+        return self.moe
+
+    def write(self, tensors: Tensors) -> None:
+        """Replace tensors."""
+        for path, part in _by_file(self.moe, tensors).items():
+            patch_tensors(path, part)
+
+
+@dataclass(frozen=True)
+class PatchedCopies:
+    """Copies of a model's files in which tensors are replaced; the model itself stays as it is.
+
+    Outputs of this program keep their gates in a file of their own (or are a single file), so
+    that new gates take a small copy.
+
+    The model as it will be: tensors are read from the copies where there are some.
+
+    Args:
+        moe: The model.
+        folder: Receives the copies; those that are there already are gone on with.
+    """
+
+    moe: Checkpoint
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return self.moe.label
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.moe.config
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self.moe.specs
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor in its stored dtype, on the CPU."""
+        copy = self.folder / self.moe.file_of(name).name
+        if not copy.exists():
+            return self.moe.tensor(name)
+        with contextlib.closing(SafetensorsFile(copy)) as file:
+            return file.rows(name, 0, file.specs[name].shape[0])
+
+    @property
+    def source(self) -> TensorSource:
+        return self
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Copy the files that hold these tensors.
+
+        Raises:
+            UpitError: the copies do not fit the disk.
+        """
+        files = {self.moe.file_of(name) for name in names}
+        missing = [path for path in sorted(files) if not (self.folder / path.name).exists()]
+        size = sum(path.stat().st_size for path in missing)
+        require_space(self.folder, size, "a copy of the files that change")
+        for path in missing:
+            draft = self.folder / f".{path.name}.draft"
+            shutil.copyfile(path, draft)
+            os.replace(draft, self.folder / path.name)
+
+    def write(self, tensors: Tensors) -> None:
+        """Replace tensors in the copies, which must have been prepared."""
+        for path, part in _by_file(self.moe, tensors).items():
+            patch_tensors(self.folder / path.name, part)

@@ -1,0 +1,288 @@
+"""The output folder: built aside, moved into place last, never half there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upit_merge.errors import ResumableError, UpitError
+from upit_merge.io.disk import (
+    explained,
+)
+from upit_merge.io.text_file import sync_folder, write_json
+from upit_merge.output.identity import first_difference
+from upit_merge.output.journal import has_progress
+from upit_merge.output.lock import LOCK, exclusive, release
+from upit_merge.runtime.interrupt import ends_at_once
+
+LOG = logging.getLogger(__name__)
+
+STAGING = ".upit-staging"
+# Of the commands that change a model that is there.
+_EDITS = ("router", "extend", "shrink", "evaluate", "page")
+EDIT_STAGING = {name: f".upit-{name}" for name in _EDITS}
+REPORT = "upit_report.json"
+STATE = "run.json"
+
+
+@dataclass(frozen=True)
+class Staging:
+    """The hidden folder inside the output folder in which the output is built.
+
+    Attributes:
+        root: Holds the state of the run and its journals.
+        complete: An earlier run finished the output and was killed while moving it into place.
+    """
+
+    root: Path
+    complete: bool = False
+
+    @property
+    def model(self) -> Path:
+        """The files that will be the output."""
+        return self.root / "model"
+
+    def size(self) -> int:
+        """Bytes of the output that are on the disk already; shards have holes until filled."""
+        stats = [path.stat() for path in self.model.iterdir()]
+        return sum(getattr(stat, "st_blocks", 0) * 512 for stat in stats)
+
+
+@contextlib.contextmanager
+def staged_output(
+    out: Path, identity: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[Staging]:
+    """Give a folder to build in; on success its files become those of `out`, else nothing does.
+
+    The staging folder is inside `out`, hence on the same disk: moving is renaming. `config.json`
+    comes last, so that an interrupted move does not leave a folder that loads as a model. What a
+    killed run has done is found again by the next one with the same identity; so is what was done
+    before the disk was full or Ctrl-C was pressed. After other errors nothing is left.
+
+    Args:
+        out: The output folder; created if needed.
+        identity: What decides the output, see `resume.run_identity`.
+        overwrite: Replace an earlier output of this program (a folder with a report in it).
+
+    Raises:
+        UpitError: `out` is not empty, is no folder, is in use, holds an unfinished run with
+            another identity, or the disk is full.
+    """
+    refuse_occupied(out, overwrite=overwrite)
+    created = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UpitError(
+            f"The output folder {out} cannot be created ({error.strerror}); choose another."
+        ) from None
+    leave = False
+    try:
+        with exclusive(out):
+            refuse_occupied(out, overwrite=overwrite)  # another run may have just finished
+            staging = _open_staging(out, identity)
+            root = staging.root
+
+            def last_words() -> str:
+                if is_moving(root) or has_progress(root):
+                    return "Interrupted; the same command goes on from there."
+                shutil.rmtree(root, ignore_errors=True)
+                release(out)
+                for folder in created:
+                    remove_if_empty(folder)
+                return "Interrupted; nothing was written."
+
+            try:
+                with ends_at_once(last_words):
+                    yield staging
+                    move_into_place(staging, out)
+                leave = True
+            except BaseException as error:
+                may_go_on = not isinstance(error, UpitError) or isinstance(error, ResumableError)
+                leave = is_moving(root) or (may_go_on and has_progress(root))
+                raise
+            finally:
+                if not leave:
+                    shutil.rmtree(staging.root, ignore_errors=True)
+    finally:
+        if not leave:
+            for folder in created:
+                remove_if_empty(folder)
+
+
+@contextlib.contextmanager
+def scratch_folder(out: Path, rank: int = 0) -> Iterator[Path]:
+    """A hidden folder on the disk of `out` for files that are needed for a while.
+
+    It does not touch an unfinished run there.
+
+    Args:
+        rank: Of the process whose folder it is.
+    """
+    folder = out / STAGING / f"scratch-{rank}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        remove_scratch(out, rank)
+
+
+def remove_scratch(out: Path, rank: int = 0) -> None:
+    """Remove what `scratch_folder` gave, if it is there."""
+    shutil.rmtree(out / STAGING / f"scratch-{rank}", ignore_errors=True)
+    remove_if_empty(out / STAGING)
+
+
+def _open_staging(out: Path, identity: Mapping[str, Any]) -> Staging:
+    """The staging folder of an unfinished run with this identity, or a new one."""
+    root = out / STAGING
+    state = read_state(root)
+    moving = is_moving(root)
+    if state and (moving or has_progress(root)):
+        change = first_difference(state["identity"], json.loads(json.dumps(identity)))
+        if change:
+            raise UpitError(
+                f"The output folder {out} holds an unfinished run, but {change}; undo that to "
+                f"finish it, or delete {root} to start over."
+            )
+        LOG.info("Going on with the unfinished run in %s.", out)
+        for path in (root / "model").iterdir():
+            # Small files are made again; a draft of one must not become part of the output.
+            if not moving and path.suffix != ".safetensors":
+                path.unlink()
+        return Staging(root, complete=moving)
+    try:
+        # Without a record of what is done, nothing there is of use; the lock says that nobody
+        # else is using it.
+        shutil.rmtree(root, ignore_errors=True)
+        (root / "model").mkdir(parents=True)
+        write_json(root / STATE, {"identity": identity, "moving": None})
+    except OSError as error:
+        shutil.rmtree(root, ignore_errors=True)
+        raise explained(error, out) from error
+    return Staging(root)
+
+
+def read_state(root: Path) -> dict[str, Any] | None:
+    """What a staging folder says of itself; None if it is none."""
+    try:
+        return dict(json.loads((root / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def is_moving(root: Path) -> bool:
+    """Whether files of this staging folder are being moved into place, or were when it ended."""
+    return bool((read_state(root) or {}).get("moving"))
+
+
+def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output folder that holds anything but, with `overwrite`, an earlier output.
+
+    Raises:
+        UpitError: naming what is there.
+    """
+    if out.is_file():
+        raise UpitError(f"The output {out} is a file; give a folder.")
+    if not out.is_dir():
+        return
+    if is_moving(out / STAGING):  # a complete output, in part here and in part still there
+        return
+    refuse_half_edited(out)
+    ours = (STAGING, *EDIT_STAGING.values(), LOCK)
+    present = sorted(path.name for path in out.iterdir() if path.name not in ours)
+    if not present:
+        return
+    if not overwrite:
+        raise UpitError(
+            f"The output folder {out} is not empty (it holds {present[0]}); choose a new folder, "
+            "or replace an earlier output with `upit-merge run --overwrite`."
+        )
+    if REPORT not in present:
+        raise UpitError(
+            f"The output folder {out} was not written by upit-merge (it has no {REPORT}); choose "
+            "another folder."
+        )
+
+
+def refuse_half_edited(out: Path, but: str | None = None) -> None:
+    """Refuse a model into which the files of another command were not all moved.
+
+    Args:
+        but: The command that asks, which finishes its own.
+
+    Raises:
+        UpitError: naming that command.
+    """
+    for command, folder in EDIT_STAGING.items():
+        if command != but and is_moving(out / folder):
+            raise UpitError(
+                f"What `upit-merge {command}` makes is half-way into the model in {out}; give the "
+                "command that was interrupted again first."
+            )
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that has nothing in it."""
+    try:
+        folder.rmdir()
+    except OSError:
+        LOG.debug("left %s in place", folder)
+
+
+def move_into_place(staging: Staging, out: Path) -> None:
+    """Rename every file into `out`; does what is left of it if it was begun before."""
+    state = read_state(staging.root) or {}
+    if not staging.complete:
+        sync_folder(staging.model)
+        new = {path.name for path in staging.model.iterdir()}
+        old = [name for name in _files_of(out / REPORT) if name not in new]
+        state["moving"] = {"obsolete": old}
+        write_json(staging.root / STATE, state)
+    names = sorted(path.name for path in staging.model.iterdir())
+    last = "config.json"
+    if last in names:
+        # An earlier output stops being a model before its files are mixed with the new ones.
+        (out / last).unlink(missing_ok=True)
+        if staging.root.name == STAGING:  # what was done to the earlier output
+            for folder in EDIT_STAGING.values():
+                shutil.rmtree(out / folder, ignore_errors=True)
+    for name in state["moving"]["obsolete"]:
+        (out / name).unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: name == last):
+        os.replace(staging.model / name, out / name)
+    sync_folder(out)
+    # The state goes last: until then the same command finds that all is done.
+    for path in staging.root.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != STATE:
+            path.unlink()
+    shutil.rmtree(staging.root, ignore_errors=True)
+
+
+def _files_of(report: Path) -> list[str]:
+    """The files an earlier report says it came with."""
+    try:
+        files = json.loads(report.read_text(encoding="utf-8")).get("files", [])
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [name for name in files if isinstance(name, str) and Path(name).name == name]
+
+
+def require_output(out: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        UpitError: naming it.
+    """
+    if not out.is_dir():
+        raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")

@@ -1,0 +1,84 @@
+"""Mistakes in a pipeline that can be found before its first stage begins, and hours later too."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from upit_merge.config.router import ByColumn
+from upit_merge.data.examples import read_seed_data
+from upit_merge.errors import UpitError
+from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.io.hub import OpenOptions, resolve
+from upit_merge.models.dense import read_dense_config
+from upit_merge.models.formats import PROJECTIONS
+from upit_merge.pipeline.config import Pipeline, write_yaml
+from upit_merge.runtime.device import resolve_devices
+from upit_merge.training.settings import load_job
+
+
+def check_pipeline(pipeline: Pipeline) -> None:
+    """Look at the settings of all stages, the base model and the data.
+
+    Raises:
+        UpitError: the first mistake.
+    """
+    config = pipeline.config
+    if pipeline.out.is_file():
+        raise UpitError(f"{pipeline.source}: output is {pipeline.out}, a file; name a folder.")
+    resolve_devices(config.device)
+    _check_base(config.base_model)
+    router = pipeline.parsed_recipe().router
+    if router is not None:
+        column = router.assign.column if isinstance(router.assign, ByColumn) else None
+        read_seed_data(router.data, split=router.split, config=router.subset, column=column)
+    if config.evaluate is not None:
+        read_seed_data(config.evaluate.data, column=config.evaluate.group_by)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, settings in _training_blocks(pipeline).items():
+            _check_training(pipeline, name, settings, Path(folder) / f"{name}.yml")
+
+
+def _check_base(reference: str) -> None:
+    folder = resolve(reference, OpenOptions(), role="base model")
+    options = OpenOptions(allow_pickle=True)
+    with contextlib.closing(Checkpoint(reference, folder, options)) as base:
+        read_dense_config(base)
+
+
+def _training_blocks(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
+    config, blocks = pipeline.config, {}
+    if config.checkpoints is None:
+        blocks["prepare"] = pipeline.prepare_settings()
+    if config.post_train is not None:
+        blocks["post_train"] = pipeline.post_train_settings()
+    if config.baseline:
+        blocks["baseline"] = pipeline.baseline_settings("the last checkpoint")
+    return blocks
+
+
+def _check_training(pipeline: Pipeline, name: str, settings: dict[str, Any], file: Path) -> None:
+    write_yaml(file, settings)
+    where = f"{pipeline.source}: {name}"
+    try:
+        job = load_job(file)
+    except UpitError as error:  # the file it names is not one the user knows
+        raise UpitError(error.message.replace(str(file), where)) from None
+    if name != "post_train" and job.own.train_modules == "router":
+        raise UpitError(
+            f"{where}: train_modules is router, but a dense model has none; write {name}: "
+            "{train_modules: ffn}."
+        )
+    modules = job.model.lora_target_modules
+    if (
+        name == "prepare"
+        and job.model.use_peft
+        and isinstance(modules, list)
+        and not {module.rpartition(".")[2] for module in modules} & {*PROJECTIONS}
+    ):
+        raise UpitError(
+            f"{where}: lora_target_modules has no part of the FFN, which becomes the expert; add "
+            f"{', '.join(PROJECTIONS)}."
+        )
