@@ -195,6 +195,6 @@ def moe(four: Family, merge: Callable[..., Path]) -> Path:
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., Path]:
     """Train a model on 32 short samples; see `training.trainer_in`."""
-    from tests.training import trainer_in
+    from tests.support.training import trainer_in
 
     return trainer_in(tmp_path)

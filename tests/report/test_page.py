@@ -1,0 +1,190 @@
+"""The model page: what it says of every kind of model, and that it can be used as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+
+from tests.commands.test_output import load
+from tests.conftest import Family
+from tests.support.pages import evaluation, model, page_of, report_of
+from upit_merge.report.card import render
+from upit_merge.report.facts import Facts
+from upit_merge.report.markdown import amount, escaped, fenced, table
+
+
+def test_no_section_without_something_to_say() -> None:
+    text = render(model(1, 1), "")
+    assert re.findall(r"^## (.*)", text, re.M) == ["Run it", "Experts", "Router", "Make it again"]
+    assert "mergekit-yaml" not in text  # there is no recipe to give it
+    assert "A mixture of 1 expert per layer, 1 of them per token, in Mixtral format" in text
+    assert "46.7 B parameters, of which a token meets 12.9 B" in text
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 2), (3, 4), (4, 16), (4, 17), (20, 64)])
+def test_pages_of_every_size(m: int, n: int) -> None:
+    text = render(model(m, n), "a: 1\n")
+    assert ("<details>" in text) == (n > 16)
+    assert len(re.findall(r"^\| \d+ \| ", text, re.M)) == n
+    assert ("| ratio |" in text) == (n > m)
+    if n > m:
+        assert f"| {m} | experts 0 and 1 | 0.25 : 0.75 | checkpoint-1000 75%" in text
+    # Every table is one: rows as wide as their titles.
+    html = MarkdownIt().enable("table").render(text.split("\n---\n", 1)[1])
+    assert html.count("<table>") == text.count("\n|-") + text.count("\n|:-")
+    assert "|--" not in html
+
+
+def test_code_can_be_copied_and_a_chat_model_is_asked_as_one() -> None:
+    report = model()
+    blocks = re.findall(r"```(\w+)\n(.*?)\n```", render(report, "a: 1\n"), re.S)
+    assert [kind for kind, _ in blocks] == ["python", "bash", "bash", "yaml", "bash"]
+    compile(blocks[0][1], "page", "exec")
+    assert 'model="your-name/my-model"' in blocks[0][1]
+    assert "/v1/completions" in blocks[1][1]
+    body = re.search(r"-d '(.*)'", blocks[1][1])
+    assert body is not None
+    assert json.loads(body[1])["model"] == "your-name/my-model"
+    report["model"]["chat_template"] = True
+    chat = re.findall(r"```(\w+)\n(.*?)\n```", render(report, ""), re.S)
+    compile(chat[0][1], "page", "exec")
+    assert "/v1/chat/completions" in chat[1][1]
+    report["model"]["tokenizer"] = False
+    assert "vllm serve" not in render(report, "")
+
+
+def test_the_snippet_runs(shared_family: Family, merge) -> None:
+    """With the folder for the id, as the page says."""
+    out = merge(shared_family.recipe())
+    block = re.findall(r"```python\n(.*?)\n```", page_of(out), re.S)[0]
+    block = block.replace("your-name/out", str(out)).replace(
+        "max_new_tokens=100", "max_new_tokens=3"
+    )
+    printed: list[str] = []
+    exec(block, {"print": printed.append})
+    assert printed[0].startswith("The sky is")
+
+
+def test_parameters_are_those_of_the_model(shared_family: Family, merge) -> None:
+    out = merge(shared_family.recipe(parameters={"num_experts": 5}))
+    told = report_of(out)["model"]
+    sizes = {name: p.numel() for name, p in load(out).named_parameters()}
+    assert told["parameters"] == sum(sizes.values())
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    assert told["active_parameters"] == sum(sizes.values()) - experts * 3 // 5
+    assert f"| parameters | {told['parameters']:,} ({told['active_parameters']:,} active) |" in (
+        page_of(out)
+    )
+
+
+def test_units_averages_and_copies_in_words() -> None:
+    report = model(3, 4)
+    parts = [dict(e) for e in report["lineage"]["experts"]]
+    other = [*parts[:3], parts[3] | {"parents": (1, 2)}]
+    report["lineage"]["units"] = [{"name": "a", "experts": parts}, {"name": "b", "experts": other}]
+    report["lineage"]["experts"][3] = parts[3] | {"parents": None, "alpha": None}
+    text = render(report, "")
+    assert "| 3 | 2 pairs of experts | checkpoint-1000 75%, checkpoint-500 25% |" in text
+    del report["lineage"]["units"]
+    assert "| 3 | 2 checkpoints, averaged |" in render(report, "")
+    copied = model(2, 2, parameters={"expansion": "copy"})
+    text = render(copied, "")
+    assert "It was upcycled from dense models" in text
+    assert "| expert | copy of |" in text
+
+
+def test_long_recipes_are_folded_and_end_no_fence() -> None:
+    assert "<summary>mergekit_config.yml, 60 lines</summary>" in render(model(), "a: 1\n" * 60)
+    assert fenced("a: '```'", "yaml") == "````yaml\na: '```'\n````"
+
+
+def test_names_of_others_have_no_meaning_here() -> None:
+    report = model()
+    report["sources"]["checkpoints"][0]["name"] = "a|b <script> [x](y) `z`\n# no heading"
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(render(report, ""))
+    assert "<script>" not in html
+    assert "no heading</h1>" not in html
+    assert html.count("a|b &lt;script&gt; [x](y) `z` # no heading") >= 1
+
+
+def test_post_training_and_others_are_told() -> None:
+    report = model(
+        post_training={
+            "settings": {"train_modules": "lora", "learning_rate": 2e-4, "num_train_epochs": 1.0},
+            "data": "sft",
+            "samples": 1200,
+            "tokens": 3_000_000,
+            "steps": 75,
+            "seconds": 12.0,
+            "history": [
+                {"step": 1, "loss": 2.0, "routing_entropy": 0.9},
+                {"step": 75, "loss": 1.5, "dead_experts": 2},
+            ],
+        },
+        evaluation=evaluation(4)
+        | {"others": [{"model": "the base", "perplexity": 9.25, "groups": {"letters": 8.0}}]},
+    )
+    text = render(report, "a: 1\n")
+    assert (
+        "the whole mixture was trained by LoRA adapters, merged into it afterwards, on sft (1,200 "
+        "samples, 75 steps, 3 M tokens, 12 s). Learning rate 0.0002, epochs 1. The loss was 2.000 "
+        "at first and 1.500 at the end. Experts hardly used at the end: 2."
+    ) in text
+    assert "| model | letters | digits | all |" in text
+    assert "| **this mixture** | **4.00** | **4.00** | **4.00** |" in text
+    assert "| the base | 8.00 |   | 9.25 |" in text
+    assert "upit-merge verify" not in text  # it is not what the recipe makes any more
+
+
+def test_markdown() -> None:
+    assert escaped("a_b _c_ *d*") == r"a_b \_c\_ \*d\*"
+    assert [amount(n) for n in (7, 999, 12_345, 999_600_000, 46_702_792_704)] == [
+        "7",
+        "999",
+        "12.3 k",
+        "1 B",
+        "46.7 B",
+    ]
+    assert table([">a", "b"], [["1", ""]]) == "| a | b |\n|---:|---|\n| 1 |   |"
+
+
+def test_results_of_others_alone_are_no_evaluation() -> None:
+    others = [{"model": "the base", "perplexity": 9.0}]
+    assert "## Evaluation" not in render(model(evaluation={"others": others}), "")
+
+
+def breaking(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(report: dict[str, Any]) -> None:
+        *keys, last = path.split(".")
+        for key in keys:
+            report = report[int(key) if key.isdecimal() else key]  # type: ignore[index]
+        report[int(last) if last.isdecimal() else last] = value  # type: ignore[index]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        breaking("lineage.experts.3.parents", (0, 99)),
+        breaking("lineage.experts.3.weights", [1.0]),
+        breaking("lineage.experts.0.checkpoint", 7),
+        breaking("lineage.experts", []),
+        breaking("checkpoint_cosine", [[1.0]]),
+        breaking("lineage.expected_gram", [[1.0, 2.0]]),
+        breaking("model.num_experts", "many"),
+        breaking("lineage.units", [{"name": "a", "experts": []}]),
+        breaking("evaluation", evaluation(4) | {"whole": "none"}),
+        breaking("evaluation", evaluation(4) | {"by_layer": [[1.0]]}),
+    ],
+)
+def test_reports_that_make_no_sense_make_no_page(change: Callable[[dict[str, Any]], None]) -> None:
+    report = json.loads(json.dumps(model()))
+    assert Facts.of(report) is not None
+    change(report)
+    assert Facts.of(report) is None
