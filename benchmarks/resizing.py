@@ -35,9 +35,9 @@ from upit_merge.commands.shrink import mean_gates, shrink_output  # noqa: E402
 from upit_merge.config.router import RouterSettings  # noqa: E402
 from upit_merge.io.checkpoint import Checkpoint  # noqa: E402
 from upit_merge.models.formats import PROJECTIONS  # noqa: E402
-from upit_merge.models.moe import inspect_moe, opened_moe  # noqa: E402
+from upit_merge.models.mixture import inspect_mixture, opened_mixture  # noqa: E402
 from upit_merge.resizing.rewriting import ResizeOptions, shrunk_layout, write_model  # noqa: E402
-from upit_merge.resizing.sources import Group, Groups, ShrunkMoe  # noqa: E402
+from upit_merge.resizing.sources import Group, Groups, ShrunkMixture  # noqa: E402
 
 Result = dict[str, Any]
 QUIET = ResizeOptions(quiet=True)
@@ -65,10 +65,10 @@ def measure_extension(folder: Path, checkpoints: Sequence[Path], scratch: Path) 
 
 def shrunk_otherwise(out: Path, folder: Path, groups: Groups) -> Path:
     """Write a mixture with these groups into another folder."""
-    with opened_moe(out) as moe:
-        architecture = inspect_moe(moe)
+    with opened_mixture(out) as moe:
+        architecture = inspect_mixture(moe)
         gates = mean_gates(moe, architecture, groups)
-        shrunk = ShrunkMoe(moe, architecture, groups, gates)
+        shrunk = ShrunkMixture(moe, architecture, groups, gates)
         names = architecture.format.gate_names(architecture.num_layers)
         shutil.copytree(out, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
         write_model(folder, shrunk_layout(moe, shrunk, names, 10**12), shrunk, {}, quiet=True)
@@ -112,7 +112,7 @@ def measure_shrinking(
 
 def _neurons(moe: Checkpoint, layer: int, expert: int) -> np.ndarray:
     """One row per neuron: what it reads and what it writes."""
-    form = inspect_moe(moe).format
+    form = inspect_mixture(moe).format
     gate, down, up = (
         moe.tensor(form.expert_tensor(layer, expert, p)).double().numpy() for p in PROJECTIONS
     )
@@ -125,8 +125,8 @@ def matched(out: Path) -> float:
     The assignment maximises the inner products of matched neurons, over all layers (Git Re-Basin's
     weight matching, arXiv 2209.04836).
     """
-    with opened_moe(out) as moe:
-        layers = inspect_moe(moe).num_layers
+    with opened_mixture(out) as moe:
+        layers = inspect_mixture(moe).num_layers
         shares = []
         for layer in range(layers):
             first, last = (_neurons(moe, layer, expert) for expert in (0, 5))

@@ -36,12 +36,12 @@ from upit_merge.demo.corpus import load_domains  # noqa: E402
 from upit_merge.demo.evaluation import perplexity, set_gates  # noqa: E402
 from upit_merge.demo.run import average_model  # noqa: E402
 from upit_merge.demo.training import learning_rate_cycle, pack, sequences  # noqa: E402
-from upit_merge.engine.layerwise import LayerwiseMoe  # noqa: E402
-from upit_merge.models.moe import opened_moe  # noqa: E402
+from upit_merge.engine.layerwise import LayerwiseMixture  # noqa: E402
+from upit_merge.models.mixture import opened_mixture  # noqa: E402
 from upit_merge.models.tokenizer import load_tokenizer  # noqa: E402
 from upit_merge.router.evaluation import Evaluation, Groups, run_mixture  # noqa: E402
+from upit_merge.router.router_gain import SampleLosses, measure_router_gain  # noqa: E402
 from upit_merge.router.stage import RouterStage  # noqa: E402
-from upit_merge.router.worth import SampleLosses, measure_worth  # noqa: E402
 
 # On the well-mixed models the question is only whether anything makes it worse.
 POST_TRAINED = ("random 0", "one_vs_rest (default)", "default, assign: balanced")
@@ -65,8 +65,8 @@ def held_out_perplexity(folder: Path, variant: str) -> float:
     trained = SETTINGS.get(variant, {}).get("upit", {}).get("train_experts", False)
     gates = load_file(folder / "fits" / f"{variant}.safetensors")
     model_folder = folder / "fits" / "trained" if trained else folder / "moe"
-    with opened_moe(model_folder) as moe, tempfile.TemporaryDirectory() as scratch:
-        model = LayerwiseMoe(moe, CPU)
+    with opened_mixture(model_folder) as moe, tempfile.TemporaryDirectory() as scratch:
+        model = LayerwiseMixture(moe, CPU)
         settings = RouterSettings(data=str(folder / "held-out.jsonl"))
         samples = samples_of(model, folder, settings, column="domain")
         stage = RouterStage(model, samples, settings, 0, Path(scratch), quiet=True)
@@ -101,15 +101,15 @@ def references(folder: Path) -> dict[str, float]:
 
 def worth(folder: Path) -> dict[str, Any]:
     """Whether the experts differ on the seed data, from the losses that a fit has kept."""
-    with opened_moe(folder / "moe") as moe:
-        model = LayerwiseMoe(moe, CPU)
+    with opened_mixture(folder / "moe") as moe:
+        model = LayerwiseMixture(moe, CPU)
         settings = RouterSettings(data=str(folder / "seed.jsonl"))
         seeds = samples_of(model, folder, settings)
     sums = [
         load_file(folder / "fits" / "losses" / f"losses-{expert}.safetensors")["sums"]
         for expert in range(model.num_experts)
     ]
-    return measure_worth(SampleLosses.of(seeds.samples, sums)).to_report()
+    return measure_router_gain(SampleLosses.of(seeds.samples, sums)).to_report()
 
 
 def measure(folder: Path, variants: list[str]) -> Result:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import SeedSet
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.models.gates import training_free_gates
-from upit_merge.models.moe import opened_moe
+from upit_merge.models.mixture import opened_mixture
 from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.output.patch import PatchedCopies
 from upit_merge.router.expert_tuning import load_expert, padded_batch
@@ -63,7 +63,7 @@ def settings_of(folder: Path, variant: str) -> RouterSettings:
 
 
 def samples_of(
-    model: LayerwiseMoe, folder: Path, settings: RouterSettings, column: str | None = None
+    model: LayerwiseMixture, folder: Path, settings: RouterSettings, column: str | None = None
 ) -> SeedSet:
     """The samples that some settings name, in tokens of the folder's tokenizer."""
     return load_seed_set(
@@ -76,7 +76,7 @@ def samples_of(
     )
 
 
-def stage_of(model: LayerwiseMoe, folder: Path, settings: RouterSettings, scratch: Path) -> Any:
+def stage_of(model: LayerwiseMixture, folder: Path, settings: RouterSettings, scratch: Path) -> Any:
     """The stage; losses of the experts that `losses` has computed are found again."""
     seeds = samples_of(model, folder, settings)
     kept = folder / "fits" / "losses"
@@ -89,8 +89,8 @@ def stage_of(model: LayerwiseMoe, folder: Path, settings: RouterSettings, scratc
 
 def by_settings(folder: Path, variant: str, scratch: Path) -> tuple[list[Tensor], dict[str, float]]:
     settings = settings_of(folder, variant)
-    with opened_moe(folder / "moe") as moe:
-        stage = stage_of(LayerwiseMoe(moe, CPU), folder, settings, scratch)
+    with opened_mixture(folder / "moe") as moe:
+        stage = stage_of(LayerwiseMixture(moe, CPU), folder, settings, scratch)
         copies = PatchedCopies(moe, folder / "fits" / "trained")
         if settings.trains_experts:
             shutil.rmtree(copies.folder, ignore_errors=True)
@@ -101,16 +101,16 @@ def by_settings(folder: Path, variant: str, scratch: Path) -> tuple[list[Tensor]
 
 def losses(folder: Path, _variant: str, scratch: Path) -> tuple[list[Tensor], dict[str, float]]:
     """Every sample's loss under every expert, which the buckets of all objectives need."""
-    with opened_moe(folder / "moe") as moe:
-        stage = stage_of(LayerwiseMoe(moe, CPU), folder, settings_of(folder, ""), scratch)
+    with opened_mixture(folder / "moe") as moe:
+        stage = stage_of(LayerwiseMixture(moe, CPU), folder, settings_of(folder, ""), scratch)
         stage.losses()
     return [], stage.seconds
 
 
 def sweep(folder: Path, _variant: str, scratch: Path) -> tuple[list[Tensor], dict[str, float]]:
     """One forward sweep of all samples through the mean of the experts, with nothing fitted."""
-    with opened_moe(folder / "moe") as moe:
-        stage = stage_of(LayerwiseMoe(moe, CPU), folder, settings_of(folder, ""), scratch)
+    with opened_mixture(folder / "moe") as moe:
+        stage = stage_of(LayerwiseMixture(moe, CPU), folder, settings_of(folder, ""), scratch)
         buckets = stage.buckets()
         stage.gates(buckets, lambda data: torch.zeros(data.num_experts, data.width))
     return [], {"sweep": stage.seconds["gates"] - stage.seconds["fitting"]}
@@ -118,8 +118,8 @@ def sweep(folder: Path, _variant: str, scratch: Path) -> tuple[list[Tensor], dic
 
 def random(folder: Path, variant: str, _scratch: Path) -> tuple[list[Tensor], dict[str, float]]:
     started = time.perf_counter()
-    with opened_moe(folder / "moe") as moe:
-        model = LayerwiseMoe(moe, CPU)
+    with opened_mixture(folder / "moe") as moe:
+        model = LayerwiseMixture(moe, CPU)
         gates = training_free_gates(moe, model.num_layers, model.num_experts, int(variant[-1]))
     return gates, {"gates": time.perf_counter() - started}
 
@@ -130,8 +130,8 @@ def mergekit(folder: Path, variant: str, scratch: Path) -> tuple[list[Tensor], d
     from mergekit.moe.config import Expert
     from mergekit.moe.router import get_gate_params
 
-    with opened_moe(folder / "moe") as moe:
-        stage = stage_of(LayerwiseMoe(moe, CPU), folder, settings_of(folder, ""), scratch)
+    with opened_mixture(folder / "moe") as moe:
+        stage = stage_of(LayerwiseMixture(moe, CPU), folder, settings_of(folder, ""), scratch)
         buckets = stage.buckets()
     last = sorted((folder / "sft").iterdir(), key=lambda path: int(path.name.split("-")[1]))[-1]
     reference = ModelReference.model_validate(str(last))
@@ -163,8 +163,8 @@ def in_the_loop(
     upit = settings.upit_settings
     vectors = []
     seconds = 0.0
-    with opened_moe(folder / "moe") as moe:
-        stage = stage_of(LayerwiseMoe(moe, CPU), folder, settings, scratch)
+    with opened_mixture(folder / "moe") as moe:
+        stage = stage_of(LayerwiseMixture(moe, CPU), folder, settings, scratch)
         buckets = stage.buckets()
         for expert in range(buckets.num_experts):
             mine = (buckets.assigned == expert).nonzero().flatten()

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import SeedSet, TokenizedSample
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.models.formats import FORMATS, PROJECTIONS
-from upit_merge.models.moe import opened_moe
+from upit_merge.models.mixture import opened_mixture
 from upit_merge.output.patch import InPlace
 from upit_merge.router.memory import ModelShape, router_memory
 from upit_merge.router.pretrain import pretrain_router
@@ -117,8 +117,8 @@ def write_mixtral(folder: Path, name: str) -> None:
 def run_stage(folder: Path, name: str) -> None:
     """The whole stage on random tokens."""
     samples, length, settings = RUNS[name]
-    with opened_moe(folder) as moe, tempfile.TemporaryDirectory(dir=folder) as scratch:
-        model = LayerwiseMoe(moe, torch.device("cpu"))
+    with opened_mixture(folder) as moe, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        model = LayerwiseMixture(moe, torch.device("cpu"))
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(3, model.vocab_size, (samples, length), generator=generator).tolist()
         seeds = SeedSet([TokenizedSample(row, 1, f"{i}") for i, row in enumerate(ids)], length)

@@ -31,8 +31,8 @@ from benchmarks.router import spread  # noqa: E402
 from benchmarks.router_fits import CPU  # noqa: E402
 from benchmarks.router_models import build, merged  # noqa: E402
 from upit_merge.config.router import RouterSettings  # noqa: E402
-from upit_merge.engine.layerwise import LayerwiseMoe  # noqa: E402
-from upit_merge.models.moe import opened_moe  # noqa: E402
+from upit_merge.engine.layerwise import LayerwiseMixture  # noqa: E402
+from upit_merge.models.mixture import opened_mixture  # noqa: E402
 from upit_merge.router.evaluation import Evaluation, Groups, run_mixture  # noqa: E402
 from upit_merge.router.pretrain import seed_set_for  # noqa: E402
 from upit_merge.router.stage import RouterStage  # noqa: E402
@@ -71,8 +71,8 @@ def evenly(checkpoints: list[Path], count: int) -> list[Path]:
 def perplexity(folder: Path, data: Path, sample: int | None) -> float:
     """Of a finished mixture on held-out text: geometric mean over the domains."""
     settings = RouterSettings(data=str(data), sample=sample)
-    with opened_moe(folder) as moe, tempfile.TemporaryDirectory() as scratch:
-        model = LayerwiseMoe(moe, CPU)
+    with opened_mixture(folder) as moe, tempfile.TemporaryDirectory() as scratch:
+        model = LayerwiseMixture(moe, CPU)
         samples = seed_set_for(model, folder, settings, 0, column="domain")
         stage = RouterStage(model, samples, settings, 0, Path(scratch), quiet=True)
         sums, routing = run_mixture(stage)

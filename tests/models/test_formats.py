@@ -16,11 +16,11 @@ from upit_merge.commands.plan import plan_recipe
 from upit_merge.commands.run import RunOptions
 from upit_merge.commands.verify import verify_output
 from upit_merge.config.recipe import parse_recipe
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.models import formats
 from upit_merge.models.formats.qwen3_moe import Qwen3Moe
-from upit_merge.models.moe import opened_moe
+from upit_merge.models.mixture import opened_mixture
 
 QUIET = RunOptions(quiet=True)
 
@@ -98,8 +98,8 @@ def test_a_qwen3_moe_with_dense_layers_is_refused(tmp_path, merge) -> None:
     out = merge(build_family(tmp_path / "f", count=2, kind="qwen3").recipe())
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"mlp_only_layers": [0]}))
-    with opened_moe(out) as moe, pytest.raises(UpitError, match="has dense layers beside"):
-        LayerwiseMoe(moe, torch.device("cpu"))
+    with opened_mixture(out) as moe, pytest.raises(UpitError, match="has dense layers beside"):
+        LayerwiseMixture(moe, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("wanted", ["auto", "qwen3_moe"])

@@ -15,7 +15,7 @@ from matplotlib import rc_context
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from tests.support.pages import evaluation, model
+from tests.support.cards import evaluation, model
 from upit_merge.report import figures
 from upit_merge.report.facts import Facts
 from upit_merge.report.family_tree import _apart, checkpoint_colors, family_tree

@@ -23,7 +23,7 @@ from upit_merge.config.router import UpitObjective
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
-from upit_merge.models.moe import opened_moe
+from upit_merge.models.mixture import opened_mixture
 from upit_merge.router.expert_tuning import (
     ExpertModel,
     TunedExpert,
@@ -58,7 +58,7 @@ def some_vectors() -> Tensor:
 
 @pytest.fixture
 def moe(shared_family: Family, merge) -> Iterator[Checkpoint]:
-    with opened_moe(merge(shared_family.recipe())) as opened:
+    with opened_mixture(merge(shared_family.recipe())) as opened:
         yield opened
 
 
@@ -191,7 +191,7 @@ def test_other_models(tmp_path, merge, variant: str) -> None:
     }[variant]
     family = build_family(tmp_path, count=3, **config)
     vectors = some_vectors()
-    with opened_moe(merge(family.recipe())) as moe:
+    with opened_mixture(merge(family.recipe())) as moe:
         assert ("lm_head.weight" in moe.specs) == (variant != "tied")
         if variant == "padding id":
             moe.config["pad_token_id"] = 259  # just outside the embedding table
@@ -368,7 +368,7 @@ def test_an_empty_bucket_changes_nothing(moe, tmp_path, monkeypatch) -> None:
 
 def test_the_stored_dtype_comes_back(tmp_path, merge) -> None:
     family = build_family(tmp_path, count=3, dtype=torch.bfloat16)
-    with opened_moe(merge(family.recipe())) as moe:
+    with opened_mixture(merge(family.recipe())) as moe:
         for rank in (None, 2):
             tuned = tune(moe, tmp_path / "scratch", epochs=1, lr=1e-2, lora_rank=rank)
             assert {tensor.dtype for tensor in tuned.ffn.values()} == {torch.bfloat16}

@@ -15,10 +15,10 @@ from tests.conftest import build_family
 from tests.router.test_router import some_samples
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import TokenizedSample
-from upit_merge.engine.assembled import AssembledMoe
+from upit_merge.engine.assembled import AssembledMixture
 from upit_merge.engine.hidden_states import PackedStates, token_batches
-from upit_merge.engine.layerwise import LayerwiseMoe
-from upit_merge.models.moe import opened_moe
+from upit_merge.engine.layerwise import LayerwiseMixture
+from upit_merge.models.mixture import opened_mixture
 from upit_merge.router.refine import (
     GateTrainer,
     RefineState,
@@ -34,9 +34,9 @@ BALANCE = 0.3
 
 @contextmanager
 def mixture(out: Path, scratch: Path, **settings) -> Iterator[GateTrainer]:
-    with opened_moe(out) as moe:
+    with opened_mixture(out) as moe:
         chosen = RouterSettings(data="-", refine={"steps": 6, "tokens": 60}, **settings)
-        yield GateTrainer(LayerwiseMoe(moe, CPU), some_samples(), chosen, scratch)
+        yield GateTrainer(LayerwiseMixture(moe, CPU), some_samples(), chosen, scratch)
 
 
 def plain(out: Path) -> torch.nn.Module:
@@ -78,7 +78,7 @@ def test_mixture_is_the_whole_model_s(tmp_path, merge, variant: str) -> None:
         states = PackedStates(lengths, 32, torch.float32, scratch=tmp_path, budget_bytes=1e9)
         batches = list(token_batches(range(len(samples)), lengths, 64))
         assert len(batches) > 1
-        AssembledMoe(trainer.model).sweep(
+        AssembledMixture(trainer.model).sweep(
             samples, batches, states, on_routing=look, on_progress=lambda _count: None
         )
         losses = trainer.model.losses(samples, states).sum(1)
@@ -100,7 +100,7 @@ def test_slopes_are_autograd_s(shared_family, merge, tmp_path, keep_bytes, setti
     gates = [torch.randn(5, 32, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
     chosen = [0, 2, 3, 7]
     with mixture(out, tmp_path, **settings) as trainer:
-        moe = AssembledMoe(trainer.model, gates, keep_bytes=keep_bytes)
+        moe = AssembledMixture(trainer.model, gates, keep_bytes=keep_bytes)
         found = trainer.slopes(moe, chosen, BALANCE)
         again = trainer.slopes(moe, chosen, BALANCE)
     assert torch.equal(found.gates, again.gates)
@@ -147,7 +147,7 @@ def test_refinement_lowers_the_loss_and_goes_on_where_it_stopped(
 
     def loss(gates: Sequence[torch.Tensor]) -> Slopes:
         with mixture(out, tmp_path) as trainer:
-            return trainer.slopes(AssembledMoe(trainer.model, gates), range(9), 0.0)
+            return trainer.slopes(AssembledMixture(trainer.model, gates), range(9), 0.0)
 
     whole = run()
     assert len(reached) == 6

@@ -17,10 +17,10 @@ from tests.support.naive import load_model
 from upit_merge.cli.main import main
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.hidden_states import MEAN, PackedStates, Stream, token_batches
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
-from upit_merge.models.moe import opened_moe
-from upit_merge.router.worth import SampleLosses
+from upit_merge.models.mixture import opened_mixture
+from upit_merge.router.router_gain import SampleLosses
 
 CPU = torch.device("cpu")
 
@@ -49,8 +49,8 @@ def test_losses_are_those_of_the_dense_models(tmp_path, merge, variant: str) -> 
     family = build_family(tmp_path, count=3, **config)
     out = merge(family.recipe())
     samples = some_samples()
-    with opened_moe(out) as moe:
-        model = LayerwiseMoe(moe, CPU)
+    with opened_mixture(out) as moe:
+        model = LayerwiseMixture(moe, CPU)
         lengths = [len(s.input_ids) for s in samples]
         states = PackedStates(lengths, 32, torch.float32, scratch=tmp_path, budget_bytes=1e9)
         for expert, folder in enumerate(family.checkpoints):
@@ -79,8 +79,8 @@ def test_router_inputs_are_what_the_gates_see(shared_family, merge, tmp_path, bu
     lengths = [len(s.input_ids) for s in samples]
     streams = [Stream(0, ((0, 3),)), Stream(1, ((4,), (1, 5))), Stream(2, ((2,),))]
     collected: list[torch.Tensor] = []
-    with opened_moe(out) as moe:
-        model = LayerwiseMoe(moe, CPU)
+    with opened_mixture(out) as moe:
+        model = LayerwiseMixture(moe, CPU)
         states, inputs = (
             PackedStates(lengths, 32, torch.float32, scratch=tmp_path, budget_bytes=budget)
             for _ in range(2)
@@ -118,8 +118,8 @@ def test_router_inputs_are_what_the_gates_see(shared_family, merge, tmp_path, bu
 
 
 def test_mean_stream_uses_the_mean_of_the_experts(shared_family, merge) -> None:
-    with opened_moe(merge(shared_family.recipe())) as moe:
-        means = LayerwiseMoe(moe, CPU).ffn(1, MEAN)
+    with opened_mixture(merge(shared_family.recipe())) as moe:
+        means = LayerwiseMixture(moe, CPU).ffn(1, MEAN)
     models = [load_model(path) for path in shared_family.checkpoints]
     for projection, mean in means.items():
         name = f"model.layers.1.mlp.{projection}.weight"

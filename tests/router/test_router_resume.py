@@ -18,7 +18,7 @@ from tests.support.crash import contents
 from tests.support.naive import load_model
 from upit_merge.cli.main import main
 from upit_merge.engine.hidden_states import PackedStates
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.output.staging import EDIT_STAGING
 from upit_merge.router import progress
 from upit_merge.router.progress import Progress
@@ -87,14 +87,14 @@ def cut_off(monkeypatch, owner: type, name: str, count: int, words: list[str]) -
 
 def layers_computed(monkeypatch, words: list[str]) -> int:
     calls = []
-    original = LayerwiseMoe._layer_batch
+    original = LayerwiseMixture._layer_batch
 
     def counted(self, *args) -> None:
         calls.append(1)
         original(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LayerwiseMoe, "_layer_batch", counted)
+        patch.setattr(LayerwiseMixture, "_layer_batch", counted)
         run(words)
     return len(calls)
 
@@ -111,7 +111,7 @@ def test_it_goes_on_at_the_layer_where_it_stopped(
     for done in range(10):
         copy = copied(out, tmp_path / f"cut-{done}")
         words = command(copy, data)
-        assert cut_off(monkeypatch, LayerwiseMoe, "_layer_batch", done, words)
+        assert cut_off(monkeypatch, LayerwiseMixture, "_layer_batch", done, words)
         assert contents(copy) == before
         assert layers_computed(monkeypatch, words) == 10 - done
         assert contents(copy) == expected
@@ -123,7 +123,7 @@ def test_another_command_starts_over(out, shared_family, tmp_path, monkeypatch, 
     data = shared_family.seed_file()
     whole = copied(out, tmp_path / "whole")
     run(command(whole, data, *share))
-    assert cut_off(monkeypatch, LayerwiseMoe, "_layer_batch", 5, command(out, data))
+    assert cut_off(monkeypatch, LayerwiseMixture, "_layer_batch", 5, command(out, data))
     assert layers_computed(monkeypatch, command(out, data, *share)) == 10
     assert contents(out) == contents(whole)
 
@@ -132,15 +132,15 @@ def test_a_run_goes_on_in_its_router_stage(shared_family, merge, monkeypatch) ->
     document = shared_family.recipe(router={"data": str(shared_family.seed_file())})
     whole = merge(document, "whole")
     heads = []
-    head = LayerwiseMoe.head
+    head = LayerwiseMixture.head
 
-    def head_or_cut(self: LayerwiseMoe):
+    def head_or_cut(self: LayerwiseMixture):
         heads.append(1)
         if len(heads) == 3:
             raise CutOff
         return head(self)
 
-    monkeypatch.setattr(LayerwiseMoe, "head", head_or_cut)
+    monkeypatch.setattr(LayerwiseMixture, "head", head_or_cut)
     with pytest.raises(CutOff):
         merge(document, "out")
     assert contents(merge(document, "out")) == contents(whole)
@@ -151,16 +151,16 @@ def test_less_may_be_computed_at_a_time_than_before(shared_family, merge, monkey
     """Whoever ran out of memory lowers it, and need not start over."""
     router = {"data": str(shared_family.seed_file()), "objective": "ridge"}
     recipe = shared_family.recipe(router=router)
-    original = LayerwiseMoe.head
+    original = LayerwiseMixture.head
     calls = []
 
-    def head(self: LayerwiseMoe):
+    def head(self: LayerwiseMixture):
         calls.append(1)
         if len(calls) == 3:
             raise CutOff
         return original(self)
 
-    monkeypatch.setattr(LayerwiseMoe, "head", head)
+    monkeypatch.setattr(LayerwiseMixture, "head", head)
     with pytest.raises(CutOff):
         merge(recipe)
     out = merge(shared_family.recipe(router={**router, "batch_tokens": 100, "memory_gb": 1}))
@@ -175,7 +175,7 @@ def test_another_tokenizer_starts_over(out, shared_family, tmp_path, monkeypatch
     data = shared_family.seed_file()
     template = '{"type": "TemplateProcessing"'
     tokenizer = (out / "tokenizer.json").read_text()
-    assert cut_off(monkeypatch, LayerwiseMoe, "_layer_batch", 5, command(out, data))
+    assert cut_off(monkeypatch, LayerwiseMixture, "_layer_batch", 5, command(out, data))
     # Without the text's first token.
     changed = json.loads(tokenizer) | {"post_processor": None}
     (out / "tokenizer.json").write_text(json.dumps(changed))

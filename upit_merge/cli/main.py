@@ -264,9 +264,9 @@ def evaluate(
 @click.option("--force", is_flag=True, help="Replace a page that was edited by hand, too.")
 def page(out: Path, force: bool) -> None:
     """Write README.md of the MoE in the folder OUT, and its pictures, anew from its report."""
-    from upit_merge.commands.page import refresh_page
+    from upit_merge.commands.page import refresh_card
 
-    refresh_page(out, replace_edited=force)
+    refresh_card(out, replace_edited=force)
 
 
 @main.command(
@@ -285,9 +285,9 @@ def finetune(config: Path, overrides: tuple[str, ...], quiet: bool) -> None:
     keep_checkpoints. A mixture's routing is logged, and it is written under the names it had. A
     run that was cut off goes on when it is started again. Needs `pip install 'upit-merge[train]'`.
     """
-    from upit_merge.training.settings import require_trl
+    from upit_merge.training.settings import check_trl
 
-    require_trl()
+    check_trl()
     from upit_merge.training import finetune as training
     from upit_merge.training.parent import die_with_parent
 

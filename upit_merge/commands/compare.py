@@ -11,13 +11,13 @@ from torch import Tensor
 
 from upit_merge.commands.preview import checkpoint_losses
 from upit_merge.config.recipe import METHOD, parse_recipe
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import is_adapter, read_json
 from upit_merge.io.hub import OpenOptions, resolve, split_reference
 from upit_merge.merge.inputs import opened
 from upit_merge.models.formats import FORMATS
-from upit_merge.models.moe import opened_moe
+from upit_merge.models.mixture import opened_mixture
 from upit_merge.models.tokenizer import has_tokenizer, load_tokenizer
 from upit_merge.router.evaluation import run_mixture
 from upit_merge.router.stage import RouterStage
@@ -71,15 +71,15 @@ def rival_losses(
             f"mixture one of {held_out.model.vocab_size}: their perplexities cannot be compared; "
             "leave it out."
         )
-    _refuse_other_tokenizer(rival, folder, held_out_folder)
+    _check_same_tokenizer(rival, folder, held_out_folder)
     if config.get("model_type") in FORMATS:
         if adapter:
             raise UpitError(
                 f"The model {rival.name} is an adapter of a mixture, which cannot be compared; add "
                 "it to the mixture's weights first."
             )
-        with opened_moe(folder, f"the model {rival.name}") as moe:
-            return run_mixture(replace(held_out, model=LayerwiseMoe(moe, device)))[0]
+        with opened_mixture(folder, f"the model {rival.name}") as moe:
+            return run_mixture(replace(held_out, model=LayerwiseMixture(moe, device)))[0]
     # A dense model is a mixture with one expert.
     document = {
         "merge_method": METHOD,
@@ -95,7 +95,7 @@ def rival_losses(
     return losses.sums.sum(2)[:, 0]
 
 
-def _refuse_other_tokenizer(rival: Rival, folder: Path, own: Path) -> None:
+def _check_same_tokenizer(rival: Rival, folder: Path, own: Path) -> None:
     """The same number means another piece of text to another tokenizer of the same size."""
     if not (has_tokenizer(folder) and has_tokenizer(own)):
         return

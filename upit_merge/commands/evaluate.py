@@ -14,25 +14,25 @@ from rich.text import Text
 from torch import Tensor
 
 from upit_merge.commands.compare import Rival, check_names, rival_losses
-from upit_merge.commands.preflight import require_router_memory
+from upit_merge.commands.preflight import check_router_memory
 from upit_merge.config.router import RouterSettings
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.text_file import write_json
-from upit_merge.models.moe import opened_moe
+from upit_merge.models.mixture import opened_mixture
 from upit_merge.output.edit import Edit
-from upit_merge.output.staging import REPORT, require_output
+from upit_merge.output.staging import REPORT, check_output_exists
 from upit_merge.report.heatmap import check_format, draw_routing
 from upit_merge.report.read import read_report, recorded_router
 from upit_merge.report.tables import show
-from upit_merge.report.write import write_papers
+from upit_merge.report.write import write_report_and_card
 from upit_merge.router.buckets import assign_by_loss
 from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
 from upit_merge.router.pretrain import refined_gates, seed_set_for
+from upit_merge.router.router_gain import measure_router_gain
 from upit_merge.router.stage import RouterStage
-from upit_merge.router.worth import measure_worth
 from upit_merge.runtime.device import resolve_devices
 from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.runtime.processes import Processes, joined
@@ -83,7 +83,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
         UpitError: `out` is no MoE folder with a tokenizer, the data does not fit, or a file
             cannot be written.
     """
-    require_output(out)
+    check_output_exists(out)
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UpitError(f"The folder of {path} does not exist; create it first.")
@@ -100,7 +100,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
         with processes.together():
             if options.card and processes.is_first:
                 stack.enter_context(edit.begun())
-                _require_report(out)
+                _check_report(out)
         if options.card:
             stack.enter_context(edit.interruptible("the model's page and report are as they were"))
         evaluation, samples = _evaluate(out, settings, options, processes)
@@ -111,7 +111,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
     return evaluation
 
 
-def _require_report(out: Path) -> None:
+def _check_report(out: Path) -> None:
     if not read_report(out):
         raise UpitError(
             f"{out} has no {REPORT} to keep the results in; leave out --card, or take --json."
@@ -125,7 +125,7 @@ def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
     if earlier.get("samples_sha256") == record["samples_sha256"] and "others" not in record:
         record["others"] = earlier.get("others", [])
     edit.emptied()
-    gone = write_papers(edit, before, {"evaluation": record}, same_model=True)
+    gone = write_report_and_card(edit, before, {"evaluation": record}, same_model=True)
     edit.put_into_place({}, gone)
     if not quiet:
         print(f"The results are in the report of {edit.out}.")
@@ -164,10 +164,10 @@ def _evaluate(
 ) -> tuple[Evaluation, str]:
     """The evaluation, and a digest of what it was made on."""
     with (
-        opened_moe(out, str(out)) as moe,
+        opened_mixture(out, str(out)) as moe,
         tempfile.TemporaryDirectory() as scratch,
     ):
-        model = LayerwiseMoe(moe, resolve_devices(options.device)[0])
+        model = LayerwiseMixture(moe, resolve_devices(options.device)[0])
 
         def stage(settings: RouterSettings, seed: int, column: str | None = None) -> RouterStage:
             seeds = seed_set_for(
@@ -185,7 +185,7 @@ def _evaluate(
         with processes.together():
             control = _control(stage, out) if options.control else None
             held_out = stage(settings, options.seed, options.group_by)
-            require_router_memory(model, held_out.lengths, settings, out, evaluated=True)
+            check_router_memory(model, held_out.lengths, settings, out, evaluated=True)
         sums, routing = run_mixture(held_out)
         samples = held_out.seeds.samples
         evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
@@ -258,7 +258,7 @@ def _print(evaluation: Evaluation) -> None:
         )
         assert evaluation.buckets is not None
         assert evaluation.buckets.losses is not None
-        print(measure_worth(evaluation.buckets.losses).verdict())
+        print(measure_router_gain(evaluation.buckets.losses).verdict())
 
 
 def _perplexities(evaluation: Evaluation) -> Table:

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from upit_merge.commands.preflight import require_router_memory
+from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
 from upit_merge.config.router import RouterSettings
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.disk import explained_failures
@@ -21,22 +21,22 @@ from upit_merge.io.hub import OpenOptions
 from upit_merge.io.sources import DenseModel
 from upit_merge.models.gates import gates_digest, named_gates, tensors_digest
 from upit_merge.models.lora.adapter import open_model
-from upit_merge.models.moe import check_expert, opened_moe
+from upit_merge.models.mixture import check_expert, opened_mixture
 from upit_merge.output.edit import Edit
 from upit_merge.output.identity import file_states
-from upit_merge.output.staging import REPORT, require_output, scratch_folder
+from upit_merge.output.staging import REPORT, check_output_exists, scratch_folder
 from upit_merge.report.read import read_report
 from upit_merge.report.sources import described
 from upit_merge.report.tables import show_buckets
-from upit_merge.report.write import write_papers
+from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.rewriting import ResizeOptions, extended_layout, resized, write_model
-from upit_merge.resizing.sources import ExtendedMoe
+from upit_merge.resizing.sources import ExtendedMixture
 from upit_merge.router import objectives
 from upit_merge.router.pretrain import RouterResult, pretrain_router, seed_set_for
 from upit_merge.router.progress import Progress
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.device import resolve_devices
-from upit_merge.runtime.processes import refuse_company
+from upit_merge.runtime.processes import check_single_process
 
 _DEFAULTS = {key: RouterSettings.model_fields[key].default for key in ("subset", "split")}
 
@@ -49,7 +49,7 @@ def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """
     if values.get("data") is not None:
         return dict(values)
-    require_output(out)
+    check_output_exists(out)
     given = [key for key in ("subset", "split") if values.get(key) not in (None, _DEFAULTS[key])]
     if given:
         raise UpitError(f"--{given[0]} is of the data; name that with --data.")
@@ -80,16 +80,16 @@ def extend_output(
         UpitError: `out` is no MoE folder with a tokenizer, the model does not fit it, or the data
             does not.
     """
-    refuse_company("extend")
-    _refuse_joint(settings, all_gates=all_gates)
+    check_single_process("extend")
+    _check_joint(settings, all_gates=all_gates)
     with explained_failures(out), contextlib.ExitStack() as stack:
         edit = Edit(out, "extend")
         stack.enter_context(edit.begun())
-        moe = stack.enter_context(opened_moe(out, str(out)))
+        moe = stack.enter_context(opened_mixture(out, str(out)))
         dense = _opened(reference, options.open, stack)
-        extended = ExtendedMoe(moe, check_expert(moe, dense), dense)
+        extended = ExtendedMixture(moe, check_expert(moe, dense), dense)
         before = read_report(out)
-        model = LayerwiseMoe(extended, resolve_devices(options.device)[0])
+        model = LayerwiseMixture(extended, resolve_devices(options.device)[0])
         seeds = seed_set_for(
             model,
             out,
@@ -97,7 +97,7 @@ def extend_output(
             options.seed,
             trust_remote_code=options.open.trust_remote_code,
         )
-        require_router_memory(model, [len(s.input_ids) for s in seeds.samples], settings, out)
+        check_router_memory(model, [len(s.input_ids) for s in seeds.samples], settings, out)
         added = {"model": file_states(dense.files(), ""), "all gates": all_gates}
         wanted = {**router_identity(seeds, settings, options.seed), **added}
         if edit.was_finished(wanted):
@@ -116,7 +116,7 @@ def extend_output(
             named = named_gates(model.format, fitted.gates)
             write_model(edit.emptied(), layout, extended, named, quiet=options.quiet)
             changes = _report(before, fitted, extended, dense, model, all_gates=all_gates)
-            obsolete = write_papers(edit, before, changes, layout.obsolete)
+            obsolete = write_report_and_card(edit, before, changes, layout.obsolete)
             edit.put_into_place(wanted, obsolete)
     if not options.quiet:
         print(seeds.summary())
@@ -134,7 +134,7 @@ def _opened(reference: str, options: OpenOptions, stack: contextlib.ExitStack) -
     return stack.enter_context(contextlib.closing(open_model(reference, None, options, open_base)))
 
 
-def _refuse_joint(settings: RouterSettings, *, all_gates: bool) -> None:
+def _check_joint(settings: RouterSettings, *, all_gates: bool) -> None:
     """Refuse settings that would change more than the new expert's gates."""
     if settings.trains_experts:
         raise UpitError(
@@ -167,9 +167,9 @@ def _with_new_row(stage: RouterStage, gates: Sequence[Tensor]) -> RouterResult:
 def _report(
     before: Mapping[str, Any],
     fitted: RouterResult,
-    extended: ExtendedMoe,
+    extended: ExtendedMixture,
     dense: DenseModel,
-    model: LayerwiseMoe,
+    model: LayerwiseMixture,
     *,
     all_gates: bool,
 ) -> dict[str, Any]:

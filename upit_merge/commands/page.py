@@ -12,11 +12,11 @@ from upit_merge.report.facts import Facts
 from upit_merge.report.read import read_report
 from upit_merge.report.write import (
     why_kept,
-    write_papers,
+    write_report_and_card,
 )
 
 
-def refresh_page(out: Path, *, replace_edited: bool = False) -> None:
+def refresh_card(out: Path, *, replace_edited: bool = False) -> None:
     """Render the page of a finished model anew from its report.
 
     Args:
@@ -37,5 +37,5 @@ def refresh_page(out: Path, *, replace_edited: bool = False) -> None:
             if not replace_edited and (reason := why_kept(out, before)):
                 raise UpitError(f"{reason}; add --force to replace it.")
             edit.emptied()
-            gone = write_papers(edit, before, {}, same_model=True, replace_page=True)
+            gone = write_report_and_card(edit, before, {}, same_model=True, replace_page=True)
             edit.put_into_place({}, gone)

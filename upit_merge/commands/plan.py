@@ -16,9 +16,9 @@ from upit_merge.errors import UpitError
 from upit_merge.merge.inputs import opened
 from upit_merge.merge.passes import Merger, measure_similarity
 from upit_merge.merge.similarity import cosine
-from upit_merge.output.staging import refuse_occupied
+from upit_merge.output.staging import check_output_is_free
 from upit_merge.report.tables import lineage_table, show
-from upit_merge.router.worth import SampleLosses, measure_worth
+from upit_merge.router.router_gain import SampleLosses, measure_router_gain
 from upit_merge.runtime.device import resolve_devices
 from upit_merge.runtime.interrupt import ends_at_once
 
@@ -40,7 +40,7 @@ def plan_recipe(
         recipe = _with_data(recipe, data)
     devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
     if out is not None:
-        refuse_occupied(out)
+        check_output_is_free(out)
     with ends_at_once(lambda: "Interrupted."), opened(recipe, options.open) as inputs:
         seeds = seed_set(inputs, options)
         shards = inputs.shards(options.max_shard_bytes)
@@ -71,7 +71,7 @@ def plan_recipe(
                 inputs, seeds, recipe.router, devices[0], quiet=options.quiet
             )
             show(_loss_table(inputs.labels, losses))
-            print(measure_worth(losses).verdict())
+            print(measure_router_gain(losses).verdict())
             if idle := _hardly_best(losses):
                 print(
                     f"Hardly ever the best: checkpoint(s) {', '.join(map(str, idle))}. The router "

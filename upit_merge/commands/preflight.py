@@ -12,7 +12,7 @@ import torch
 
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import SeedSet
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.disk import free_bytes, missing_space
 from upit_merge.io.shards import Shard
@@ -79,7 +79,7 @@ class Needs:
                     f"{gib(total)}; lower router.batch_tokens, or use --device cpu."
                 )
 
-    def require(self, out: Path, present: int = 0) -> None:
+    def check(self, out: Path, present: int = 0) -> None:
         """Refuse a run that this machine cannot finish, and warn of one that will be tight.
 
         Raises:
@@ -134,8 +134,8 @@ def needs(merger: Merger, seeds: SeedSet | None, shards: Sequence[Shard]) -> Nee
     )
 
 
-def require_router_memory(
-    model: LayerwiseMoe,
+def check_router_memory(
+    model: LayerwiseMixture,
     lengths: Sequence[int],
     settings: RouterSettings,
     out: Path,
@@ -153,7 +153,7 @@ def require_router_memory(
     """
     cpu = model.device.type == "cpu"
     memory = router_memory(shape_of(model), lengths, settings, cpu=cpu, evaluated=evaluated)
-    router_needs(memory, model.device).require(out)
+    router_needs(memory, model.device).check(out)
 
 
 def router_needs(memory: RouterMemory, device: torch.device) -> Needs:

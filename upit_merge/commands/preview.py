@@ -11,17 +11,17 @@ import torch
 
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import SeedSet
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.io.tensor_file import TensorSpec
 from upit_merge.merge.inputs import Inputs
 from upit_merge.models.dense import ffn_tensor
 from upit_merge.models.formats import PROJECTIONS
-from upit_merge.models.moe import moe_config, moe_specs
+from upit_merge.models.mixture import mixture_config, mixture_specs
+from upit_merge.router.router_gain import SampleLosses
 from upit_merge.router.stage import RouterStage
-from upit_merge.router.worth import SampleLosses
 
 
-class PlannedMoe:
+class PlannedMixture:
     """The checkpoints as the experts of a mixture: their FFNs on the recipe's backbone.
 
     Children of the expansion are not among them: they are mixtures of what is.
@@ -31,7 +31,7 @@ class PlannedMoe:
 
     def __init__(self, inputs: Inputs) -> None:
         count, layers = len(inputs.checkpoints), inputs.architecture.num_layers
-        body, gates = moe_specs(inputs.architecture, count, inputs.dtype)
+        body, gates = mixture_specs(inputs.architecture, count, inputs.dtype)
         self._inputs, form = inputs, inputs.architecture.format
         self._ffn = {
             form.expert_tensor(layer, expert, projection): (expert, ffn_tensor(layer, projection))
@@ -40,7 +40,7 @@ class PlannedMoe:
             for projection in PROJECTIONS
         }
         self.specs: Mapping[str, TensorSpec] = {spec.name: spec for spec in [*body, *gates]}
-        self.config: Mapping[str, Any] = moe_config(
+        self.config: Mapping[str, Any] = mixture_config(
             inputs.settings_donor, inputs.settings_donor, count, min(2, count), inputs.dtype
         )
 
@@ -66,6 +66,6 @@ def checkpoint_losses(
 ) -> SampleLosses:
     """Every sample's loss under every checkpoint's FFN on the shared backbone."""
     with tempfile.TemporaryDirectory() as scratch:
-        model = LayerwiseMoe(PlannedMoe(inputs), device)
+        model = LayerwiseMixture(PlannedMixture(inputs), device)
         stage = RouterStage(model, seeds, settings, inputs.recipe.seed, Path(scratch), quiet=quiet)
         return stage.losses()

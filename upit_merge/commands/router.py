@@ -12,22 +12,22 @@ from typing import Any
 from pydantic import ValidationError
 
 from upit_merge import __version__
-from upit_merge.commands.preflight import require_router_memory
+from upit_merge.commands.preflight import check_router_memory
 from upit_merge.config.explain import explain
 from upit_merge.config.router import NO_MATTER, RouterSettings
 from upit_merge.data.tokens import SeedSet
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.disk import explained_failures
 from upit_merge.models.gates import named_gates
-from upit_merge.models.moe import opened_moe
+from upit_merge.models.mixture import opened_mixture
 from upit_merge.output.edit import Edit
 from upit_merge.output.identity import file_states
 from upit_merge.output.patch import PatchedCopies
 from upit_merge.output.staging import scratch_folder
 from upit_merge.report.read import read_report
 from upit_merge.report.tables import show_buckets
-from upit_merge.report.write import write_papers
+from upit_merge.report.write import write_report_and_card
 from upit_merge.router.pretrain import RouterResult, pretrain_router, seed_set_for
 from upit_merge.router.progress import Progress
 from upit_merge.router.stage import RouterStage
@@ -97,12 +97,12 @@ def train_router(
             if processes.is_first:
                 stack.enter_context(edit.begun())
         with processes.together():
-            moe = stack.enter_context(opened_moe(out, str(out)))
+            moe = stack.enter_context(opened_mixture(out, str(out)))
             before = read_report(out)
-            model = LayerwiseMoe(moe, resolve_devices(device)[0])
+            model = LayerwiseMixture(moe, resolve_devices(device)[0])
             seeds = seed_set_for(model, out, settings, seed, trust_remote_code=trust_remote_code)
             lengths = [len(sample.input_ids) for sample in seeds.samples]
-            require_router_memory(model, lengths, settings, out)
+            check_router_memory(model, lengths, settings, out)
 
         wanted = router_identity(seeds, settings, seed)
         if edit.was_finished(wanted):
@@ -118,7 +118,7 @@ def train_router(
             processes.gather(None)  # nobody looks into the folders any more
             if processes.is_first:
                 copies.write(named_gates(model.format, result.gates))
-                edit.put_into_place(wanted, _add_papers(edit, result, before))
+                edit.put_into_place(wanted, _write_report_and_card(edit, result, before))
         if processes.is_first and not quiet:
             print(seeds.summary())
             show_buckets(result.report)
@@ -135,7 +135,7 @@ def router_identity(seeds: SeedSet, settings: RouterSettings, seed: int) -> dict
 
 def _prepare(
     copies: PatchedCopies,
-    model: LayerwiseMoe,
+    model: LayerwiseMixture,
     settings: RouterSettings,
     progress: Progress,
     processes: Processes,
@@ -153,12 +153,14 @@ def _prepare(
             copies.prepare(model.format.expert_names(model.num_layers, experts))
 
 
-def _add_papers(edit: Edit, result: RouterResult, before: Mapping[str, Any]) -> list[str]:
+def _write_report_and_card(
+    edit: Edit, result: RouterResult, before: Mapping[str, Any]
+) -> list[str]:
     """Page and report that speak of the new gates; returns the names of files that go."""
     # Experts that were trained before are so still.
     earlier = (before.get("router") or {}).get("experts_sha256")
     kept = {"experts_sha256": earlier} if earlier else {}
-    obsolete = write_papers(edit, before, {"router": {**kept, **result.report}})
+    obsolete = write_report_and_card(edit, before, {"router": {**kept, **result.report}})
     if len(list(edit.model.glob("*.safetensors"))) > 1:
         # Between the first and the last of them the folder must not load as a model.
         shutil.copyfile(edit.out / "config.json", edit.model / "config.json")

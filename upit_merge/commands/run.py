@@ -14,7 +14,7 @@ from upit_merge.commands.preflight import needs
 from upit_merge.config.recipe import Recipe
 from upit_merge.config.router import NO_MATTER, ByColumn
 from upit_merge.data.tokens import SeedSet
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.io.checkpoint import WEIGHT_INDEX
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.hub import OpenOptions
@@ -26,7 +26,7 @@ from upit_merge.merge.lineage import Lineage
 from upit_merge.merge.passes import Clock, Merged, Merger, merge
 from upit_merge.models.dense import context_length
 from upit_merge.models.gates import named_gates
-from upit_merge.models.moe import moe_config, opened_moe
+from upit_merge.models.mixture import mixture_config, opened_mixture
 from upit_merge.models.tokenizer import (
     copy_generation_config,
     copy_tokenizer_files,
@@ -39,13 +39,13 @@ from upit_merge.output.staging import (
     REPORT,
     STAGING,
     Staging,
-    refuse_occupied,
+    check_output_is_free,
     scratch_folder,
     staged_output,
 )
 from upit_merge.report.record import merge_record, mixture_record
 from upit_merge.report.tables import show_buckets
-from upit_merge.report.write import RECIPE_COPY, write_page
+from upit_merge.report.write import RECIPE_COPY, write_card
 from upit_merge.router.buckets import by_column
 from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
 from upit_merge.router.progress import Progress
@@ -141,7 +141,7 @@ def _prepared(
     first = processes.is_first
     devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
     if first:
-        refuse_occupied(out, overwrite=options.overwrite)
+        check_output_is_free(out, overwrite=options.overwrite)
     # Opened first: a glob must not find the output folder that is about to be made.
     inputs = stack.enter_context(opened(recipe, options.open))
     merger = Merger(inputs, devices, quiet=options.quiet or not first)
@@ -153,7 +153,7 @@ def _prepared(
         identity = run_identity(recipe, inputs.models, options.max_shard_bytes, samples)
         staging = stack.enter_context(staged_output(out, identity, overwrite=options.overwrite))
         if not staging.complete:
-            needs(merger, seeds, shards).require(out, staging.size())
+            needs(merger, seeds, shards).check(out, staging.size())
     return _Run(merger, shards, seeds, staging, out, source, options, Clock())
 
 
@@ -186,11 +186,11 @@ class _Run:
         with (
             self.clock.measure("router"),
             scratch_folder(self.out, processes.rank) as scratch,
-            opened_moe(self.staging.model, config=output_config(inputs)) as moe,
+            opened_mixture(self.staging.model, config=output_config(inputs)) as moe,
         ):
             progress = Progress(self.staging.root / "router", {}, processes)
             stage = RouterStage(
-                LayerwiseMoe(moe, device),
+                LayerwiseMixture(moe, device),
                 seeds,
                 settings,
                 inputs.recipe.seed,
@@ -254,7 +254,7 @@ class _Run:
         folder = self.staging.model
         if self.options.write_card:
             (folder / RECIPE_COPY).write_text(self.source, encoding="utf-8")
-            record = write_page(folder, record, self.source)
+            record = write_card(folder, record, self.source)
         names = (path.name for path in folder.iterdir())
         record["files"] = sorted([*names, REPORT, "config.json"])
         write_json(folder / REPORT, record)
@@ -284,7 +284,7 @@ def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
 
 def output_config(inputs: Inputs) -> dict[str, Any]:
     """The output's `config.json`."""
-    return moe_config(
+    return mixture_config(
         inputs.settings_donor,
         inputs.tokenizer or inputs.settings_donor,
         inputs.num_experts,

@@ -11,27 +11,27 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from upit_merge.commands.preflight import require_router_memory
+from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
 from upit_merge.config.router import RouterSettings
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.disk import explained_failures
 from upit_merge.models.gates import gates_digest
-from upit_merge.models.moe import MoeArchitecture, opened_moe
+from upit_merge.models.mixture import MixtureArchitecture, opened_mixture
 from upit_merge.output.edit import Edit
 from upit_merge.output.staging import scratch_folder
 from upit_merge.report.read import read_report
 from upit_merge.report.tables import show
-from upit_merge.report.write import write_papers
+from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.grouping import RoutingStatistics, group_experts, routing_statistics
 from upit_merge.resizing.rewriting import ResizeOptions, resized, shrunk_layout, write_model
-from upit_merge.resizing.sources import Group, Groups, ShrunkMoe
+from upit_merge.resizing.sources import Group, Groups, ShrunkMixture
 from upit_merge.router.pretrain import seed_set_for
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.device import resolve_devices
-from upit_merge.runtime.processes import refuse_company
+from upit_merge.runtime.processes import check_single_process
 
 
 def shrink_output(
@@ -50,13 +50,13 @@ def shrink_output(
         UpitError: `out` is no MoE folder with a tokenizer, has not more experts than that, or
             routes a token to more; or the data does not fit.
     """
-    refuse_company("shrink")
+    check_single_process("shrink")
     with explained_failures(out), contextlib.ExitStack() as stack:
         edit = Edit(out, "shrink")
         stack.enter_context(edit.begun())
-        moe = stack.enter_context(opened_moe(out, str(out)))
+        moe = stack.enter_context(opened_mixture(out, str(out)))
         before = read_report(out)
-        model = LayerwiseMoe(moe, resolve_devices(options.device)[0])
+        model = LayerwiseMixture(moe, resolve_devices(options.device)[0])
         seeds = seed_set_for(
             model,
             out,
@@ -67,16 +67,16 @@ def shrink_output(
         wanted = {**router_identity(seeds, settings, options.seed), "experts": num_experts}
         if edit.was_finished(wanted):
             return
-        _refuse_number(out, model, num_experts)
+        _check_number(out, model, num_experts)
         lengths = [len(sample.input_ids) for sample in seeds.samples]
-        require_router_memory(model, lengths, settings, out, evaluated=True)
+        check_router_memory(model, lengths, settings, out, evaluated=True)
         scratch = stack.enter_context(scratch_folder(out))
         stage = RouterStage(model, seeds, settings, options.seed, scratch, quiet=options.quiet)
         with edit.interruptible("the model is as it was"):
             found = routing_statistics(stage)
             groups = _groups(found, num_experts)
             gates = mean_gates(moe, model.architecture, groups)
-            shrunk = ShrunkMoe(moe, model.architecture, groups, gates)
+            shrunk = ShrunkMixture(moe, model.architecture, groups, gates)
             names = model.format.gate_names(model.num_layers)
             layout = shrunk_layout(moe, shrunk, names, options.max_shard_bytes)
             write_model(edit.emptied(), layout, shrunk, {}, quiet=options.quiet)
@@ -90,7 +90,7 @@ def shrink_output(
                 digest = gates_digest(gates, model.stored_dtype)
                 kept = {key: value for key, value in router.items() if key != "experts_sha256"}
                 changes["router"] = {**kept, "gates_sha256": digest}
-            obsolete = write_papers(edit, before, changes, layout.obsolete)
+            obsolete = write_report_and_card(edit, before, changes, layout.obsolete)
             edit.put_into_place(wanted, obsolete)
     if not options.quiet:
         print(seeds.summary())
@@ -101,7 +101,7 @@ def shrink_output(
         )
 
 
-def _refuse_number(out: Path, model: LayerwiseMoe, num_experts: int) -> None:
+def _check_number(out: Path, model: LayerwiseMixture, num_experts: int) -> None:
     if num_experts >= model.num_experts:
         raise UpitError(
             f"{out} has {model.num_experts} experts per layer, which cannot be merged into "
@@ -122,7 +122,7 @@ def _groups(found: RoutingStatistics, num_experts: int) -> list[list[Group]]:
     ]
 
 
-def mean_gates(moe: Checkpoint, architecture: MoeArchitecture, groups: Groups) -> list[Tensor]:
+def mean_gates(moe: Checkpoint, architecture: MixtureArchitecture, groups: Groups) -> list[Tensor]:
     """Routing vectors of the groups: on a token, the mean of what the members' would say."""
     gates = []
     names = architecture.format.gate_names(architecture.num_layers)
@@ -136,7 +136,7 @@ def mean_gates(moe: Checkpoint, architecture: MoeArchitecture, groups: Groups) -
 
 
 def _record(
-    model: LayerwiseMoe, found: RoutingStatistics, groups: Groups, stage: RouterStage
+    model: LayerwiseMixture, found: RoutingStatistics, groups: Groups, stage: RouterStage
 ) -> dict[str, Any]:
     return {
         "from": model.num_experts,

@@ -15,7 +15,7 @@ from rich.table import Table
 from upit_merge import __version__
 from upit_merge.commands.run import RunOptions, output_config, write_settings
 from upit_merge.config.recipe import Recipe, load_recipe
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.tensor_file import TensorSpec
@@ -24,9 +24,9 @@ from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.merge.lineage import Lineage
 from upit_merge.merge.passes import Merger, measure_similarity
 from upit_merge.models.gates import gates_digest, tensors_digest
-from upit_merge.models.moe import moe_specs, opened_moe
+from upit_merge.models.mixture import mixture_specs, opened_mixture
 from upit_merge.output.journal import Saver
-from upit_merge.output.staging import REPORT, require_output
+from upit_merge.output.staging import REPORT, check_output_exists
 from upit_merge.report.read import read_report, recorded_router
 from upit_merge.report.tables import show
 from upit_merge.report.write import RECIPE_COPY
@@ -121,7 +121,7 @@ def _findings(
     recipe = _recipe(out, recipe_path, report)
     devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
     with (
-        opened_moe(out, str(out)) as moe,
+        opened_mixture(out, str(out)) as moe,
         opened(recipe, options.open) as inputs,
     ):
         if inputs.labels != report["checkpoints"]:
@@ -133,7 +133,7 @@ def _findings(
         architecture, extensions = inputs.architecture, report.get("extensions", [])
         present = inputs.num_experts + len(extensions)
         merger = Merger(inputs, devices, quiet=options.quiet)
-        body, gate_specs = moe_specs(architecture, present, inputs.dtype)
+        body, gate_specs = mixture_specs(architecture, present, inputs.dtype)
         expected = {spec.name: spec for spec in [*body, *gate_specs]}
         misfits = dict(_misfits(moe, expected))
         yield Finding("tensors", f"{len(expected)} names and shapes", tuple(misfits.values()))
@@ -161,7 +161,7 @@ def _findings(
 
 
 def _report(out: Path) -> dict[str, Any]:
-    require_output(out)
+    check_output_exists(out)
     if not (out / REPORT).is_file():
         raise UpitError(
             f"{out} has no {REPORT}; it is not the output of a upit recipe, so nothing can be "
@@ -307,7 +307,7 @@ def _fitted_gates(
             "version's words; verify it without --gates."
         )
     settings, seed = recorded
-    model = LayerwiseMoe(moe, merger.devices[0])
+    model = LayerwiseMixture(moe, merger.devices[0])
     seeds = seed_set_for(
         model,
         moe.folder,

@@ -20,7 +20,7 @@ _MAX_SIZE = 1_000_000  # a value counts 10, a text its length too
 _MAX_BITS = 128  # of a whole number: seeds have 63
 
 
-def refuse_monster(document: Any, source: str) -> None:
+def check_yaml_size(document: Any, source: str) -> None:
     """Refuse what could not be validated, or quoted in a message, in reasonable time.
 
     Raises:

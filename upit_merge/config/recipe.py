@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from upit_merge.config.explain import explain, refuse_monster
+from upit_merge.config.explain import check_yaml_size, explain
 from upit_merge.config.fields import Name, Number, Strict, as_number
 from upit_merge.config.router import ByColumn, Refinement, RouterSettings, UpitObjective
 from upit_merge.config.yaml_file import parse_yaml, read_yaml_text
@@ -226,7 +226,7 @@ router:
                 "there are; lower experts_per_token or raise num_experts"
             )
         if params.expansion == "copy":
-            self._refuse_growth_of_copies()
+            self._check_growth_of_copies()
         elif params.noise or params.reinitialise:
             name = "noise" if params.noise else "reinitialise"
             raise ValueError(
@@ -250,7 +250,7 @@ router:
             )
         return self
 
-    def _refuse_growth_of_copies(self) -> None:
+    def _check_growth_of_copies(self) -> None:
         fields = Parameters.model_fields
         idle = [n for n in _OF_GROWTH if getattr(self.parameters, n) != fields[n].default]
         if idle or any(m.parameters.density for m in self.models):
@@ -309,7 +309,7 @@ def parse_recipe(document: Any, source: str = "the recipe") -> Recipe:
     Raises:
         UpitError: one sentence that names the first wrong key, its value and what would work.
     """
-    refuse_monster(document, source)
+    check_yaml_size(document, source)
     if not isinstance(document, Mapping):
         raise UpitError(f"{source} is not a YAML mapping; see recipes/upit-8x.yml for one.")
     if "merge_method" not in document:

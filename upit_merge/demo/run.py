@@ -21,7 +21,7 @@ from upit_merge.demo.training import DemoModels, TrainingBudget, train_demo_mode
 from upit_merge.errors import UpitError
 from upit_merge.io.text_file import write_json
 from upit_merge.models.gates import training_free_gates
-from upit_merge.models.moe import opened_moe
+from upit_merge.models.mixture import opened_mixture
 from upit_merge.report.tables import show
 from upit_merge.runtime.parallel import progress_bar
 
@@ -181,7 +181,7 @@ def average_model(checkpoints: Sequence[Path]) -> Any:
 def _with_random_gates(moe: Any, folder: Path, row: Any) -> Iterable[Row]:
     """The same experts behind several random gates, those a recipe without `router:` gets."""
     config = moe.config
-    with opened_moe(folder / "moe") as checkpoint:
+    with opened_mixture(folder / "moe") as checkpoint:
         for seed in range(_RANDOM_GATES):
             gates = training_free_gates(
                 checkpoint, config.num_hidden_layers, config.num_local_experts, seed

@@ -14,7 +14,7 @@ from upit_merge.demo.corpus import Domain, load_domains
 from upit_merge.demo.run import new_folder
 from upit_merge.demo.training import TrainingBudget, train_demo_models
 from upit_merge.errors import UpitError
-from upit_merge.training.settings import require_trl
+from upit_merge.training.settings import check_trl
 
 PIPELINE = """\
 # What `upit-merge demo --all-stages` runs: a small Llama is fine-tuned on three kinds of text, one
@@ -74,7 +74,7 @@ def run_all_stages(
     Raises:
         UpitError: the folder is not empty, TRL is missing, or a stage failed.
     """
-    require_trl()
+    check_trl()
     new_folder(folder)
     if budget is None:
         print("This takes about ten minutes on two CPU cores that have nothing else to do.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.hidden_states import Batch, PackedStates
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.runtime.parallel import map_in_order
 
 # (layer, samples of the batch, logits (tokens, experts), chosen experts (tokens, top-k)), without
@@ -23,7 +23,7 @@ from upit_merge.runtime.parallel import map_in_order
 RoutingCallback = Callable[[int, Batch, Tensor, Tensor], None]
 
 
-class AssembledMoe:
+class AssembledMixture:
     """A mixture whose layers are loaded one at a time.
 
     Args:
@@ -33,7 +33,11 @@ class AssembledMoe:
     """
 
     def __init__(
-        self, model: LayerwiseMoe, gates: Sequence[Tensor] | None = None, *, keep_bytes: float = 0
+        self,
+        model: LayerwiseMixture,
+        gates: Sequence[Tensor] | None = None,
+        *,
+        keep_bytes: float = 0,
     ) -> None:
         self.model = model
         self._gates = gates

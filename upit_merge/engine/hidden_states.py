@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upit_merge.io.disk import require_space, reserve
+from upit_merge.io.disk import check_space, reserve
 from upit_merge.runtime.processes import Processes
 
 MEAN = -1  # stands for the expert whose FFN is the mean of all
@@ -85,7 +85,7 @@ class PackedStates:
         if num_bytes <= budget_bytes:
             self.rows = torch.empty(shape, dtype=dtype)
         else:
-            require_space(scratch, num_bytes, "the router's hidden states")
+            check_space(scratch, num_bytes, "the router's hidden states")
             self._file = scratch / f"hidden-{id(self):x}.bin"
             # A hole in a mapped file kills the process when the disk is full: fill it first.
             reserve(self._file, num_bytes)

@@ -18,7 +18,7 @@ from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.hidden_states import MEAN, Batch, PackedStates, Stream
 from upit_merge.io.sources import TensorSource
 from upit_merge.models.formats import PROJECTIONS
-from upit_merge.models.moe import inspect_moe
+from upit_merge.models.mixture import inspect_mixture
 from upit_merge.runtime.parallel import map_in_order
 
 # Rows of logits computed at a time: 1,024 x a vocabulary of 128 K in float32 is half a gigabyte.
@@ -27,7 +27,7 @@ LOGIT_ROWS = 1024
 Weights = dict[str, Tensor]
 
 
-class LayerwiseMoe:
+class LayerwiseMixture:
     """A MoE folder whose layers are loaded one at a time.
 
     Args:
@@ -39,7 +39,7 @@ class LayerwiseMoe:
     """
 
     def __init__(self, moe: TensorSource, device: torch.device) -> None:
-        self.architecture = inspect_moe(moe)
+        self.architecture = inspect_mixture(moe)
         self.format = self.architecture.format
         self.moe = moe
         self.device = device

@@ -105,7 +105,7 @@ class Checkpoint:
     ) -> None:
         self.label = label
         self.folder = folder
-        refuse_foreign_files(label, folder)
+        check_own_files(label, folder)
         if is_adapter(folder):
             raise UpitError(
                 f"{label} is an adapter, but a complete model is needed here; name the model the "
@@ -207,7 +207,7 @@ def own_file(path: Path, folder: Path) -> Path:
     return path
 
 
-def refuse_foreign_files(label: str, folder: Path) -> None:
+def check_own_files(label: str, folder: Path) -> None:
     """Check every small file of a model, whoever will read or copy it later."""
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UpitError(

@@ -93,7 +93,7 @@ def missing_space(folder: Path, num_bytes: int, what: str) -> str | None:
     )
 
 
-def require_space(folder: Path, num_bytes: int, what: str) -> None:
+def check_space(folder: Path, num_bytes: int, what: str) -> None:
     """Refuse work that cannot fit the disk, before it starts.
 
     Raises:

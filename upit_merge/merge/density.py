@@ -25,7 +25,7 @@ def _as_mergekit(setting: Density) -> Any:
     return setting
 
 
-def _refuse_idle_filters(architecture: DenseArchitecture, settings: Sequence[Density]) -> None:
+def _check_idle_filters(architecture: DenseArchitecture, settings: Sequence[Density]) -> None:
     names = [name for _layer, _projection, name in architecture.ffn_names()]
     for setting in settings:
         for condition in setting if isinstance(setting, list) else [setting]:
@@ -54,7 +54,7 @@ def resolve_densities(
     Raises:
         UpitError: a filter matches no FFN tensor, so that its value would never be used.
     """
-    _refuse_idle_filters(architecture, [shared, *(own for own in per_model if own is not None)])
+    _check_idle_filters(architecture, [shared, *(own for own in per_model if own is not None)])
     from mergekit.merge_methods.base import ParameterScope, ParameterSpec
     from mergekit.parameter_resolver import resolve_parameter
 

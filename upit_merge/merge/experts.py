@@ -15,7 +15,7 @@ from upit_merge.merge.counter_rng import index_hash, mask_key
 from upit_merge.merge.dare import dare
 from upit_merge.merge.lineage import Lineage
 from upit_merge.merge.similarity import block_gram, low_rank_deltas, low_rank_gram
-from upit_merge.merge.upcycle import Alteration
+from upit_merge.merge.upcycle import Perturbation
 from upit_merge.models.dense import DenseArchitecture
 from upit_merge.models.lora.adapter import Adapter
 from upit_merge.output.journal import Saver
@@ -75,7 +75,7 @@ class ExpertBuilder:
     lineage: Lineage
     densities: torch.Tensor
     seed: int
-    alteration: Alteration | None = None
+    alteration: Perturbation | None = None
 
     def block(
         self,

@@ -18,7 +18,7 @@ from upit_merge.merge.farthest import FarthestChild
 from upit_merge.merge.lineage import Expert, Lineage, Unit
 from upit_merge.merge.selection import founders
 from upit_merge.merge.similarity import dissimilarity
-from upit_merge.merge.upcycle import alters
+from upit_merge.merge.upcycle import perturbs
 from upit_merge.models.dense import ffn_tensor
 from upit_merge.models.formats import PROJECTIONS
 
@@ -190,8 +190,8 @@ def _copies(gram: torch.Tensor, num_experts: int, parameters: Parameters) -> Lin
         summary += f", with noise of {parameters.noise:g} standard deviations"
     if parameters.reinitialise:
         summary += f", with {parameters.reinitialise:.0%} of the FFN's dimensions drawn anew"
-    altered = alters(parameters)
-    return Lineage((unit,), parameters.mutation, summary, copies=True, altered=altered)
+    perturbed = perturbs(parameters)
+    return Lineage((unit,), parameters.mutation, summary, copies=True, perturbed=perturbed)
 
 
 def _units(granularity: str, num_tensors: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -21,7 +21,7 @@ from upit_merge.io.sources import DenseModel
 from upit_merge.merge.density import resolve_densities
 from upit_merge.models.dense import DenseArchitecture, default_dtype, inspect_models, stored_dtype
 from upit_merge.models.lora.adapter import open_model, warn_of_unlike_adapters
-from upit_merge.models.moe import moe_specs
+from upit_merge.models.mixture import mixture_specs
 from upit_merge.models.tokenizer import (
     find_model,
     highest_token_id,
@@ -64,7 +64,7 @@ class Inputs:
 
     def shards(self, max_shard_bytes: int) -> tuple[Shard, ...]:
         return plan_shards(
-            moe_specs(self.architecture, self.num_experts, self.dtype), max_shard_bytes
+            mixture_specs(self.architecture, self.num_experts, self.dtype), max_shard_bytes
         )
 
 

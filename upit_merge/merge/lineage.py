@@ -75,14 +75,14 @@ class Lineage:
         mutation: `once` or `compound`, see `plan_lineage`.
         summary: One sentence on what was done, for people.
         copies: The experts are copies, of which several may be of one checkpoint.
-        altered: They are changed after copying; Gram matrices are of what they were before.
+        perturbed: They are changed after copying; Gram matrices are of what they were before.
     """
 
     units: tuple[Unit, ...]
     mutation: str
     summary: str
     copies: bool = False
-    altered: bool = False
+    perturbed: bool = False
 
     def __len__(self) -> int:
         return len(self.units[0].experts)
@@ -122,7 +122,7 @@ class Lineage:
     def smallest_distance(self) -> float | None:
         """Smallest Euclidean distance between two experts' deltas.
 
-        None for a single expert and for altered copies, as are the next two.
+        None for a single expert and for perturbed copies, as are the next two.
         """
         pairs = self._pairwise(squared_distance(self.gram))
         return float(pairs.min().sqrt()) if pairs.numel() else None
@@ -148,7 +148,7 @@ class Lineage:
         return report
 
     def _pairwise(self, matrix: torch.Tensor) -> torch.Tensor:
-        if self.altered:
+        if self.perturbed:
             return matrix.new_empty(0)
         row, column = torch.triu_indices(matrix.shape[0], matrix.shape[1], offset=1)
         return matrix[row, column]

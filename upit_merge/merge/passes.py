@@ -16,7 +16,7 @@ from upit_merge.merge.growth import needs_gram, plan_lineage
 from upit_merge.merge.inputs import Inputs
 from upit_merge.merge.lineage import Lineage
 from upit_merge.merge.similarity import delta_gram
-from upit_merge.merge.upcycle import Alteration
+from upit_merge.merge.upcycle import Perturbation
 from upit_merge.models.gates import training_free_gates
 from upit_merge.models.lora.adapter import Adapter
 from upit_merge.output.journal import Journal, Saver
@@ -87,9 +87,9 @@ class Merger:
             quiet=self.quiet,
         )
 
-    def _alteration(self) -> Alteration | None:
+    def _alteration(self) -> Perturbation | None:
         inputs = self.inputs
-        return Alteration.of(inputs.checkpoints, inputs.architecture, inputs.recipe.parameters)
+        return Perturbation.of(inputs.checkpoints, inputs.architecture, inputs.recipe.parameters)
 
     def lineage(self, gram: torch.Tensor | None = None) -> Lineage:
         """Who the experts are; without a Gram matrix, where it does not matter to who they are."""

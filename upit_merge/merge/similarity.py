@@ -63,7 +63,7 @@ def block_gram(
         torch.sub(values.double().flatten(), origin, out=delta)
     gram = (deltas @ deltas.T).cpu()
     if not gram.isfinite().all():
-        refuse_non_finite(models, rows, name)
+        check_finite(models, rows, name)
     return gram
 
 
@@ -156,9 +156,7 @@ def delta_gram(
     return total
 
 
-def refuse_non_finite(
-    models: Sequence[DenseModel], rows: Sequence[torch.Tensor], name: str
-) -> None:
+def check_finite(models: Sequence[DenseModel], rows: Sequence[torch.Tensor], name: str) -> None:
     for model, values in zip(models, rows, strict=True):
         if not all_finite(values):
             raise UpitError(

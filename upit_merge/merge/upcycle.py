@@ -20,7 +20,7 @@ from upit_merge.config.recipe import Parameters
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import row_blocks
 from upit_merge.merge.counter_rng import index_hash, mask_key, normals
-from upit_merge.merge.similarity import refuse_non_finite
+from upit_merge.merge.similarity import check_finite
 from upit_merge.models.dense import DenseArchitecture
 
 # Sums are taken block by block, so the size must not depend on the machine.
@@ -89,7 +89,7 @@ def measure_moments(checkpoint: DenseModel, name: str, *, by_row: bool) -> Momen
         sums[part] += values.sum(1 - axis)
         squares[part] += values.square().sum(1 - axis)
         if not squares[part].isfinite().all():
-            refuse_non_finite([checkpoint], [rows], name)
+            check_finite([checkpoint], [rows], name)
     return Moments(sums, squares, spec.shape[1 - axis])
 
 
@@ -101,7 +101,7 @@ class _Measured:
     moments: Moments | None = None
 
 
-class Alteration:
+class Perturbation:
     """Makes every copy its own: pure functions of seed, expert, tensor name and element index.
 
     Args:
@@ -127,11 +127,11 @@ class Alteration:
     @staticmethod
     def of(
         checkpoints: Sequence[DenseModel], architecture: DenseArchitecture, parameters: Parameters
-    ) -> Alteration | None:
+    ) -> Perturbation | None:
         """None if the experts are to stay what they are."""
-        if not alters(parameters):
+        if not perturbs(parameters):
             return None
-        return Alteration(checkpoints, architecture, parameters)
+        return Perturbation(checkpoints, architecture, parameters)
 
     def block(
         self,
@@ -197,6 +197,6 @@ class Alteration:
             return entry.moments
 
 
-def alters(parameters: Parameters) -> bool:
+def perturbs(parameters: Parameters) -> bool:
     """Whether experts are changed copies."""
     return bool(parameters.noise or parameters.reinitialise)

@@ -18,7 +18,7 @@ from upit_merge.models.formats import (
     DENSE_TYPES,
     FORMATS,
     PROJECTIONS,
-    MoeFormat,
+    MixtureFormat,
     format_of_dense,
 )
 
@@ -60,7 +60,7 @@ class DenseArchitecture:
         specs: Every tensor of the base that the output needs, by dense name.
     """
 
-    format: MoeFormat
+    format: MixtureFormat
     settings: Mapping[str, Any]
     specs: Mapping[str, TensorSpec]
 
@@ -85,7 +85,7 @@ class DenseArchitecture:
 
 
 def dense_shapes(
-    form: MoeFormat, settings: Mapping[str, Any]
+    form: MixtureFormat, settings: Mapping[str, Any]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The tensors of a dense model without biases, in model order."""
     hidden, inner, head = (settings[f] for f in ("hidden_size", "intermediate_size", "head_dim"))
@@ -109,7 +109,7 @@ def dense_shapes(
         yield "lm_head.weight", (settings["vocab_size"], hidden)
 
 
-def format_of(checkpoint: DenseModel) -> MoeFormat:
+def format_of(checkpoint: DenseModel) -> MixtureFormat:
     """What a dense checkpoint becomes.
 
     Raises:
@@ -125,7 +125,7 @@ def format_of(checkpoint: DenseModel) -> MoeFormat:
     return form
 
 
-def refuse_promises(model: TensorSource) -> None:
+def check_counts(model: TensorSource) -> None:
     """Refuse a configuration that names more layers or experts than there are tensors.
 
     What is made of it would have to be listed before the first missing one is noticed.
@@ -151,7 +151,7 @@ def read_dense_config(checkpoint: DenseModel) -> Any:
     from transformers.activations import ACT2FN
 
     raw, form = copy.deepcopy(checkpoint.config), format_of(checkpoint)
-    refuse_promises(checkpoint)
+    check_counts(checkpoint)
     if unfit := form.unfit_dense(raw):
         raise UpitError(f"Checkpoint {checkpoint.label} {unfit}; use a model without it.")
     if "quantization_config" in raw:
@@ -245,7 +245,7 @@ def inspect_models(
             )
         shapes[name] = shape
     for checkpoint in (base, *checkpoints):
-        _refuse_unknown_tensors(checkpoint, form, shapes)
+        _check_unknown_tensors(checkpoint, form, shapes)
     check_same_tensors(base, checkpoints, shapes)
     return DenseArchitecture(form, settings, {name: base.specs[name] for name in shapes})
 
@@ -255,8 +255,8 @@ def is_derived(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
 
 
-def _refuse_unknown_tensors(
-    checkpoint: DenseModel, form: MoeFormat, shapes: Mapping[str, Any]
+def _check_unknown_tensors(
+    checkpoint: DenseModel, form: MixtureFormat, shapes: Mapping[str, Any]
 ) -> None:
     for name in checkpoint.specs:
         if name not in shapes and not is_derived(name):

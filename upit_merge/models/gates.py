@@ -12,7 +12,7 @@ from torch import Tensor
 from upit_merge.io.sources import TensorSource
 from upit_merge.io.tensor_file import raw_bytes
 from upit_merge.models.dense import norm_tensor
-from upit_merge.models.formats import MoeFormat
+from upit_merge.models.formats import MixtureFormat
 
 
 def training_free_gates(
@@ -44,7 +44,7 @@ def root_mean_square(norm_weight: Tensor) -> Tensor:
     return norm_weight.float().square().mean().sqrt().clamp(min=1e-6).cpu()
 
 
-def named_gates(form: MoeFormat, gates: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def named_gates(form: MixtureFormat, gates: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Gates by their names in a format, in layer order."""
     return dict(zip(form.gate_names(len(gates)), gates, strict=True))
 

@@ -15,12 +15,12 @@ from upit_merge.output.staging import (
     EDIT_STAGING,
     STATE,
     Staging,
+    check_not_half_edited,
+    check_output_exists,
     is_moving,
     move_into_place,
     read_state,
-    refuse_half_edited,
     remove_scratch,
-    require_output,
 )
 from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.runtime.processes import ALONE, Processes
@@ -72,8 +72,8 @@ class Edit:
         Raises:
             UpitError: `out` is no folder, is in use, or half changed by another command.
         """
-        require_output(self.out)
-        refuse_half_edited(self.out, self.command)
+        check_output_exists(self.out)
+        check_not_half_edited(self.out, self.command)
         with exclusive(self.out):
             self.finished = self._moved()
             yield
@@ -94,7 +94,7 @@ class Edit:
             keeps_files: Prepared files are part of what the same command goes on with.
         """
 
-        def last_words() -> str:
+        def on_exit() -> str:
             remove_scratch(self.out, self.processes.rank)
             if not self.processes.is_first:
                 return ""
@@ -107,7 +107,7 @@ class Edit:
             return f"Interrupted; {unchanged}."
 
         try:
-            with ends_at_once(last_words):
+            with ends_at_once(on_exit):
                 yield
         except Exception as error:
             # A mistake would be made again by the same command; else it goes on, if it has begun.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from upit_merge.io.checkpoint import Checkpoint
-from upit_merge.io.disk import require_space
+from upit_merge.io.disk import check_space
 from upit_merge.io.sources import TensorSource
 from upit_merge.io.tensor_file import SafetensorsFile, TensorSpec, patch_tensors
 
@@ -94,7 +94,7 @@ class PatchedCopies:
         files = {self.moe.file_of(name) for name in names}
         missing = [path for path in sorted(files) if not (self.folder / path.name).exists()]
         size = sum(path.stat().st_size for path in missing)
-        require_space(self.folder, size, "a copy of the files that change")
+        check_space(self.folder, size, "a copy of the files that change")
         for path in missing:
             draft = self.folder / f".{path.name}.draft"
             shutil.copyfile(path, draft)

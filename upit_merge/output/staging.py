@@ -75,7 +75,7 @@ def staged_output(
         UpitError: `out` is not empty, is no folder, is in use, holds an unfinished run with
             another identity, or the disk is full.
     """
-    refuse_occupied(out, overwrite=overwrite)
+    check_output_is_free(out, overwrite=overwrite)
     created = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -86,11 +86,11 @@ def staged_output(
     leave = False
     try:
         with exclusive(out):
-            refuse_occupied(out, overwrite=overwrite)  # another run may have just finished
+            check_output_is_free(out, overwrite=overwrite)  # another run may have just finished
             staging = _open_staging(out, identity)
             root = staging.root
 
-            def last_words() -> str:
+            def on_exit() -> str:
                 if is_moving(root) or has_progress(root):
                     return "Interrupted; the same command goes on from there."
                 shutil.rmtree(root, ignore_errors=True)
@@ -100,7 +100,7 @@ def staged_output(
                 return "Interrupted; nothing was written."
 
             try:
-                with ends_at_once(last_words):
+                with ends_at_once(on_exit):
                     yield staging
                     move_into_place(staging, out)
                 leave = True
@@ -184,7 +184,7 @@ def is_moving(root: Path) -> bool:
     return bool((read_state(root) or {}).get("moving"))
 
 
-def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
+def check_output_is_free(out: Path, *, overwrite: bool = False) -> None:
     """Refuse an output folder that holds anything but, with `overwrite`, an earlier output.
 
     Raises:
@@ -196,7 +196,7 @@ def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
         return
     if is_moving(out / STAGING):  # a complete output, in part here and in part still there
         return
-    refuse_half_edited(out)
+    check_not_half_edited(out)
     ours = (STAGING, *EDIT_STAGING.values(), LOCK)
     present = sorted(path.name for path in out.iterdir() if path.name not in ours)
     if not present:
@@ -213,7 +213,7 @@ def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
         )
 
 
-def refuse_half_edited(out: Path, but: str | None = None) -> None:
+def check_not_half_edited(out: Path, but: str | None = None) -> None:
     """Refuse a model into which the files of another command were not all moved.
 
     Args:
@@ -278,7 +278,7 @@ def _files_of(report: Path) -> list[str]:
     return [name for name in files if isinstance(name, str) and Path(name).name == name]
 
 
-def require_output(out: Path) -> None:
+def check_output_exists(out: Path) -> None:
     """Refuse what is no folder.
 
     Raises:

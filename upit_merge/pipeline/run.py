@@ -17,7 +17,7 @@ from upit_merge.pipeline.config import load_pipeline
 from upit_merge.pipeline.record import Record
 from upit_merge.pipeline.stages import Stage, stages_of
 from upit_merge.report.tables import show
-from upit_merge.runtime.processes import refuse_company
+from upit_merge.runtime.processes import check_single_process
 
 
 def run_pipeline(
@@ -38,7 +38,7 @@ def run_pipeline(
         UpitError: a mistake in the file, a stage that is done with other settings, an output
             folder that is not the pipeline's, or what a stage raises.
     """
-    refuse_company("pipeline")
+    check_single_process("pipeline")
     pipeline = load_pipeline(path)
     check_pipeline(pipeline)
     stages = stages_of(pipeline, quiet=quiet)

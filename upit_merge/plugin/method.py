@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from upit_merge.config.explain import refuse_monster
+from upit_merge.config.explain import check_yaml_size
 from upit_merge.config.recipe import METHOD, parse_recipe, parse_recipe_text
 from upit_merge.errors import UpitError
 
@@ -99,7 +99,7 @@ def _extend_configuration() -> None:
             and isinstance(obj, Mapping)
             and obj.get("merge_method") == METHOD
         ):
-            refuse_monster(obj, "the recipe")
+            check_yaml_size(obj, "the recipe")
             parse_recipe(_as_written(obj))
             return original(UpitConfiguration, obj, **kwargs)
         return original(cls, obj, **kwargs)

@@ -59,7 +59,7 @@ class Unit(_Facts):
 
 
 class Lineage(_Facts):
-    """See `expansion.lineage.Lineage`; `expected_gram` is None for altered copies."""
+    """See `expansion.lineage.Lineage`; `expected_gram` is None for perturbed copies."""
 
     summary: str
     experts: list[Expert] = Field(min_length=1)
@@ -241,9 +241,9 @@ class Facts(_Facts):
             for index, expert in enumerate(experts):
                 if not _points_back(expert, index, m):
                     raise ValueError(f"expert {index} descends from what is not there")
-        _require_square(self.checkpoint_cosine, m)
+        _check_square(self.checkpoint_cosine, m)
         if self.lineage.expected_gram is not None:
-            _require_square(self.lineage.expected_gram, n)
+            _check_square(self.lineage.expected_gram, n)
         return self
 
     @property
@@ -278,6 +278,6 @@ def _points_back(expert: Expert, index: int, num_checkpoints: int) -> bool:
     return known and all(0 <= parent < index for parent in expert.parents or ())
 
 
-def _require_square(matrix: Matrix, size: int) -> None:
+def _check_square(matrix: Matrix, size: int) -> None:
     if len(matrix) != size or any(len(row) != size for row in matrix):
         raise ValueError(f"a matrix of {size} rows has another shape")

@@ -15,8 +15,8 @@ from upit_merge.config.recipe import Recipe
 from upit_merge.io.sources import DenseModel
 from upit_merge.merge.lineage import Lineage
 from upit_merge.merge.similarity import cosine
-from upit_merge.models.formats import MoeFormat
-from upit_merge.models.moe import parameter_counts
+from upit_merge.models.formats import MixtureFormat
+from upit_merge.models.mixture import parameter_counts
 from upit_merge.models.tokenizer import own_template
 from upit_merge.report.sources import described
 
@@ -68,7 +68,7 @@ def merge_record(
         "lineage": {
             "summary": lineage.summary,
             **lineage.to_report(),
-            "expected_gram": None if lineage.altered else _rounded(lineage.gram),
+            "expected_gram": None if lineage.perturbed else _rounded(lineage.gram),
             "smallest_distance": lineage.smallest_distance(),
             "mean_distance": lineage.mean_distance(),
             "largest_cosine": lineage.largest_cosine(),
@@ -79,7 +79,7 @@ def merge_record(
 def mixture_record(
     folder: Path,
     name: str,
-    form: MoeFormat,
+    form: MixtureFormat,
     settings: Mapping[str, Any],
     num_experts: int,
     num_experts_per_token: int,

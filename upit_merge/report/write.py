@@ -21,7 +21,7 @@ PAGE = "README.md"
 RECIPE_COPY = "mergekit_config.yml"
 
 
-def write_page(folder: Path, report: Mapping[str, Any], recipe_source: str) -> dict[str, Any]:
+def write_card(folder: Path, report: Mapping[str, Any], recipe_source: str) -> dict[str, Any]:
     """Write the page and its pictures into a folder that is not the model yet.
 
     Returns the report with what it needs to know of them: which pictures there are, and a digest
@@ -39,7 +39,7 @@ def write_page(folder: Path, report: Mapping[str, Any], recipe_source: str) -> d
     return {**report, "page": {"pictures": pictures, "sha256": _digest(folder / PAGE)}}
 
 
-def write_papers(
+def write_report_and_card(
     edit: Edit,
     before: Mapping[str, Any],
     changes: Mapping[str, Any],
@@ -72,9 +72,9 @@ def write_papers(
         if "evaluation" in before and "evaluation" not in changes:
             del report["evaluation"]
             LOG.warning("The evaluation in the report was of the model before and is removed.")
-    if replace_page or page_is_ours(out, before):
+    if replace_page or card_is_ours(out, before):
         earlier = (before.get("page") or {}).get("pictures", [])
-        report = write_page(edit.model, report, recipe_of(out))
+        report = write_card(edit.model, report, recipe_of(out))
         # Of our own names only: a report may come from anywhere, and these files are removed.
         gone += [n for n in NAMES if n in earlier and n not in report["page"]["pictures"]]
     files = {*before.get("files", []), *(path.name for path in edit.model.iterdir()), REPORT}
@@ -89,7 +89,7 @@ def recipe_of(out: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def page_is_ours(out: Path, report: Mapping[str, Any]) -> bool:
+def card_is_ours(out: Path, report: Mapping[str, Any]) -> bool:
     """Whether a folder has a page, and it is as we wrote it; says so if it is not."""
     if not (out / PAGE).is_file():
         return False

@@ -29,7 +29,7 @@ class RoutingStatistics:
         self.products = torch.zeros(num_layers, num_experts, num_experts, dtype=torch.float64)
 
     def count(self, layer: int, _batch: Batch, logits: Tensor, chosen: Tensor) -> None:
-        """To be told of every batch, see `AssembledMoe.sweep`."""
+        """To be told of every batch, see `AssembledMixture.sweep`."""
         wide = logits.double().cpu()
         self.products[layer] += wide.T @ wide
         self.chosen[layer] += torch.bincount(chosen.flatten().cpu(), minlength=wide.shape[1])

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.io.checkpoint import WEIGHT_FILE, WEIGHT_INDEX, Checkpoint
-from upit_merge.io.disk import require_space
+from upit_merge.io.disk import check_space
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.shards import Shard, ShardWriter, plan_shards, shard_index
 from upit_merge.io.tensor_file import TensorSpec, row_blocks
 from upit_merge.io.text_file import write_json
-from upit_merge.models.moe import MoeArchitecture, parameter_counts
-from upit_merge.resizing.sources import ResizedMoe
+from upit_merge.models.mixture import MixtureArchitecture, parameter_counts
+from upit_merge.resizing.sources import ResizedMixture
 from upit_merge.runtime.parallel import map_in_order, progress_bar
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -69,7 +69,11 @@ def _files_of(moe: Checkpoint) -> dict[str, list[TensorSpec]]:
 
 
 def extended_layout(
-    moe: Checkpoint, extended: ResizedMoe, gates: Collection[str], stem: str, max_shard_bytes: int
+    moe: Checkpoint,
+    extended: ResizedMixture,
+    gates: Collection[str],
+    stem: str,
+    max_shard_bytes: int,
 ) -> Layout:
     """Files of a model with one more expert: those without gates are not touched.
 
@@ -98,7 +102,7 @@ def extended_layout(
 
 
 def shrunk_layout(
-    moe: Checkpoint, shrunk: ResizedMoe, gates: Collection[str], max_shard_bytes: int
+    moe: Checkpoint, shrunk: ResizedMixture, gates: Collection[str], max_shard_bytes: int
 ) -> Layout:
     """Files of a model with fewer experts: all are new, as its experts have other numbers."""
     body = [spec for name, spec in shrunk.specs.items() if name not in gates]
@@ -110,7 +114,7 @@ def shrunk_layout(
 
 
 def write_model(
-    folder: Path, layout: Layout, source: ResizedMoe, added: Mapping[str, Any], *, quiet: bool
+    folder: Path, layout: Layout, source: ResizedMixture, added: Mapping[str, Any], *, quiet: bool
 ) -> None:
     """Write what is new into a folder: weights, index, `config.json`.
 
@@ -123,7 +127,7 @@ def write_model(
         ResumableError: the files do not fit the disk.
     """
     total = sum(shard.num_bytes for shard in layout.written)
-    require_space(folder, total, "the changed files")
+    check_space(folder, total, "the changed files")
     blocks = [
         (spec, start, stop)
         for shard in layout.written
@@ -150,7 +154,7 @@ def write_model(
 
 
 def resized(
-    before: Mapping[str, Any], architecture: MoeArchitecture, num_experts: int
+    before: Mapping[str, Any], architecture: MixtureArchitecture, num_experts: int
 ) -> dict[str, Any]:
     """The report's `model` with another number of experts; nothing in one of an older version."""
     if not isinstance(before.get("model"), Mapping):

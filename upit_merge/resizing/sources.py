@@ -14,10 +14,10 @@ from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import TensorSpec, all_finite
 from upit_merge.models.dense import ffn_tensor
 from upit_merge.models.formats import COUNT_FIELDS, PROJECTIONS
-from upit_merge.models.moe import MoeArchitecture
+from upit_merge.models.mixture import MixtureArchitecture
 
 
-class ResizedMoe:
+class ResizedMixture:
     """A mixture with another number of experts; what is not an expert is the model's own.
 
     Args:
@@ -26,7 +26,9 @@ class ResizedMoe:
         num_experts: How many there are to be.
     """
 
-    def __init__(self, moe: Checkpoint, architecture: MoeArchitecture, num_experts: int) -> None:
+    def __init__(
+        self, moe: Checkpoint, architecture: MixtureArchitecture, num_experts: int
+    ) -> None:
         form = architecture.format
         self._moe = moe
         dtype = moe.specs[form.expert_tensor(0, 0, PROJECTIONS[0])].dtype
@@ -50,13 +52,15 @@ class ResizedMoe:
         return self.rows(name, 0, self.specs[name].shape[0])
 
 
-class ExtendedMoe(ResizedMoe):
+class ExtendedMixture(ResizedMixture):
     """A mixture with the FFN of a dense model as one more expert, the last.
 
     Of its gates only the shape is known.
     """
 
-    def __init__(self, moe: Checkpoint, architecture: MoeArchitecture, dense: DenseModel) -> None:
+    def __init__(
+        self, moe: Checkpoint, architecture: MixtureArchitecture, dense: DenseModel
+    ) -> None:
         super().__init__(moe, architecture, architecture.num_experts + 1)
         self.expert = architecture.num_experts
         self._dense = dense
@@ -102,7 +106,7 @@ class Group:
 Groups = Sequence[Sequence[Group]]
 
 
-class ShrunkMoe(ResizedMoe):
+class ShrunkMixture(ResizedMixture):
     """A mixture whose experts are means of groups of another's; groups of one are untouched.
 
     Args:
@@ -113,7 +117,7 @@ class ShrunkMoe(ResizedMoe):
     def __init__(
         self,
         moe: Checkpoint,
-        architecture: MoeArchitecture,
+        architecture: MixtureArchitecture,
         groups: Groups,
         gates: Sequence[Tensor],
     ) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from upit_merge.config.router import ByColumn
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.errors import UpitError
-from upit_merge.router.worth import SampleLosses, measure_worth
+from upit_merge.router.router_gain import SampleLosses, measure_router_gain
 
 NDArray = np.ndarray[Any, Any]
 
@@ -191,7 +191,7 @@ class Buckets:
             "loss_of_best_expert_per_sample": best,
             "loss_of_assigned_expert": given,
             "loss_given_up": given - best,
-            "worth": measure_worth(self.losses).to_report(),
+            "worth": measure_router_gain(self.losses).to_report(),
         }
 
 

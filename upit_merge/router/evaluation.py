@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from upit_merge.data.tokens import TokenizedSample
-from upit_merge.engine.assembled import AssembledMoe, RoutingCallback
+from upit_merge.engine.assembled import AssembledMixture, RoutingCallback
 from upit_merge.engine.hidden_states import Batch, PackedStates
 from upit_merge.errors import UpitError, one_line
 from upit_merge.router.buckets import Buckets
@@ -44,7 +44,7 @@ class Routing:
         self.entropy = torch.zeros(shape[:2], dtype=torch.float64)
 
     def counter(self, samples: Sequence[TokenizedSample]) -> RoutingCallback:
-        """To be told of every batch, see `AssembledMoe.sweep`."""
+        """To be told of every batch, see `AssembledMixture.sweep`."""
 
         def count(layer: int, batch: Batch, logits: Tensor, chosen: Tensor) -> None:
             lengths = torch.tensor([len(samples[index].input_ids) for index in batch])
@@ -233,7 +233,7 @@ def swept(
         stage.states([stream]) as states,
         stage.bar(tokens * stage.model.num_layers, description) as bar,
     ):
-        AssembledMoe(stage.model, gates).sweep(
+        AssembledMixture(stage.model, gates).sweep(
             stage.seeds.samples,
             stream.batches,
             states,

@@ -32,7 +32,7 @@ from upit_merge.errors import UpitError
 from upit_merge.io.sources import TensorSource
 from upit_merge.models.dense import ffn_tensor
 from upit_merge.models.formats import PROJECTIONS
-from upit_merge.models.moe import MoeArchitecture, read_moe
+from upit_merge.models.mixture import MixtureArchitecture, read_mixture
 from upit_merge.runtime.parallel import progress_bar
 
 # How torchrun, `accelerate launch` and MPI tell a process that it is one of several.
@@ -121,7 +121,7 @@ class ExpertModel(nn.Module):
         return {"loss": self.alpha * language / len(wanted) + (1 - self.alpha) * routing}
 
 
-def _ffn_names(architecture: MoeArchitecture, expert: int) -> dict[str, str]:
+def _ffn_names(architecture: MixtureArchitecture, expert: int) -> dict[str, str]:
     """The name of each FFN tensor of an expert, by its name in the dense model."""
     name_of, layers = architecture.format.expert_tensor, range(architecture.num_layers)
     return {ffn_tensor(n, p): name_of(n, expert, p) for n in layers for p in PROJECTIONS}
@@ -136,12 +136,12 @@ def load_expert(
     float16 would need its loss scaled. All else, and whatever is trained, is float32.
 
     Args:
-        moe: A folder that `LayerwiseMoe` accepts.
+        moe: A folder that `LayerwiseMixture` accepts.
         settings: `lora_rank` adds factors whose first values torch's global generator draws.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    architecture = read_moe(moe)
+    architecture = read_mixture(moe)
     modules = architecture.format.modules()
     # Without the padding id, which need not be in the embedding table and is of no use here, and
     # without dropout, which did not act on the losses that chose the samples either.
@@ -197,7 +197,7 @@ def tune_expert(
     does not depend on how many follow. The same call gives the same bits on the same CPU.
 
     Args:
-        moe: A folder that `LayerwiseMoe` accepts.
+        moe: A folder that `LayerwiseMixture` accepts.
         samples: The expert's bucket. Where it is empty, the FFN is returned as it is stored.
         seed: Of the order of the samples and of LoRA's factors.
         scratch: A folder for the Trainer, which is told to write nothing.
@@ -205,7 +205,7 @@ def tune_expert(
     Raises:
         UpitError: the loss, a weight or a routing vector is NaN or infinite after the training.
     """
-    names = _ffn_names(read_moe(moe), expert)
+    names = _ffn_names(read_mixture(moe), expert)
     if not samples:
         vectors = torch.zeros(len(names) // len(PROJECTIONS), int(moe.config["hidden_size"]))
         return TunedExpert({name: moe.tensor(name) for name in names.values()}, vectors, math.nan)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from upit_merge.config.router import RouterSettings
-from upit_merge.engine.layerwise import LOGIT_ROWS, LayerwiseMoe
+from upit_merge.engine.layerwise import LOGIT_ROWS, LayerwiseMixture
 from upit_merge.router.objectives import CHUNK_BYTES
 
 # What the allocator loses, and Python's own objects; see benchmarks/router_memory.py.
@@ -42,7 +42,7 @@ class ModelShape:
         return self.vocab_size * self.hidden_size
 
 
-def shape_of(model: LayerwiseMoe) -> ModelShape:
+def shape_of(model: LayerwiseMixture) -> ModelShape:
     """The sizes of a folder."""
     specs = model.moe.specs
     first = "model.layers.0."

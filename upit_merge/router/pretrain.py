@@ -13,7 +13,7 @@ from torch import Tensor
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.examples import read_seed_data, sample_examples
 from upit_merge.data.tokens import SeedSet, tokenize_seed_data
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.sources import TensorSource
 from upit_merge.models.dense import norm_tensor
@@ -85,7 +85,7 @@ def load_seed_set(
 
 
 def seed_set_for(
-    model: LayerwiseMoe,
+    model: LayerwiseMixture,
     folder: Path,
     settings: RouterSettings,
     seed: int,
@@ -156,7 +156,7 @@ def tuned_gates(
 
 
 def refined_gates(
-    stage: RouterStage, gates: Sequence[Tensor], model: LayerwiseMoe | None = None
+    stage: RouterStage, gates: Sequence[Tensor], model: LayerwiseMixture | None = None
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Train the gates end to end; returns them with what to say about it.
 
@@ -228,7 +228,7 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> Route
         trained = None
         if settings.trains_experts:
             assert sink is not None
-            trained = LayerwiseMoe(sink.source, model.device)
+            trained = LayerwiseMixture(sink.source, model.device)
         gates, report["refined"] = refined_gates(stage, gates, trained)
     report["gates_sha256"] = gates_digest(gates, model.stored_dtype)
     return RouterResult(gates, report | {"seconds": stage.seconds})

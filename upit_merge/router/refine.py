@@ -19,9 +19,9 @@ from torch import Tensor
 
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import TokenizedSample
-from upit_merge.engine.assembled import AssembledMoe
+from upit_merge.engine.assembled import AssembledMixture
 from upit_merge.engine.hidden_states import Batch, PackedStates, token_batches
-from upit_merge.engine.layerwise import LayerwiseMoe, row_parts
+from upit_merge.engine.layerwise import LayerwiseMixture, row_parts
 from upit_merge.runtime.processes import ALONE, Processes
 
 
@@ -65,13 +65,13 @@ class GateTrainer:
         processes: Share the samples of every step.
     """
 
-    model: LayerwiseMoe
+    model: LayerwiseMixture
     samples: Sequence[TokenizedSample]
     settings: RouterSettings
     scratch: Path
     processes: Processes = ALONE
 
-    def slopes(self, moe: AssembledMoe, chosen: Sequence[int], balance: float) -> Slopes:
+    def slopes(self, moe: AssembledMixture, chosen: Sequence[int], balance: float) -> Slopes:
         """The loss on some samples and its gradient.
 
         Args:
@@ -119,7 +119,7 @@ class GateTrainer:
 
     @torch.no_grad()
     def _forwards(
-        self, moe: AssembledMoe, batches: Sequence[Batch], entering: Sequence[PackedStates]
+        self, moe: AssembledMixture, batches: Sequence[Batch], entering: Sequence[PackedStates]
     ) -> Tensor:
         """Fill what enters every layer; returns how often each expert was chosen, (layers, n)."""
         counts = torch.zeros(self.model.num_layers, self.model.num_experts, dtype=torch.float64)
@@ -157,7 +157,7 @@ class GateTrainer:
 
     def _backwards(
         self,
-        moe: AssembledMoe,
+        moe: AssembledMixture,
         batches: Sequence[Batch],
         entering: Sequence[PackedStates],
         slope: PackedStates,
@@ -288,7 +288,7 @@ def refine_gates(
     }
     lengths = [len(sample.input_ids) for sample in trainer.samples]
     steps = sample_order(lengths, refine.tokens, refine.steps, seed)
-    moe = AssembledMoe(trainer.model, keep_bytes=keep_bytes)
+    moe = AssembledMixture(trainer.model, keep_bytes=keep_bytes)
     for step in range(len(state.history), len(steps)):
         moe.set_gates(state.gates)
         found = trainer.slopes(moe, steps[step], float(refine.balance))

@@ -17,14 +17,14 @@ from torch import Tensor
 from upit_merge.config.router import ByColumn, RouterSettings
 from upit_merge.data.tokens import SeedSet
 from upit_merge.engine.hidden_states import MEAN, PackedStates, Stream, token_batches
-from upit_merge.engine.layerwise import LayerwiseMoe
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.tensor_file import all_finite
 from upit_merge.router import objectives
 from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
 from upit_merge.router.objectives import GateData, Objective
 from upit_merge.router.progress import Progress
-from upit_merge.router.worth import SampleLosses, measure_worth
+from upit_merge.router.router_gain import SampleLosses, measure_router_gain
 from upit_merge.runtime.parallel import progress_bar
 from upit_merge.runtime.processes import ALONE, Processes
 
@@ -57,7 +57,7 @@ class RouterStage:
         quiet: No progress bars.
     """
 
-    model: LayerwiseMoe
+    model: LayerwiseMixture
     seeds: SeedSet
     settings: RouterSettings
     seed: int
@@ -187,7 +187,7 @@ class RouterStage:
                 remedy,
             )
         if buckets.losses is not None:
-            for sentence in measure_worth(buckets.losses).warnings():
+            for sentence in measure_router_gain(buckets.losses).warnings():
                 LOG.warning("%s", sentence)
 
     # ---- gates -----------------------------------------------------------------------------

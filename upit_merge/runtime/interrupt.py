@@ -17,7 +17,7 @@ _EXIT_STATUS = 128 + signal.SIGINT
 
 
 @contextlib.contextmanager
-def ends_at_once(last_words: Callable[[], str]) -> Iterator[None]:
+def ends_at_once(on_exit: Callable[[], str]) -> Iterator[None]:
     """End the process as soon as Ctrl-C is pressed, whatever it is doing.
 
     Python looks at signals only between two of its own instructions: a matrix product or a flush
@@ -28,7 +28,7 @@ def ends_at_once(last_words: Callable[[], str]) -> Iterator[None]:
     calls us as a library gets its `KeyboardInterrupt` as ever.
 
     Args:
-        last_words: Tidies up, in a moment, and returns the line to print; may be empty.
+        on_exit: Tidies up, in a moment, and returns the line to print; may be empty.
     """
     in_command = click.get_current_context(silent=True) is not None
     if not in_command or threading.current_thread() is not threading.main_thread():
@@ -40,7 +40,7 @@ def ends_at_once(last_words: Callable[[], str]) -> Iterator[None]:
     def listen() -> None:
         while told := listening.recv(64):
             if signal.SIGINT in told:
-                line = last_words()
+                line = on_exit()
                 if line:
                     # The progress bar's line is left first.
                     sys.stderr.write(f"\n{line}\n")

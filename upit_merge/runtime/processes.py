@@ -102,7 +102,7 @@ class Processes:
 ALONE = Processes()
 
 
-def refuse_company(command: str) -> None:
+def check_single_process(command: str) -> None:
     """Refuse to be one of several processes.
 
     Raises:

@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from upit_merge.io.disk import require_space
+from upit_merge.io.disk import check_space
 
 _ADAM_BYTES = 8  # two float32 moments for every trained weight
 
 
-def require_training_space(
+def check_training_space(
     trainer: Any, out: Path, limit: int | None, *, keep_checkpoints: bool
 ) -> None:
     """Refuse a run whose checkpoints, and result, cannot fit the disk.
@@ -36,7 +36,7 @@ def require_training_space(
     needed = present * saved + min(count, 2) * _ADAM_BYTES * sum(w.numel() for w in trained)
     needed += 0 if keep_checkpoints else whole
     there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    require_space(out, max(0, needed - there), f"up to {present} checkpoints of the training")
+    check_space(out, max(0, needed - there), f"up to {present} checkpoints of the training")
 
 
 def _checkpoints(trainer: Any, limit: int | None) -> int:

@@ -19,10 +19,10 @@ from upit_merge.io.hub import OpenOptions, resolve
 from upit_merge.models.formats import FORMATS
 from upit_merge.output.identity import file_states
 from upit_merge.output.lock import exclusive, release
-from upit_merge.output.staging import REPORT, refuse_half_edited, remove_if_empty
+from upit_merge.output.staging import REPORT, check_not_half_edited, remove_if_empty
 from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.runtime.processes import Processes, joined
-from upit_merge.training.disk import require_training_space
+from upit_merge.training.disk import check_training_space
 from upit_merge.training.outcome import finish_move, tensors_of, write_mixture
 from upit_merge.training.run_state import RunState
 from upit_merge.training.settings import FinetuneJob, data_files, load_job
@@ -51,7 +51,7 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
     job = load_job(path, overrides)
     out = Path(job.training.output_dir)
     folder = resolve(job.model.model_name_or_path, OpenOptions(), role="model")
-    refuse_half_edited(folder)
+    check_not_half_edited(folder)
     config = read_json(folder / "config.json", "the model")
     is_mixture = config.get("model_type") in FORMATS
     keep = not is_mixture if job.own.keep_checkpoints is None else job.own.keep_checkpoints
@@ -62,7 +62,7 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
         )
     kind = tensors_of(folder) if is_mixture else None  # before hours are spent on it
     if is_mixture:
-        _refuse_untied(job, config)
+        _check_untied(job, config)
     _ = job.training.device  # accelerate meets the other processes first: it knows the device
     with joined() as processes, contextlib.ExitStack() as stack:
         with processes.together():
@@ -76,14 +76,14 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
                 print(f"{out} holds the result of this run already.")
             return
 
-        def last_words() -> str:
+        def on_exit() -> str:
             if not processes.is_first:
                 return ""
             release(out)
             return "Interrupted; the same command goes on from the last checkpoint."
 
         stack.enter_context(explained_failures(out))
-        stack.enter_context(ends_at_once(last_words))
+        stack.enter_context(ends_at_once(on_exit))
         with processes.together():
             if processes.is_first:
                 state.begin()
@@ -92,8 +92,8 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
         limit, job.training.save_total_limit = job.training.save_total_limit, None
         trainer = _trainer(job, folder, state.newest)
         if is_mixture:
-            _refuse_new_tokens(job, config, trainer)
-        require_training_space(trainer, out, limit, keep_checkpoints=keep)
+            _check_new_tokens(job, config, trainer)
+        check_training_space(trainer, out, limit, keep_checkpoints=keep)
         seconds = _train(trainer, job, state, limit, quiet=quiet)
         if kind is not None:
             write_mixture(trainer, job, folder, out, kind, seconds)
@@ -134,7 +134,7 @@ def _identity(job: FinetuneJob, folder: Path, processes: Processes) -> dict[str,
     }
 
 
-def _refuse_untied(job: FinetuneJob, config: Mapping[str, Any]) -> None:
+def _check_untied(job: FinetuneJob, config: Mapping[str, Any]) -> None:
     """Refuse what would part a head from the embeddings that it shares its weights with."""
     named = {*(job.model.lora_modules_to_save or [])} & {"lm_head", "embed_tokens"}
     if job.model.use_peft and config.get("tie_word_embeddings") and named:
@@ -214,7 +214,7 @@ def _dataset(job: FinetuneJob) -> Any:
     return found[script.dataset_train_split]
 
 
-def _refuse_new_tokens(job: FinetuneJob, config: Mapping[str, Any], trainer: Any) -> None:
+def _check_new_tokens(job: FinetuneJob, config: Mapping[str, Any], trainer: Any) -> None:
     before, after = config.get("vocab_size"), trainer.model.config.vocab_size
     if job.model.use_peft and before != after:
         raise UpitError(

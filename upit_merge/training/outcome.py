@@ -12,10 +12,10 @@ from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import read_json
 from upit_merge.io.text_file import write_json
 from upit_merge.models.dense import is_derived
-from upit_merge.models.moe import inspect_moe, opened_moe
+from upit_merge.models.mixture import inspect_mixture, opened_mixture
 from upit_merge.output.staging import REPORT, STAGING, STATE, Staging, is_moving, move_into_place
 from upit_merge.report.read import read_report
-from upit_merge.report.write import page_is_ours, recipe_of, write_page
+from upit_merge.report.write import card_is_ours, recipe_of, write_card
 from upit_merge.training.settings import FinetuneJob
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
@@ -106,8 +106,8 @@ def tensors_of(folder: Path) -> tuple[set[str], torch.dtype]:
     Raises:
         UpitError: it is no mixture that we write.
     """
-    with opened_moe(folder, str(folder)) as moe:
-        gate = inspect_moe(moe).format.gate_tensor(0)
+    with opened_mixture(folder, str(folder)) as moe:
+        gate = inspect_mixture(moe).format.gate_tensor(0)
         return {name for name in moe.specs if not is_derived(name)}, moe.specs[gate].dtype
 
 
@@ -152,8 +152,8 @@ def _write_report(
     report.pop("evaluation", None)
     report["post_training"] = _record(trainer, job, seconds)
     report["history"] = [*report.get("history", []), {"command": "finetune"}]
-    if page_is_ours(source, report):
-        report = write_page(folder, report, recipe_of(source))
+    if card_is_ours(source, report):
+        report = write_card(folder, report, recipe_of(source))
     report["files"] = sorted({path.name for path in folder.iterdir()} | {REPORT})
     write_json(folder / REPORT, report)
 

@@ -96,7 +96,7 @@ _NO_MATTER = frozenset(
 )
 
 
-def require_trl() -> None:
+def check_trl() -> None:
     """Refuse to train without TRL, which is an optional part of the installation.
 
     Raises:
@@ -121,7 +121,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> FinetuneJob:
     Raises:
         UpitError: the file cannot be read, or has a key or a value that is not understood.
     """
-    require_trl()
+    check_trl()
     quieten()
     # TRL tells its makers of every run unless it is asked not to.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -129,7 +129,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> FinetuneJob:
 
     document = load_mapping(path, "training configuration")
     blocks = (FinetuneArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, ScriptArguments)
-    _refuse_unknown(document, blocks, path)
+    _check_unknown(document, blocks, path)
     if not torch.accelerator.is_available() and not {"bf16", "fp16"} & {*document}:
         # TRL's default, mixed precision, is an error where there is nothing to be quick on.
         overrides = ["--bf16", "false", *overrides]
@@ -146,7 +146,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> FinetuneJob:
     return job
 
 
-def _refuse_unknown(document: dict[str, Any], blocks: Sequence[Any], path: Path) -> None:
+def _check_unknown(document: dict[str, Any], blocks: Sequence[Any], path: Path) -> None:
     known = {field.name for block in blocks for field in dataclasses.fields(block)} | {"env"}
     for key in document:
         if key in known:

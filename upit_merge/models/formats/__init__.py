@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from upit_merge.models.formats.base import PROJECTIONS, Modules, MoeFormat
+from upit_merge.models.formats.base import PROJECTIONS, MixtureFormat, Modules
 from upit_merge.models.formats.mixtral import Mixtral
 from upit_merge.models.formats.qwen3_moe import Qwen3Moe
 
-FORMATS: dict[str, MoeFormat] = {f.name: f for f in (Mixtral(), Qwen3Moe())}
+FORMATS: dict[str, MixtureFormat] = {f.name: f for f in (Mixtral(), Qwen3Moe())}
 
 DENSE_TYPES: tuple[str, ...] = tuple(kind for f in FORMATS.values() for kind in f.dense_types)
 
@@ -15,7 +15,7 @@ DENSE_TYPES: tuple[str, ...] = tuple(kind for f in FORMATS.values() for kind in 
 COUNT_FIELDS: tuple[str, ...] = tuple(f.count_field for f in FORMATS.values())
 
 
-def format_of_dense(model_type: object) -> MoeFormat | None:
+def format_of_dense(model_type: object) -> MixtureFormat | None:
     """What dense checkpoints of a `model_type` become; None if there is nothing."""
     return next((f for f in FORMATS.values() if model_type in f.dense_types), None)
 
@@ -25,7 +25,7 @@ __all__ = [
     "DENSE_TYPES",
     "FORMATS",
     "PROJECTIONS",
+    "MixtureFormat",
     "Modules",
-    "MoeFormat",
     "format_of_dense",
 ]

@@ -30,7 +30,7 @@ class Modules:
     moe_layer: Any
 
 
-class MoeFormat(ABC):
+class MixtureFormat(ABC):
     """Names and settings of a mixture on disk, as its published checkpoints have them.
 
     Attributes:
@@ -100,7 +100,7 @@ class MoeFormat(ABC):
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
         """What `config.json` has beside the fields that all formats share."""
 
-    def unfit_moe(self, config: Any) -> str | None:
+    def unfit_mixture(self, config: Any) -> str | None:
         """What of a mixture's configuration is not supported, as "has …"; else None."""
         return None
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from upit_merge.models.formats.base import Modules, MoeFormat
+from upit_merge.models.formats.base import MixtureFormat, Modules
 
 
-class Mixtral(MoeFormat):
+class Mixtral(MixtureFormat):
     """Under the names of the published Mixtrals; transformers 5 fuses them in memory only."""
 
     name = "mixtral"

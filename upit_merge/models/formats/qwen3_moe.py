@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from upit_merge.models.formats.base import PROJECTIONS, Modules, MoeFormat
+from upit_merge.models.formats.base import PROJECTIONS, MixtureFormat, Modules
 
 
-class Qwen3Moe(MoeFormat):
+class Qwen3Moe(MixtureFormat):
     """Under the names of the published Qwen3-30B-A3B; every layer is a mixture."""
 
     name = "qwen3_moe"
@@ -60,7 +60,7 @@ class Qwen3Moe(MoeFormat):
             "use_sliding_window": False,
         }
 
-    def unfit_moe(self, config: Any) -> str | None:
+    def unfit_mixture(self, config: Any) -> str | None:
         if config.mlp_only_layers or config.decoder_sparse_step != 1:
             return "has dense layers beside its mixtures (mlp_only_layers, decoder_sparse_step)"
         return None

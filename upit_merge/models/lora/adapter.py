@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from upit_merge.errors import UpitError
-from upit_merge.io.checkpoint import Checkpoint, is_adapter, refuse_foreign_files
+from upit_merge.io.checkpoint import Checkpoint, check_own_files, is_adapter
 from upit_merge.io.hub import OpenOptions, resolve, split_reference
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import TensorSpec, all_finite
 from upit_merge.models.lora.config import (
     CONFIG,
     AdapterConfig,
+    check_adapter_base,
     read_adapter_config,
-    refuse_other_base,
 )
 from upit_merge.models.lora.low_rank import LowRank, add_low_rank, with_magnitudes
 from upit_merge.models.lora.tensors import Change, open_weights, read_changes
@@ -194,7 +194,7 @@ def open_model(
                 f"Checkpoint {reference} is an adapter; give its base too, as BASE+{reference}."
             )
         settings = _settings(reference, folder)
-        refuse_other_base(settings, base.label, base.folder)
+        check_adapter_base(settings, base.label, base.folder)
         return Adapter(reference, folder, settings, base, options)
     below = open_complete(named, resolve(named, options, role="adapter's base"))
     folder = resolve(adapter, options, role="adapter")
@@ -207,7 +207,7 @@ def open_model(
 
 
 def _settings(label: str, folder: Path) -> AdapterConfig:
-    refuse_foreign_files(label, folder)
+    check_own_files(label, folder)
     return read_adapter_config(label, folder)
 
 

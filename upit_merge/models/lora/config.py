@@ -103,10 +103,10 @@ def read_adapter_config(label: str, folder: Path) -> AdapterConfig:
         UpitError: it is not valid, or it is no LoRA that can be added to the base's weights.
     """
     raw = read_json(folder / CONFIG, f"checkpoint {label}")
-    _refuse_unsupported(label, raw)
+    _check_unsupported(label, raw)
     config = _parsed(label, folder, raw)
     _check_values(folder, config)
-    _refuse_slow_patterns(folder, config)
+    _check_slow_patterns(folder, config)
     targets = config.target_modules
     return AdapterConfig(
         label=label,
@@ -118,7 +118,7 @@ def read_adapter_config(label: str, folder: Path) -> AdapterConfig:
     )
 
 
-def _refuse_unsupported(label: str, raw: Mapping[str, Any]) -> None:
+def _check_unsupported(label: str, raw: Mapping[str, Any]) -> None:
     merge = "merge it into its base first (PEFT's merge_and_unload)"
     if raw.get("peft_type") != "LORA":
         raise UpitError(
@@ -196,7 +196,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1 << 63
 
 
-def _refuse_slow_patterns(folder: Path, config: Any) -> None:
+def _check_slow_patterns(folder: Path, config: Any) -> None:
     layers = config.layers_pattern
     for key, patterns in (
         ("rank_pattern", config.rank_pattern),
@@ -239,7 +239,7 @@ def _invalid(folder: Path, key: str, value: Any) -> UpitError:
     )
 
 
-def refuse_other_base(config: AdapterConfig, reference: str, folder: Path) -> None:
+def check_adapter_base(config: AdapterConfig, reference: str, folder: Path) -> None:
     """Refuse an adapter whose configuration names a base that is certainly another one.
 
     What it names may be a folder on the machine it was trained on, which says nothing here.

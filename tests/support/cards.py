@@ -21,7 +21,7 @@ def report_of(out: Path) -> dict[str, Any]:
     return json.loads((out / REPORT).read_text())
 
 
-def page_of(out: Path) -> str:
+def card_of(out: Path) -> str:
     return (out / "README.md").read_text(encoding="utf-8")
 
 

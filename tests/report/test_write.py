@@ -15,7 +15,7 @@ import yaml
 from tests.commands.test_output import load
 from tests.commands.test_resizing import command, done, refused
 from tests.conftest import Family
-from tests.support.pages import REPORT, assert_valid_for_the_hub, page_of, report_of
+from tests.support.cards import REPORT, assert_valid_for_the_hub, card_of, report_of
 from upit_merge.report.card import render
 
 
@@ -40,7 +40,7 @@ def test_an_evaluation_is_kept_until_the_model_changes(four: Family, moe: Path, 
         layers = torch.tensor(whole["groups"][name]["routing"])
         assert kept["groups"][name]["routing"] == pytest.approx(layers.mean(0).tolist())
     assert kept["by_layer"] == whole["groups"]["all"]["routing"]
-    text = page_of(moe)
+    text = card_of(moe)
     assert f"| **{kept['groups']['all']['perplexity']:.2f}** |" in text
     assert "upit_routing.png" in text
     assert "of held-out.jsonl" in text
@@ -55,14 +55,14 @@ def test_an_evaluation_is_kept_until_the_model_changes(four: Family, moe: Path, 
     report["evaluation"]["others"] = [{"model": "the base", "perplexity": 9.0}]
     (moe / REPORT).write_text(json.dumps(report))
     done(*evaluate, "--card", "--no-experts")
-    assert "| the base |   |   | 9.00 |" in page_of(moe)
-    assert "alone, the best of them" not in page_of(moe)
+    assert "| the base |   |   | 9.00 |" in card_of(moe)
+    assert "alone, the best of them" not in card_of(moe)
     done("evaluate", moe, "--data", four.seed_file(), "--card", "--quiet")
     assert "others" not in report_of(moe)["evaluation"]
 
     done("router", moe, "--data", four.seed_file(), "--quiet")
     assert "evaluation" not in report_of(moe)
-    assert "## Evaluation" not in page_of(moe)
+    assert "## Evaluation" not in card_of(moe)
     assert not (moe / "upit_routing.png").exists()
     assert report_of(moe)["files"] == sorted(path.name for path in moe.iterdir())
 
@@ -71,25 +71,25 @@ def test_one_kind_of_text_is_all(moe: Path, tmp_path: Path) -> None:
     data = tmp_path / "one.jsonl"
     data.write_text('{"text": "abc abc", "kind": "only"}\n' * 3)
     done("evaluate", moe, "--data", data, "--group-by", "kind", "--card", "--quiet")
-    assert "| model | only |" in page_of(moe)
+    assert "| model | only |" in card_of(moe)
 
 
 def test_a_page_that_was_edited_is_left_alone(four: Family, moe: Path, caplog) -> None:
-    own = page_of(moe) + "\nMy own words.\n"
+    own = card_of(moe) + "\nMy own words.\n"
     (moe / "README.md").write_text(own)
     pictures = {path: path.read_bytes() for path in moe.glob("*.png")}
     done("router", moe, "--data", four.seed_file(), "--objective", "ridge", "--quiet")
     done("shrink", moe, "--experts", "3", "--data", four.seed_file(), "--quiet")
-    assert page_of(moe) == own
+    assert card_of(moe) == own
     assert {path: path.read_bytes() for path in moe.glob("*.png")} == pictures
     assert caplog.text.count("was edited since it was written, so it is left as it is.") == 2
     assert report_of(moe)["model"]["num_experts"] == 3
     assert "was edited since it was written; add --force to replace it." in refused("page", moe)
     done("page", moe, "--force")
-    assert "A mixture of 3 experts" in page_of(moe)
-    text = page_of(moe)
+    assert "A mixture of 3 experts" in card_of(moe)
+    text = card_of(moe)
     done("page", moe)
-    assert page_of(moe) == text
+    assert card_of(moe) == text
 
 
 def test_a_page_that_was_removed_is_not_missed(four: Family, moe: Path, caplog) -> None:
@@ -98,7 +98,7 @@ def test_a_page_that_was_removed_is_not_missed(four: Family, moe: Path, caplog) 
     assert not (moe / "README.md").exists()
     assert "README" not in caplog.text
     done("page", moe)
-    assert "pre-trained layer by layer" in page_of(moe)
+    assert "pre-trained layer by layer" in card_of(moe)
     assert_valid_for_the_hub(moe / "README.md")
 
 
@@ -117,7 +117,7 @@ def test_models_of_older_versions_work_as_they_did(
     done("verify", moe)
     done("shrink", moe, "--experts", "4", *data)
     done("evaluate", moe, "--data", held_out(tmp_path), "--card", "--quiet")
-    assert page_of(moe) == "# An older page\n"
+    assert card_of(moe) == "# An older page\n"
     assert "not written by this version of upit-merge, so it is left as it is" in caplog.text
     after = report_of(moe)
     assert "model" not in after
@@ -176,7 +176,7 @@ def test_a_picture_that_cannot_be_drawn_is_left_out(
     out = merge(shared_family.recipe(parameters={"num_experts": 5}))
     assert load(out).config.num_local_experts == 5
     assert "upit_experts.png is left out of the model page (no fonts)." in caplog.text
-    assert "upit_experts.png" not in page_of(out)
+    assert "upit_experts.png" not in card_of(out)
     assert not (out / "upit_experts.png").exists()
     assert_valid_for_the_hub(out / "README.md")
 
@@ -191,8 +191,8 @@ def test_overwriting_leaves_no_picture_behind(shared_family, merge) -> None:
 
 def test_the_page_depends_on_report_and_recipe_alone(moe: Path, tmp_path: Path) -> None:
     recipe = (moe / "mergekit_config.yml").read_text()
-    assert render(report_of(moe), recipe) == page_of(moe)
+    assert render(report_of(moe), recipe) == card_of(moe)
     elsewhere = shutil.copytree(moe, tmp_path / "renamed")
     done("page", elsewhere)
-    assert page_of(elsewhere) == page_of(moe)
+    assert card_of(elsewhere) == card_of(moe)
     assert yaml.safe_load(recipe)["merge_method"] == "upit"

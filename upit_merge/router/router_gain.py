@@ -46,7 +46,7 @@ class SampleLosses:
 
 
 @dataclass(frozen=True)
-class Worth:
+class RouterGain:
     """What choosing an expert for every sample gains over the best single expert; nats per token.
 
     Attributes:
@@ -119,7 +119,7 @@ class Worth:
         return found
 
 
-def measure_worth(losses: SampleLosses) -> Worth:
+def measure_router_gain(losses: SampleLosses) -> RouterGain:
     """Compare the best expert per sample with the best single one, cross-checked between halves."""
     means = losses.means
     best = int(means.mean(0).argmin())
@@ -140,7 +140,7 @@ def measure_worth(losses: SampleLosses) -> Worth:
         shares = [torch.bincount(c, minlength=means.shape[1]) / len(c) for c in choices.T]
         chance = float((shares[0] * shares[1]).sum())
     share = float(counts[favourite] / len(chosen))
-    return Worth(gain, held_out, error, agreement, chance, best, favourite, share)
+    return RouterGain(gain, held_out, error, agreement, chance, best, favourite, share)
 
 
 def _number(value: float) -> float | None:

@@ -25,25 +25,25 @@ from upit_merge.io.tensor_file import TensorSpec
 from upit_merge.models.dense import (
     DenseArchitecture,
     carried_settings,
+    check_counts,
     dense_shapes,
     ffn_tensor,
     format_of,
     is_derived,
     read_dense_config,
-    refuse_promises,
     shared_settings,
 )
 from upit_merge.models.formats import (
     FORMATS,
     PROJECTIONS,
-    MoeFormat,
+    MixtureFormat,
 )
 
 _TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
-class MoeArchitecture:
+class MixtureArchitecture:
     """A mixture that is there.
 
     Attributes:
@@ -52,7 +52,7 @@ class MoeArchitecture:
         num_experts, intermediate_size: Of every layer.
     """
 
-    format: MoeFormat
+    format: MixtureFormat
     config: Any
     num_experts: int
     intermediate_size: int
@@ -76,22 +76,22 @@ class MoeArchitecture:
 
     def shapes(self, num_experts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of every tensor it would have with this many experts."""
-        return moe_shapes(self.format, self.dense_settings(), num_experts)
+        return mixture_shapes(self.format, self.dense_settings(), num_experts)
 
 
-def inspect_moe(moe: TensorSource) -> MoeArchitecture:
+def inspect_mixture(moe: TensorSource) -> MixtureArchitecture:
     """Check that a folder is a mixture, with every tensor under its published name.
 
     Raises:
-        UpitError: as `read_moe`, or naming the tensor that is missing, has another shape or should
+        UpitError: as `read_mixture`, or naming the tensor that is missing, has another shape or should
             not be there.
     """
-    architecture = read_moe(moe)
+    architecture = read_mixture(moe)
     _check_tensors(moe, architecture)
     return architecture
 
 
-def read_moe(moe: TensorSource) -> MoeArchitecture:
+def read_mixture(moe: TensorSource) -> MixtureArchitecture:
     """What a mixture is by its configuration; its tensors are not looked at.
 
     Raises:
@@ -106,7 +106,7 @@ def read_moe(moe: TensorSource) -> MoeArchitecture:
             f"{moe.label} has model_type {moe.config.get('model_type')!r}; the router needs a "
             f"{titles} folder, such as the output of a upit recipe."
         )
-    refuse_promises(moe)
+    check_counts(moe)
     if "quantization_config" in moe.config:
         raise UpitError(
             f"{moe.label} is quantised (quantization_config); use the unquantised model."
@@ -114,7 +114,7 @@ def read_moe(moe: TensorSource) -> MoeArchitecture:
     try:
         # A copy, for transformers completes what is nested in it.
         config = form.modules().moe_config.from_dict(copy.deepcopy(dict(moe.config)))
-        architecture = MoeArchitecture(form, config, *form.sizes(config))
+        architecture = MixtureArchitecture(form, config, *form.sizes(config))
         if config.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {config.hidden_act!r} is unknown")
         form.modules().rotary(config=architecture.dense_config())
@@ -124,18 +124,18 @@ def read_moe(moe: TensorSource) -> MoeArchitecture:
             f"The config.json of {moe.label} is not a valid {form.title} configuration ({reason}); "
             "make the model again."
         ) from None
-    if unfit := form.unfit_moe(config):
+    if unfit := form.unfit_mixture(config):
         raise UpitError(f"{moe.label} {unfit}; use a model of which every layer is a mixture.")
     return architecture
 
 
-def check_expert(moe: TensorSource, dense: DenseModel) -> MoeArchitecture:
+def check_expert(moe: TensorSource, dense: DenseModel) -> MixtureArchitecture:
     """Check that a dense model's FFN can become an expert of a mixture; returns the mixture's.
 
     Raises:
-        UpitError: naming the setting or tensor that does not fit, or as `inspect_moe`.
+        UpitError: naming the setting or tensor that does not fit, or as `inspect_mixture`.
     """
-    architecture = inspect_moe(moe)
+    architecture = inspect_mixture(moe)
     form = format_of(dense)
     if form is not architecture.format:
         raise UpitError(
@@ -164,7 +164,7 @@ def check_expert(moe: TensorSource, dense: DenseModel) -> MoeArchitecture:
     return architecture
 
 
-def _check_tensors(moe: TensorSource, architecture: MoeArchitecture) -> None:
+def _check_tensors(moe: TensorSource, architecture: MixtureArchitecture) -> None:
     title, config = architecture.format.title, architecture.config
     shapes = dict(architecture.shapes(architecture.num_experts))
     for name in moe.specs:
@@ -192,8 +192,8 @@ def _check_tensors(moe: TensorSource, architecture: MoeArchitecture) -> None:
             )
 
 
-def moe_shapes(
-    form: MoeFormat, settings: Mapping[str, Any], num_experts: int
+def mixture_shapes(
+    form: MixtureFormat, settings: Mapping[str, Any], num_experts: int
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every tensor of a mixture, in model order; the gates come last."""
     layers = range(settings["num_hidden_layers"])
@@ -209,7 +209,7 @@ def moe_shapes(
         yield name, (num_experts, settings["hidden_size"])
 
 
-def moe_config(
+def mixture_config(
     donor: DenseModel,
     token_donor: DenseModel,
     num_experts: int,
@@ -248,21 +248,21 @@ def moe_config(
     return dict(sorted(content.items()))
 
 
-def moe_specs(
+def mixture_specs(
     architecture: DenseArchitecture, num_experts: int, dtype: torch.dtype
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """The output's tensors: all but the gates in model order, and the gates."""
-    shapes = dict(moe_shapes(architecture.format, architecture.settings, num_experts))
+    shapes = dict(mixture_shapes(architecture.format, architecture.settings, num_experts))
     gates = set(architecture.format.gate_names(architecture.num_layers))
     specs = [TensorSpec(name, shape, dtype) for name, shape in shapes.items()]
     return [s for s in specs if s.name not in gates], [s for s in specs if s.name in gates]
 
 
 def parameter_counts(
-    form: MoeFormat, settings: Mapping[str, Any], num_experts: int, num_experts_per_token: int
+    form: MixtureFormat, settings: Mapping[str, Any], num_experts: int, num_experts_per_token: int
 ) -> dict[str, int]:
     """Experts, parameters, and of these the active ones: what a token meets in all layers."""
-    sizes = {name: prod(shape) for name, shape in moe_shapes(form, settings, num_experts)}
+    sizes = {name: prod(shape) for name, shape in mixture_shapes(form, settings, num_experts)}
     expert = sum(sizes[name] for name in form.expert_names(settings["num_hidden_layers"], [0]))
     idle = (num_experts - num_experts_per_token) * expert
     total = sum(sizes.values())
@@ -270,7 +270,7 @@ def parameter_counts(
 
 
 @contextlib.contextmanager
-def opened_moe(
+def opened_mixture(
     folder: Path, label: str = "the output", config: dict[str, Any] | None = None
 ) -> Iterator[Checkpoint]:
     """Open a MoE folder for reading; closes it again.

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from tests.commands.test_output import load
 from tests.conftest import Family
-from tests.support.pages import evaluation, model, page_of, report_of
+from tests.support.cards import card_of, evaluation, model, report_of
 from upit_merge.report.card import render
 from upit_merge.report.facts import Facts
 from upit_merge.report.markdown import amount, escaped, fenced, table
@@ -61,7 +61,7 @@ def test_code_can_be_copied_and_a_chat_model_is_asked_as_one() -> None:
 def test_the_snippet_runs(shared_family: Family, merge) -> None:
     """With the folder for the id, as the page says."""
     out = merge(shared_family.recipe())
-    block = re.findall(r"```python\n(.*?)\n```", page_of(out), re.S)[0]
+    block = re.findall(r"```python\n(.*?)\n```", card_of(out), re.S)[0]
     block = block.replace("your-name/out", str(out)).replace(
         "max_new_tokens=100", "max_new_tokens=3"
     )
@@ -78,7 +78,7 @@ def test_parameters_are_those_of_the_model(shared_family: Family, merge) -> None
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     assert told["active_parameters"] == sum(sizes.values()) - experts * 3 // 5
     assert f"| parameters | {told['parameters']:,} ({told['active_parameters']:,} active) |" in (
-        page_of(out)
+        card_of(out)
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Family
-from tests.support.pages import assert_valid_for_the_hub, model, page_of
+from tests.support.cards import assert_valid_for_the_hub, card_of, model
 from upit_merge.report.card import render
 from upit_merge.report.facts import Facts
 from upit_merge.report.metadata import metadata
@@ -37,7 +37,7 @@ def test_the_hub_reads_the_page(family: Family, merge) -> None:
     assert card.data.license == "mit"
     assert card.data.language == ["en", "no"]  # Norwegian, which YAML takes for false
     assert card.data.base_model is None  # folders of this machine are nobody else's
-    assert str(family.root) not in page_of(out).split("```yaml")[0]
+    assert str(family.root) not in card_of(out).split("```yaml")[0]
 
 
 @pytest.mark.parametrize(

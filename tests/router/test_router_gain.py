@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.naive import load_model
 from upit_merge.cli.main import main
-from upit_merge.commands.preview import PlannedMoe, checkpoint_losses
+from upit_merge.commands.preview import PlannedMixture, checkpoint_losses
 from upit_merge.config.recipe import parse_recipe
 from upit_merge.config.router import ByColumn, RouterSettings
 from upit_merge.data.tokens import TokenizedSample
@@ -21,7 +21,7 @@ from upit_merge.merge.inputs import opened
 from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
 from upit_merge.router.pretrain import load_seed_set
-from upit_merge.router.worth import SampleLosses, measure_worth
+from upit_merge.router.router_gain import SampleLosses, measure_router_gain
 
 SAMPLES, EXPERTS, TARGETS = 400, 4, 40
 
@@ -40,7 +40,7 @@ def made_up(skill: float, noise: float = 0.05, seed: int = 0) -> SampleLosses:
 
 
 def test_specialised_experts_are_worth_it() -> None:
-    worth = measure_worth(made_up(skill=0.2))
+    worth = measure_router_gain(made_up(skill=0.2))
     # Over the best single expert: the right one, on the three quarters that are not its own.
     assert worth.held_out_gain == pytest.approx(0.15, abs=0.01)
     assert worth.gain > worth.held_out_gain
@@ -51,7 +51,7 @@ def test_specialised_experts_are_worth_it() -> None:
 
 
 def test_noise_is_not_sold_as_expertise() -> None:
-    worth = measure_worth(made_up(skill=0.0))
+    worth = measure_router_gain(made_up(skill=0.0))
     assert worth.gain > 0.03  # the best of several noisy numbers always looks better
     assert abs(worth.held_out_gain) < 0.01
     assert worth.agreement == pytest.approx(worth.chance, abs=0.1)
@@ -61,7 +61,7 @@ def test_noise_is_not_sold_as_expertise() -> None:
 
 
 def test_small_differences_are_called_small() -> None:
-    worth = measure_worth(made_up(skill=0.008, noise=0.002))
+    worth = measure_router_gain(made_up(skill=0.008, noise=0.002))
     assert not worth.is_noise
     assert worth.verdict().startswith("The experts differ little")
 
@@ -84,7 +84,7 @@ def test_held_out_gain_is_what_a_loop_finds() -> None:
         by_a, by_b = a.index(min(a)), b.index(min(b))
         gains.append((b[best] - b[by_a] + a[best] - a[by_b]) / 2)
         same += by_a == by_b
-    worth = measure_worth(losses)
+    worth = measure_router_gain(losses)
     assert worth.best_expert == best
     assert worth.held_out_gain == pytest.approx(sum(gains) / len(gains))
     assert worth.agreement == pytest.approx(same / len(gains))
@@ -95,14 +95,14 @@ def test_held_out_gain_is_what_a_loop_finds() -> None:
 def test_one_expert_that_takes_nearly_everything_is_told() -> None:
     losses = made_up(skill=0.0)
     losses.sums[: int(0.9 * SAMPLES), 2] -= 20
-    (sentence,) = measure_worth(losses).warnings()[-1:]
+    (sentence,) = measure_router_gain(losses).warnings()[-1:]
     assert sentence.startswith("Expert 2 is the best one for 9")
 
 
 @pytest.mark.parametrize(("samples", "experts"), [(1, 3), (5, 1)])
 def test_too_little_to_tell(samples: int, experts: int) -> None:
     losses = SampleLosses(torch.rand(samples, experts, 2), torch.ones(samples, 2))
-    worth = measure_worth(losses)
+    worth = measure_router_gain(losses)
     assert "too few" in worth.verdict()
     assert json.dumps(worth.to_report(), allow_nan=False)
 
@@ -185,9 +185,9 @@ def test_plan_s_losses_are_those_of_dense_models(shared_family, backbone: str) -
             seed=0,
         )
         losses = checkpoint_losses(inputs, seeds, settings, torch.device("cpu"), quiet=True)
-        for name in PlannedMoe(inputs).specs:
+        for name in PlannedMixture(inputs).specs:
             if ".gate." not in name:
-                assert PlannedMoe(inputs).tensor(name).isfinite().all()
+                assert PlannedMixture(inputs).tensor(name).isfinite().all()
     dense = AutoModelForCausalLM.from_pretrained(shared_family.base).eval()
     for expert, source in enumerate(models[1:]):
         ffn = {n: t for n, t in source.items() if ".mlp." in n}
