@@ -158,9 +158,9 @@ except Exception as error:
 
 
 def test_interpreter_start_imports_nothing_but_the_hook() -> None:
-    """Of ours: the package and the hook. Of everybody else's: nothing."""
+    """Of ours: two empty packages and the hook. Of everybody else's: nothing."""
     code = "import sys; print(sorted(n for n in sys.modules if 'upit' in n or 'mergekit' in n))"
-    assert python(code) == "['upit_merge', 'upit_merge.plugin.hook']"
+    assert python(code) == "['upit_merge', 'upit_merge.plugin', 'upit_merge.plugin.hook']"
     with_hook = python("import sys; print(len(sys.modules))")
     without = python("import sys; print(len(sys.modules))", UPIT_MERGE_DISABLE_PLUGIN="1")
     assert with_hook == without
@@ -186,13 +186,13 @@ def test_other_methods_get_their_arguments_untouched() -> None:
     """Also those that a later mergekit may add to run_merge."""
     code = """
 import types
-from upit_merge import mergekit_plugin
+from upit_merge.plugin import method
 seen = []
 def run_merge(merge_config, out_path, options, config_source=None, *, added=None):
     seen.append((out_path, options, config_source, added))
 module = types.ModuleType("merge")
 module.run_merge = run_merge
-mergekit_plugin.extend_run_merge(module)
+method.extend_run_merge(module)
 config = types.SimpleNamespace(merge_method="linear")
 module.run_merge(config, "out", None, added=1)
 module.run_merge(merge_config=config, out_path="o", options=2, config_source="s")

@@ -1,7 +1,7 @@
 """Imported at every interpreter start: makes `merge_method: upit` known once mergekit is.
 
 mergekit 0.1.5 has no plug-in discovery. This module waits on `sys.meta_path` until somebody
-imports the two mergekit modules named below and then lets `mergekit_plugin` extend them. It must
+imports the two mergekit modules named below and then lets `plugin.method` extend them. It must
 cost nothing, import nothing, and never raise; set UPIT_MERGE_DISABLE_PLUGIN=1 to switch it off.
 """
 
@@ -37,9 +37,9 @@ def _extend_after_execution(spec, function):  # type: ignore[no-untyped-def]
     def execute_and_extend(module):  # type: ignore[no-untyped-def]
         execute(module)
         try:
-            from upit_merge.plugin import method as mergekit_plugin
+            from upit_merge.plugin import method
 
-            getattr(mergekit_plugin, function)(module)
+            getattr(method, function)(module)
         except Exception as error:  # mergekit must go on working, whatever is wrong with us
             print(f"upit-merge could not extend mergekit: {error!r}", file=sys.stderr)
 
