@@ -11,6 +11,8 @@ from upit_merge.errors import UpitError, first_line, one_line
 
 _MAX_CHARACTERS = 250_000  # a recipe is a page of text
 _MAX_MERGED = 10_000  # keys that come by `<<`
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+_VALUE_TAG = "tag:yaml.org,2002:value"
 
 
 def read_yaml_text(path: Path, what: str) -> str:
@@ -46,35 +48,72 @@ def load_mapping(path: Path, what: str) -> dict[str, Any]:
 class _CarefulLoader(yaml.SafeLoader):
     """The safe loader, which would silently let the last of two equal keys win.
 
-    It would also copy whatever merge keys (`<<`) name, and what those name in turn, without end.
+    Merge keys (`<<`) are resolved here, too. PyYAML copies whatever they name, and what that names
+    in turn, without end; and which of several sources wins depends on its version (6.0.4).
     """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._merged = 0
+        self._open: set[int] = set()  # ids of the mappings whose merge keys are being resolved
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} is given twice", key.start_mark
-                )
+                raise _refusal(key, f"the key {key.value} is given twice")
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Replace the merge keys of a mapping by what they name, as YAML's merge draft has it.
+
+        A mapping's own keys win over merged ones, and the first of several sources over the later.
+        The mapping is built from its pairs in order, the last of equal keys stays: what wins
+        follows what it overrides.
+
+        Raises:
+            ConstructorError: what is merged is no mapping, merges itself, or is too much.
+        """
+        merged: list[tuple[yaml.Node, yaml.Node]] = []
+        own: list[tuple[yaml.Node, yaml.Node]] = []
+        self._open.add(id(node))
         for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    if isinstance(source, yaml.MappingNode):
-                        self.flatten_mapping(source)
-                        self._merged += len(source.value)
-                    if self._merged > _MAX_MERGED:
-                        problem = "merge keys (`<<`) copy too much"
-                        raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        super().flatten_mapping(node)
+            if key.tag == _MERGE_TAG:
+                for source in reversed(_merge_sources(value)):
+                    merged += self._merged_pairs(key, source)
+                continue
+            if key.tag == _VALUE_TAG:  # a plain `=`, which is text
+                key.tag = "tag:yaml.org,2002:str"
+            own.append((key, value))
+        self._open.remove(id(node))
+        node.value = merged + own
+
+    def _merged_pairs(
+        self, key: yaml.Node, source: yaml.MappingNode
+    ) -> list[tuple[yaml.Node, yaml.Node]]:
+        if id(source) in self._open:
+            raise _refusal(key, "a mapping merges (`<<`) itself")
+        self.flatten_mapping(source)
+        pairs: list[tuple[yaml.Node, yaml.Node]] = source.value
+        self._merged += len(pairs)
+        if self._merged > _MAX_MERGED:
+            raise _refusal(key, "merge keys (`<<`) copy too much")
+        return pairs
+
+
+def _merge_sources(value: yaml.Node) -> list[yaml.MappingNode]:
+    sources: list[Any] = value.value if isinstance(value, yaml.SequenceNode) else [value]
+    for source in sources:
+        if not isinstance(source, yaml.MappingNode):
+            found = "a list" if isinstance(source, yaml.SequenceNode) else "a single value"
+            raise _refusal(source, f"`<<` takes a mapping or a list of mappings, not {found}")
+    return sources
+
+
+def _refusal(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def parse_yaml(text: str, source: str) -> Any:
