@@ -166,9 +166,13 @@ def test_router_settings_reach_their_stages(shared_family, merge) -> None:
         buckets["loss_of_best_expert_per_sample"]
     )
     assert balanced["buckets"]["loss_of_assigned_expert"] > buckets["loss_of_assigned_expert"]
-    for settings in ({"stream": "expert"}, {"objective": "ridge"}):
-        _, other = run(**settings)
-        assert not any(torch.equal(gate, plain_gates[name]) for name, gate in other.items())
+    _, other = run(objective="ridge")
+    assert not any(torch.equal(gate, plain_gates[name]) for name, gate in other.items())
+    _, other = run(stream="expert")
+    for name, gate in other.items():
+        # Before the first layer's gate there is no FFN in which streams could differ.
+        is_same = torch.allclose(gate, plain_gates[name], rtol=1e-4)
+        assert is_same == (".layers.0." in name)
     for settings in ({"batch_tokens": 1}, {"memory_gb": 1e-9}):
         _, same = run(**settings)
         for name, gate in same.items():
