@@ -7,6 +7,7 @@ computed with transformers' own layer of the dense model whose attention is the 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -120,8 +121,8 @@ class LayerwiseMixture:
             config=self._config,
             inputs_embeds=batch,
             attention_mask=None,
-            past_key_values=None,
             position_ids=positions,
+            **{_cache_argument(make_mask): None},
         )
         rotary = self._modules.rotary(config=self._config).to(self.device)
         return {
@@ -242,6 +243,11 @@ class LayerwiseMixture:
             handle.remove()
         if router_inputs is not None:
             router_inputs.put(batch, seen[0])
+
+
+def _cache_argument(make_mask: Callable[..., Any]) -> str:
+    """What transformers calls the cache, which it wants to be given: renamed in 5.24."""
+    return "cache" if "cache" in inspect.signature(make_mask).parameters else "past_key_values"
 
 
 def row_parts(num_rows: int) -> Iterator[slice]:
