@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upit_merge.data.tokens import TokenizedSample
@@ -139,12 +139,10 @@ class AssembledMixture:
         lengths = torch.tensor([span.stop - span.start for span in spans], device=padded.device)
         real = torch.arange(padded.shape[1], device=padded.device) < lengths.unsqueeze(1)
 
-        def look(gate: nn.Module, inputs: tuple[Tensor], routed: tuple[Tensor, ...]) -> None:
-            # Its first output has been logits in some releases and probabilities in others.
+        def look(_gate: nn.Module, _inputs: Any, routed: tuple[Tensor, Tensor, Tensor]) -> None:
+            logits, _weights, chosen = routed
             kept = real.flatten()
-            rows = inputs[0].reshape(-1, padded.shape[2])[kept]
-            logits = F.linear(rows, gate.get_parameter("weight")).float()
-            on_routing(layer, batch, logits, routed[2][kept])
+            on_routing(layer, batch, logits[kept].float(), chosen[kept])
 
         handle = module.get_submodule("mlp.gate").register_forward_hook(look)
         try:
