@@ -31,7 +31,7 @@ from tests.conftest import Family
 from tests.io.test_hostile_files import assert_run_refused
 from upit_merge.cli.main import main as upit_merge
 from upit_merge.errors import UpitError
-from upit_merge.io.tensor_file import SafetensorsFile
+from upit_merge.io.safetensors_file import SafetensorsFile
 from upit_merge.models.tokenizer import highest_token_id, write_chat_template
 
 # ---- headers of safetensors ----------------------------------------------------------------

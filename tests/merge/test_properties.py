@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from upit_merge.config.recipe import Recipe, parse_recipe, parse_recipe_text
 from upit_merge.errors import UpitError
-from upit_merge.io.tensor_file import SafetensorsFile
+from upit_merge.io.safetensors_file import SafetensorsFile
 
 Document = dict[str, Any]
 

@@ -13,8 +13,9 @@ from upit_merge.commands.preview import checkpoint_losses
 from upit_merge.config.recipe import METHOD, parse_recipe
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
-from upit_merge.io.checkpoint import is_adapter, read_json
+from upit_merge.io.checkpoint import is_adapter
 from upit_merge.io.hub import OpenOptions, resolve, split_reference
+from upit_merge.io.untrusted import read_json
 from upit_merge.merge.inputs import opened
 from upit_merge.models.formats import FORMATS
 from upit_merge.models.mixture import opened_mixture

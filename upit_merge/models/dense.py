@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from upit_merge.errors import UpitError, shown
-from upit_merge.io.checkpoint import check_same_tensors
 from upit_merge.io.sources import DenseModel, TensorSource
 from upit_merge.io.tensor_file import TensorSpec
 from upit_merge.models.formats import (
@@ -246,7 +245,7 @@ def inspect_models(
         shapes[name] = shape
     for checkpoint in (base, *checkpoints):
         _check_unknown_tensors(checkpoint, form, shapes)
-    check_same_tensors(base, checkpoints, shapes)
+    _check_same_tensors(base, checkpoints, shapes)
     return DenseArchitecture(form, settings, {name: base.specs[name] for name in shapes})
 
 
@@ -263,6 +262,38 @@ def _check_unknown_tensors(
             raise UpitError(
                 f"Checkpoint {checkpoint.label} has the tensor {name}, which {form.title} has no "
                 "place for; use a plain checkpoint without biases or adapters."
+            )
+
+
+def _check_same_tensors(
+    base: DenseModel, others: Sequence[DenseModel], names: Iterable[str]
+) -> None:
+    """Check that every other model has the given tensors of the base, in the base's shapes.
+
+    Raises:
+        UpitError: naming the checkpoint, the tensor and both shapes.
+    """
+    for name in names:
+        for checkpoint in others:
+            spec = checkpoint.specs.get(name)
+            if spec is None:
+                raise UpitError(
+                    f"Checkpoint {checkpoint.label} has no tensor {name}; use a complete "
+                    f"{base.config.get('model_type')} checkpoint."
+                )
+            expected = base.specs[name].shape
+            if spec.shape == expected:
+                continue
+            table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            if table and len(spec.shape) == 2 and spec.shape[1:] == expected[1:]:
+                raise UpitError(
+                    f"Checkpoint {checkpoint.label} has a vocabulary of {spec.shape[0]} in {name}, "
+                    f"the base {base.label} one of {expected[0]}; resize the base's embeddings to "
+                    "the tokenizer the checkpoints were trained with."
+                )
+            raise UpitError(
+                f"Checkpoint {checkpoint.label} has {name} of shape {list(spec.shape)}, the base "
+                f"{base.label} has {list(expected)}; all models must come from the same base."
             )
 
 

@@ -15,8 +15,9 @@ import torch
 
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.disk import check_space
+from upit_merge.io.safetensors_file import SafetensorsFile, patch_tensors
 from upit_merge.io.sources import TensorSource
-from upit_merge.io.tensor_file import SafetensorsFile, TensorSpec, patch_tensors
+from upit_merge.io.tensor_file import TensorSpec
 
 Tensors = Mapping[str, torch.Tensor]
 

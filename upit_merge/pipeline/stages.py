@@ -20,8 +20,9 @@ from upit_merge.config.recipe import load_recipe
 from upit_merge.config.references import expand_models
 from upit_merge.config.router import RouterSettings
 from upit_merge.errors import UpitError
-from upit_merge.io.checkpoint import is_adapter, read_json
+from upit_merge.io.checkpoint import is_adapter
 from upit_merge.io.hub import OpenOptions, resolve, split_reference
+from upit_merge.io.untrusted import read_json
 from upit_merge.output.identity import file_states
 from upit_merge.pipeline.config import Pipeline, write_yaml
 from upit_merge.training.parent import VARIABLE, kill_with_parent

@@ -10,7 +10,7 @@ from pydantic import BaseModel, StrictInt, StrictStr, ValidationError
 
 from upit_merge.config.router import RouterSettings
 from upit_merge.errors import UpitError, one_line
-from upit_merge.io.checkpoint import read_json
+from upit_merge.io.untrusted import read_json
 from upit_merge.output.staging import REPORT
 
 Weights = list[dict[str, Any]]

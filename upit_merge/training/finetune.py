@@ -13,9 +13,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from upit_merge import __version__
 from upit_merge.errors import UpitError, first_line, one_line
-from upit_merge.io.checkpoint import SAFE_WEIGHTS, has_any, read_json
+from upit_merge.io.checkpoint import SAFE_WEIGHTS, has_any
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.hub import OpenOptions, resolve
+from upit_merge.io.untrusted import read_json
 from upit_merge.models.formats import FORMATS
 from upit_merge.output.identity import file_states
 from upit_merge.output.lock import exclusive, release

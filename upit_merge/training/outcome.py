@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from upit_merge.errors import UpitError
-from upit_merge.io.checkpoint import read_json
 from upit_merge.io.text_file import write_json
+from upit_merge.io.untrusted import read_json
 from upit_merge.models.dense import is_derived
 from upit_merge.models.mixture import inspect_mixture, opened_mixture
 from upit_merge.output.staging import REPORT, STAGING, STATE, Staging, is_moving, move_into_place

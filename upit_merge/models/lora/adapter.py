@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from upit_merge.errors import UpitError
-from upit_merge.io.checkpoint import Checkpoint, check_own_files, is_adapter
+from upit_merge.io.checkpoint import Checkpoint, is_adapter
 from upit_merge.io.hub import OpenOptions, resolve, split_reference
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import TensorSpec, all_finite
+from upit_merge.io.untrusted import check_own_files
 from upit_merge.models.lora.config import (
     CONFIG,
     AdapterConfig,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.errors import UpitError, first_line, one_line, shown
-from upit_merge.io.checkpoint import read_json
 from upit_merge.io.hub import looks_like_path
+from upit_merge.io.untrusted import read_json
 
 LOG = logging.getLogger(__name__)
 

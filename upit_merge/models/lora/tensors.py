@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from upit_merge.errors import UpitError
-from upit_merge.io.checkpoint import Checkpoint, PickleFile, own_file
+from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
-from upit_merge.io.tensor_file import SafetensorsFile
+from upit_merge.io.pickle_file import PickleFile
+from upit_merge.io.safetensors_file import SafetensorsFile
+from upit_merge.io.untrusted import own_file
 from upit_merge.models.formats import PROJECTIONS
 from upit_merge.models.lora.config import CONFIG, AdapterConfig
 
