@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import click
+
+# Control characters, what changes the direction of a text, halves of characters, ends of lines.
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 class UpitError(click.ClickException):
     """A mistake the user can mend, told in one sentence: what was found, where, and what to do.
 
     Being a `click.ClickException`, it is printed as `Error: …` with exit status 1 and without a
-    traceback by both command lines, `mergekit-yaml` and `upit-merge`.
+    traceback by both command lines, `mergekit-yaml` and `upit-merge`. Whatever it quotes, it
+    cannot write to the terminal: control characters are escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        hidden = {c for c in message if unicodedata.category(c) in _UNSEEN}
+        super().__init__(message.translate({ord(c): repr(c)[1:-1] for c in hidden}))
 
 
 class ResumableError(UpitError):
@@ -21,18 +31,18 @@ class ResumableError(UpitError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, to be quoted inside a sentence."""
+    """Return the first line of another library's error, to be quoted inside a sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(" .:")
 
 
 def shown(value: object) -> str:
-    """A value as it is quoted in a sentence: on one line, and not too long."""
+    """Return a value as it is quoted in a sentence: on one line, and not too long."""
     return _cut(repr(value), 100)
 
 
 def one_line(text: object) -> str:
-    """Text from elsewhere, such as another library's error, as part of a sentence.
+    """Return text from elsewhere, such as another library's error, as part of a sentence.
 
     Line ends and control characters are escaped: a file from the internet must not be able to
     write to the terminal.

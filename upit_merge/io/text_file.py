@@ -16,6 +16,7 @@ def write_json(path: Path, content: Any) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a text file by renaming a finished one into its place."""
     draft = path.with_name(f".{path.name}.draft")
+    draft.unlink(missing_ok=True)  # in a folder from elsewhere it may be a link to anything
     with draft.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -16,7 +16,8 @@ which names of files and tensors are taken. What only one reader needs stays bes
 * `models/lora/config.py`: patterns that would take for ever to match;
 * `models/tokenizer.load_tokenizer`: a tokenizer's code only if the user allows it;
 * `data/examples.py`: records of the wrong kind, text that is no Unicode;
-* `output/staging.py`: what an earlier report, or a run that was cut off, wants removed;
+* `output/staging.py`, `output/lock.py`: what an earlier report, or a run that was cut off, wants
+  removed, and links among our hidden files;
 * `report/read.py`, `report/sources.py`, `report/markdown.py`: reports of the wrong kind, cards of
   other models, text of others in ours.
 """
@@ -44,6 +45,7 @@ _SMALL_FILES = (
     "additional_chat_templates/*",
 )
 _MAX_JSON_BYTES = 100_000_000  # as the safetensors library has it for headers
+_MAX_FILE_NAME = 255
 _MAX_TENSOR_NAME = 500  # characters; real ones stay below 100
 
 
@@ -54,8 +56,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         what: Whose file it is, for messages.
 
     Raises:
-        UpitError: the file is missing, huge or not a JSON object.
+        UpitError: the file is missing, huge or not a JSON object, or as `own_file`.
     """
+    own_file(path, path.parent)
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise UpitError(f"{path} is too large for JSON of a model; copy or download it again.")
@@ -114,11 +117,25 @@ def check_own_files(label: str, folder: Path) -> None:
             own_file(path, folder)
 
 
+def check_no_links(path: Path) -> None:
+    """Check a hidden file or folder of ours, in which files are written and removed.
+
+    In a folder from elsewhere that would be done wherever a link leads.
+
+    Raises:
+        UpitError: it is a link, or there is one in it.
+    """
+    for inner in (path, *(() if path.is_symlink() else path.rglob("*"))):
+        if inner.is_symlink():
+            raise UpitError(f"{inner} is a link, which upit-merge never makes there; remove it.")
+
+
 def is_file_name(name: object) -> bool:
     """Whether a value is the name of a file in its folder, and nowhere else, on any system."""
     return (
         isinstance(name, str)
-        and re.fullmatch(r"[ -~]{1,255}", name) is not None
+        and name.isprintable()
+        and 0 < len(name) <= _MAX_FILE_NAME
         and not _leads_elsewhere(name)
     )
 
@@ -137,7 +154,7 @@ def check_file_name(source: Path, name: str) -> None:
         raise UpitError(
             f"{source} points outside its folder ({one_line(name)}); do not use this checkpoint."
         )
-    if not is_file_name(name):
+    if not (is_file_name(name) and name.isascii()):
         raise UpitError(f"{source} names {shown(name)} as a file; do not use this checkpoint.")
 
 

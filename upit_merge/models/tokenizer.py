@@ -15,6 +15,7 @@ from typing import Any
 
 from upit_merge.errors import UpitError, first_line, one_line, shown
 from upit_merge.io.sources import DenseModel
+from upit_merge.io.untrusted import read_json
 
 LOG = logging.getLogger(__name__)
 
@@ -131,10 +132,9 @@ def own_template(folder: Path) -> str | None:
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / "tokenizer_config.json", "the tokenizer")
+    except UpitError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def write_chat_template(template: str, folder: Path) -> None:
@@ -157,13 +157,13 @@ def write_chat_template(template: str, folder: Path) -> None:
 def highest_token_id(folder: Path) -> int | None:
     """The highest id in `tokenizer.json`, or None if there is no such file or it is unusual."""
     try:
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "tokenizer.json", "the tokenizer")
         vocabulary = content["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         added = (token["id"] for token in content.get("added_tokens", []))
         highest = max(chain(ids, added), default=None)
         return highest if isinstance(highest, int) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (UpitError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from upit_merge.errors import UpitError
-from upit_merge.io.disk import (
-    explained,
-)
+from upit_merge.io.disk import explained
+from upit_merge.io.untrusted import check_no_links
 
-LOCK = ".upit-lock"
+_OURS = ".upit-"  # what our hidden files and folders begin with
+LOCK = f"{_OURS}lock"
 
 
 @contextlib.contextmanager
@@ -21,9 +21,11 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold the folder's lock.
 
     Raises:
-        UpitError: another process holds it, or the folder cannot be written to.
+        UpitError: another process holds it, the folder cannot be written to, or hidden files of
+            ours in it are links, as in no folder that we have written.
     """
     path = folder / LOCK
+    check_no_links(path)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -34,6 +36,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise explained(error, folder) from error
     try:
+        for hidden in folder.glob(f"{_OURS}*"):  # once nobody else is at work there
+            check_no_links(hidden)
         yield
     finally:
         # Removed while it is held: after the release it may be somebody else's.

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.errors import ResumableError, UpitError
-from upit_merge.io.disk import (
-    explained,
-)
+from upit_merge.io.disk import explained
 from upit_merge.io.text_file import sync_folder, write_json
+from upit_merge.io.untrusted import is_file_name, read_json
 from upit_merge.output.identity import first_difference
 from upit_merge.output.journal import has_progress
 from upit_merge.output.lock import LOCK, exclusive, release
@@ -255,7 +254,8 @@ def move_into_place(staging: Staging, out: Path) -> None:
         if staging.root.name == STAGING:  # what was done to the earlier output
             for folder in EDIT_STAGING.values():
                 shutil.rmtree(out / folder, ignore_errors=True)
-    for name in state["moving"]["obsolete"]:
+    # The state of a folder from elsewhere must not make us remove anything anywhere else.
+    for name in filter(is_file_name, state["moving"]["obsolete"]):
         (out / name).unlink(missing_ok=True)
     for name in sorted(names, key=lambda name: name == last):
         os.replace(staging.model / name, out / name)
@@ -270,12 +270,14 @@ def move_into_place(staging: Staging, out: Path) -> None:
 
 
 def _files_of(report: Path) -> list[str]:
-    """The files an earlier report says it came with."""
+    """Return those of the files an earlier report says it came with that are there."""
     try:
-        files = json.loads(report.read_text(encoding="utf-8")).get("files", [])
-    except (OSError, ValueError, AttributeError):
+        files = read_json(report, "the output").get("files")
+    except UpitError:
         return []
-    return [name for name in files if isinstance(name, str) and Path(name).name == name]
+    if not isinstance(files, list):
+        return []
+    return [name for name in filter(is_file_name, files) if (report.parent / name).is_file()]
 
 
 def check_output_exists(out: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.io.text_file import write_json
+from upit_merge.io.untrusted import own_file
 from upit_merge.output.edit import Edit
 from upit_merge.output.staging import REPORT
 from upit_merge.report.card import render
@@ -85,7 +86,7 @@ def write_report_and_card(
 
 def recipe_of(out: Path) -> str:
     """The text of the recipe that is kept beside a model; empty if there is none."""
-    path = out / RECIPE_COPY
+    path = own_file(out / RECIPE_COPY, out)
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 

@@ -16,7 +16,7 @@ from upit_merge.errors import UpitError, first_line, one_line
 from upit_merge.io.checkpoint import SAFE_WEIGHTS, has_any
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.hub import OpenOptions, resolve
-from upit_merge.io.untrusted import read_json
+from upit_merge.io.untrusted import check_own_files, read_json
 from upit_merge.models.formats import FORMATS
 from upit_merge.output.identity import file_states
 from upit_merge.output.lock import exclusive, release
@@ -24,7 +24,12 @@ from upit_merge.output.staging import REPORT, check_not_half_edited, remove_if_e
 from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.runtime.processes import Processes, joined
 from upit_merge.training.disk import check_training_space
-from upit_merge.training.outcome import finish_move, tensors_of, write_mixture
+from upit_merge.training.outcome import (
+    files_besides_weights,
+    finish_move,
+    tensors_of,
+    write_mixture,
+)
 from upit_merge.training.run_state import RunState
 from upit_merge.training.settings import FinetuneJob, data_files, load_job
 from upit_merge.training.trainable import freeze_others
@@ -53,6 +58,7 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
     out = Path(job.training.output_dir)
     folder = resolve(job.model.model_name_or_path, OpenOptions(), role="model")
     check_not_half_edited(folder)
+    check_own_files(str(job.model.model_name_or_path), folder)
     config = read_json(folder / "config.json", "the model")
     is_mixture = config.get("model_type") in FORMATS
     keep = not is_mixture if job.own.keep_checkpoints is None else job.own.keep_checkpoints
@@ -64,6 +70,7 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
     kind = tensors_of(folder) if is_mixture else None  # before hours are spent on it
     if is_mixture:
         _check_untied(job, config)
+        files_besides_weights(folder)  # what is wrong with them must show now as well
     _ = job.training.device  # accelerate meets the other processes first: it knows the device
     with joined() as processes, contextlib.ExitStack() as stack:
         with processes.together():

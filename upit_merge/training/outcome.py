@@ -10,7 +10,7 @@ import torch
 
 from upit_merge.errors import UpitError
 from upit_merge.io.text_file import write_json
-from upit_merge.io.untrusted import read_json
+from upit_merge.io.untrusted import own_file, read_json
 from upit_merge.models.dense import is_derived
 from upit_merge.models.mixture import inspect_mixture, opened_mixture
 from upit_merge.output.staging import REPORT, STAGING, STATE, Staging, is_moving, move_into_place
@@ -86,7 +86,8 @@ def write_mixture(
         if not (model.config.tie_word_embeddings and is_derived(name))
     }
     model.save_pretrained(staging.model, state_dict=cast)
-    _copy_rest(source, staging.model)
+    for path in files_besides_weights(source):
+        shutil.copyfile(path, staging.model / path.name)
     _adapt_settings(trainer, job, model.config, staging.model)
     written, _dtype = tensors_of(staging.model)
     if written != names:
@@ -120,11 +121,17 @@ def _merged(source: Path, adapter: Path) -> Any:
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
-def _copy_rest(source: Path, folder: Path) -> None:
-    """Everything of a model but its weights: settings, tokenizer, recipe."""
-    for path in source.iterdir():
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS):
-            shutil.copyfile(path, folder / path.name)
+def files_besides_weights(folder: Path) -> list[Path]:
+    """Return everything of a model but its weights: settings, tokenizer, recipe.
+
+    Raises:
+        UpitError: one of them is a link out of the folder, which would be copied from there.
+    """
+    return [
+        own_file(path, folder)
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
+    ]
 
 
 def _adapt_settings(trainer: Any, job: FinetuneJob, config: Any, folder: Path) -> None:
