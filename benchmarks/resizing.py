@@ -31,12 +31,13 @@ from benchmarks.router import spread  # noqa: E402
 from benchmarks.router_models import build, merged  # noqa: E402
 from benchmarks.rules import perplexity  # noqa: E402
 from upit_merge.commands.extend import extend_output  # noqa: E402
+from upit_merge.commands.options import ResizeOptions  # noqa: E402
 from upit_merge.commands.shrink import mean_gates, shrink_output  # noqa: E402
 from upit_merge.config.router import RouterSettings  # noqa: E402
 from upit_merge.io.checkpoint import Checkpoint  # noqa: E402
 from upit_merge.models.formats import PROJECTIONS  # noqa: E402
 from upit_merge.models.mixture import inspect_mixture, opened_mixture  # noqa: E402
-from upit_merge.resizing.rewriting import ResizeOptions, shrunk_layout, write_model  # noqa: E402
+from upit_merge.resizing.rewriting import shrunk_layout, write_model  # noqa: E402
 from upit_merge.resizing.sources import Group, Groups, ShrunkMixture  # noqa: E402
 
 Result = dict[str, Any]

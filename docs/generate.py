@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from upit_merge.cli.main import main
-from upit_merge.cli.options import LazyOptionsCommand
+from upit_merge.cli.options import Command
 from upit_merge.config.recipe import Recipe
 from upit_merge.pipeline.config import PipelineConfig
 
@@ -253,17 +253,16 @@ def commands_page() -> str:
     shared: dict[str, click.Option] = {}
     for name in main.list_commands(click.Context(main)):
         command = main.commands[name]
+        assert isinstance(command, Command)
         context = click.Context(command, info_name=f"upit-merge {name}")
         params = [p for p in command.get_params(context) if "--help" not in p.opts]
-        if isinstance(command, LazyOptionsCommand):
-            own = {param.name for param in command.params}
-            mergekit = [p for p in params if p.name not in own]
-            shared |= {str(p.name): p for p in mergekit if not getattr(p, "hidden", False)}
-            params = [param for param in params if param not in mergekit]
+        mergekit = {str(option.name): option for option in command.merge_options()}
+        shared |= {key: option for key, option in mergekit.items() if not option.hidden}
+        params = [param for param in params if param.name not in mergekit]
         options = [p for p in params if isinstance(p, click.Option)]
         usage = " ".join(["upit-merge", name, *command.collect_usage_pieces(context)])
         parts += [f"## upit-merge {name}", f"`{usage}`", cleandoc(command.help or "")]
-        if isinstance(command, LazyOptionsCommand):
+        if mergekit:
             parts.append("Also takes [mergekit's options](#options-of-mergekit).")
         parts.append(table(["option", "value", "default", ""], list(map(option_row, options))))
         if command.epilog:
@@ -300,7 +299,7 @@ def option_row(option: click.Option, *, mergekit: bool = False) -> list[str]:
 # Options whose name says it all on the command line.
 _OWN = {
     "seed": "Of whatever is random.",
-    "out_shard_size": "Largest size of an output file, in bytes, such as 500M.",
+    "max_shard_bytes": "Largest size of an output file, in bytes, such as 500M.",
 }
 # What mergekit's options do here.
 _MERGEKIT = {

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from upit_merge.commands.extend import extend_output
+from upit_merge.commands.options import ResizeOptions
 from upit_merge.commands.run import RunOptions, run_recipe
 from upit_merge.commands.shrink import shrink_output
 from upit_merge.config.recipe import load_recipe
@@ -34,7 +35,6 @@ from upit_merge.config.router import RouterSettings
 from upit_merge.errors import UpitError
 from upit_merge.output import journal as resume
 from upit_merge.output.staging import EDIT_STAGING, STAGING
-from upit_merge.resizing.rewriting import ResizeOptions
 from upit_merge.router import progress
 
 torch.set_num_threads(1)

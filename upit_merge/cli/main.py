@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +10,36 @@ import click
 
 from upit_merge import __version__
 from upit_merge.cli.options import (
-    EvaluateCommand,
-    ExtendCommand,
-    LazyOptionsCommand,
-    PlanCommand,
-    RouterCommand,
-    ShardSize,
-    Verbatim,
-    VerifyCommand,
+    DATA_SETTINGS,
+    Program,
+    common_options,
+    gate_options,
     merge_options,
+    parse_merge_options,
+    setting_options,
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Program,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="upit-merge")
 def main() -> None:
     """Grow the checkpoints of an instruction-tuning run into a mixture of experts (UpIT)."""
 
 
-_RECIPE = click.Path(path_type=Path)
-_FOLDER = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
+_data_options = partial(setting_options, DATA_SETTINGS)
+# Of mergekit's options, what `plan` and `verify` have no use for, as they write nothing.
+_WRITING = ("copy_tokenizer", "write_model_card", "safe_serialization")
 
-@main.command(
-    cls=LazyOptionsCommand,
-    epilog="upit-merge run recipes/upit-8x.yml out/ --cuda",
-)
-@click.argument("recipe", type=_RECIPE)
-@click.argument("out", type=_FOLDER)
+
+@main.command(merge_options=merge_options, epilog="upit-merge run recipes/upit-8x.yml out/ --cuda")
+@click.argument("recipe", type=_PATH)
+@click.argument("out", type=_PATH)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of upit-merge.")
 def run(recipe: Path, out: Path, overwrite: bool, **values: Any) -> None:
     """Turn RECIPE into an MoE in the folder OUT, as `mergekit-yaml RECIPE OUT` does."""
@@ -46,13 +48,16 @@ def run(recipe: Path, out: Path, overwrite: bool, **values: Any) -> None:
     from upit_merge.plugin.method import run_options
 
     parsed, source = load_recipe(recipe)
-    options = run_options(merge_options(values), overwrite=overwrite)
+    options = run_options(parse_merge_options(values), overwrite=overwrite)
     run_recipe(parsed, source, out, options)
 
 
-@main.command(cls=PlanCommand, epilog="upit-merge plan recipes/upit-8x.yml out/ --data seed.jsonl")
-@click.argument("recipe", type=_RECIPE)
-@click.argument("out", type=_FOLDER, required=False)
+@main.command(
+    merge_options=partial(merge_options, unused=_WRITING),
+    epilog="upit-merge plan recipes/upit-8x.yml out/ --data seed.jsonl",
+)
+@click.argument("recipe", type=_PATH)
+@click.argument("out", type=_PATH, required=False)
 @click.option("--data", help="Find out on this seed data whether a router is worth it.")
 def plan(recipe: Path, out: Path | None, data: str | None, **values: Any) -> None:
     """Check RECIPE and its models and show what `run` would make and need; writes nothing.
@@ -65,12 +70,15 @@ def plan(recipe: Path, out: Path | None, data: str | None, **values: Any) -> Non
     from upit_merge.plugin.method import run_options
 
     parsed, _source = load_recipe(recipe)
-    plan_recipe(parsed, run_options(merge_options(values)), out, data)
+    plan_recipe(parsed, run_options(parse_merge_options(values)), out, data)
 
 
-@main.command(cls=VerifyCommand, epilog="upit-merge verify out/")
-@click.argument("out", type=_FOLDER)
-@click.option("--recipe", type=_RECIPE, help="The recipe, if it is not in OUT.")
+@main.command(
+    merge_options=partial(merge_options, unused=(*_WRITING, "out_shard_size", "random_seed")),
+    epilog="upit-merge verify out/",
+)
+@click.argument("out", type=_PATH)
+@click.option("--recipe", type=_PATH, help="The recipe, if it is not in OUT.")
 @click.option("--gates", is_flag=True, help="Train the gates again too, from the seed data.")
 def verify(out: Path, recipe: Path | None, gates: bool, **values: Any) -> None:
     """Compute again what OUT should be, from its recipe and the models, and compare every byte.
@@ -80,63 +88,36 @@ def verify(out: Path, recipe: Path | None, gates: bool, **values: Any) -> None:
     from upit_merge.commands.verify import verify_output
     from upit_merge.plugin.method import run_options
 
-    verify_output(out, recipe, run_options(merge_options(values)), gates=gates)
+    verify_output(out, recipe, run_options(parse_merge_options(values)), gates=gates)
 
 
 @main.command(
-    cls=RouterCommand,
+    setting_options=setting_options,
     epilog="upit-merge router out/ --data seed.jsonl --objective ridge",
 )
-@click.argument("out", type=_FOLDER)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer.")
-@click.option("--quiet", is_flag=True, help="No progress bars, no table.")
-def router(
-    out: Path, seed: int, device: str, trust_remote_code: bool, quiet: bool, **settings: Any
-) -> None:
+@click.argument("out", type=_PATH)
+@common_options()
+def router(out: Path, common: dict[str, Any], **settings: Any) -> None:
     """Train the gates of the MoE in the folder OUT, which is changed in place."""
+    from upit_merge.commands.options import MixtureOptions
     from upit_merge.commands.router import parse_settings, train_router
 
-    train_router(
-        out,
-        parse_settings(settings),
-        seed=seed,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        quiet=quiet,
-    )
+    train_router(out, parse_settings(settings), MixtureOptions(**common))
 
 
 @main.command(
-    cls=ExtendCommand,
+    setting_options=gate_options,
     epilog="upit-merge extend out/ --model sft-law/checkpoint-900 --data law.jsonl",
 )
-@click.argument("out", type=_FOLDER)
+@click.argument("out", type=_PATH)
 @click.option(
     "--model", required=True, help="The dense checkpoint: a folder, a Hub id, or BASE+ADAPTER."
 )
 @click.option(
     "--all-gates", is_flag=True, help="Fit the gates of all experts, not only the new one's."
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
-@click.option("--out-shard-size", type=ShardSize(), default="5B", show_default=True)
-@click.option("--lazy-unpickle", is_flag=True, help="Accept a checkpoint in .bin files.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer.")
-@click.option("--quiet", is_flag=True, help="No progress bars, no table.")
-def extend(
-    out: Path,
-    model: str,
-    all_gates: bool,
-    seed: int,
-    device: str,
-    out_shard_size: int,
-    lazy_unpickle: bool,
-    trust_remote_code: bool,
-    quiet: bool,
-    **settings: Any,
-) -> None:
+@common_options("max_shard_bytes", "allow_pickle")
+def extend(out: Path, model: str, all_gates: bool, common: dict[str, Any], **settings: Any) -> None:
     """Add the FFN of a dense checkpoint as one more expert to the MoE in the folder OUT.
 
     The experts that are there keep their bytes, and the other gates stay as they are, unless
@@ -144,67 +125,41 @@ def extend(
     (arXiv 2408.15901).
     """
     from upit_merge.commands.extend import extend_output, with_recorded_data
+    from upit_merge.commands.options import ResizeOptions
     from upit_merge.commands.router import parse_settings
-    from upit_merge.io.hub import OpenOptions
-    from upit_merge.resizing.rewriting import ResizeOptions
 
-    options = ResizeOptions(
-        seed=seed,
-        device=device,
-        max_shard_bytes=out_shard_size,
-        open=OpenOptions(allow_pickle=lazy_unpickle, trust_remote_code=trust_remote_code),
-        quiet=quiet,
-    )
     parsed = parse_settings(with_recorded_data(settings, out))
-    extend_output(out, model, parsed, options, all_gates=all_gates)
+    extend_output(out, model, parsed, ResizeOptions(**common), all_gates=all_gates)
 
 
-@main.command(cls=EvaluateCommand, epilog="upit-merge shrink out/ --experts 4 --data seed.jsonl")
-@click.argument("out", type=_FOLDER)
+@main.command(
+    setting_options=_data_options,
+    epilog="upit-merge shrink out/ --experts 4 --data seed.jsonl",
+)
+@click.argument("out", type=_PATH)
 @click.option("--experts", type=click.IntRange(1), required=True, help="Experts per layer to keep.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
-@click.option("--out-shard-size", type=ShardSize(), default="5B", show_default=True)
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer.")
-@click.option("--quiet", is_flag=True, help="No progress bars, no table.")
-def shrink(
-    out: Path,
-    experts: int,
-    seed: int,
-    device: str,
-    out_shard_size: int,
-    trust_remote_code: bool,
-    quiet: bool,
-    **settings: Any,
-) -> None:
+@common_options("max_shard_bytes")
+def shrink(out: Path, experts: int, common: dict[str, Any], **settings: Any) -> None:
     """Merge experts of the MoE in the folder OUT, which is changed in place, until few are left.
 
     Which ones: those the router uses least join the ones it judges alike, layer by layer, on the
     tokens of --data. After MC-SMoE (arXiv 2310.01334); for experts of one origin, as upcycled ones
     are: others would have to have their neurons aligned first, which is not done.
     """
+    from upit_merge.commands.options import ResizeOptions
     from upit_merge.commands.router import parse_settings
     from upit_merge.commands.shrink import shrink_output
-    from upit_merge.io.hub import OpenOptions
-    from upit_merge.resizing.rewriting import ResizeOptions
 
-    options = ResizeOptions(
-        seed=seed,
-        device=device,
-        max_shard_bytes=out_shard_size,
-        open=OpenOptions(trust_remote_code=trust_remote_code),
-        quiet=quiet,
-    )
-    shrink_output(out, experts, parse_settings(settings), options)
+    shrink_output(out, experts, parse_settings(settings), ResizeOptions(**common))
 
 
 @main.command(
-    cls=EvaluateCommand,
+    setting_options=_data_options,
     epilog="upit-merge evaluate out/ --data held-out.jsonl --group-by domain --plot routing.png",
 )
-@click.argument("out", type=_FOLDER)
+@click.argument("out", type=_PATH)
 @click.option("--group-by", metavar="COLUMN", help="Column of the data with the kind of text.")
-@click.option("--json", "json_file", type=_FILE, help="Write all numbers to this file.")
+@click.option("--json", type=_FILE, help="Write all numbers to this file.")
 @click.option("--plot", type=_FILE, help="Write the routing heat map to this PNG file.")
 @click.option("--card", is_flag=True, help="Put the results on the model's page.")
 @click.option("--no-experts", is_flag=True, help="Leave out the comparison with every expert.")
@@ -215,23 +170,17 @@ def shrink(
     metavar="[NAME=]MODEL",
     help="Compare with another model, dense or a mixture, of the same vocabulary; repeatable.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer.")
-@click.option("--quiet", is_flag=True, help="No progress bars, no tables.")
+@common_options(quiet="No progress bars, no tables.")
 def evaluate(
     out: Path,
     group_by: str | None,
-    json_file: Path | None,
+    json: Path | None,
     plot: Path | None,
     card: bool,
     no_experts: bool,
     control: bool,
     against: tuple[str, ...],
-    seed: int,
-    device: str,
-    trust_remote_code: bool,
-    quiet: bool,
+    common: dict[str, Any],
     **settings: Any,
 ) -> None:
     """Measure the MoE in the folder OUT on held-out data: perplexity, and what its router does.
@@ -245,22 +194,19 @@ def evaluate(
 
     options = EvaluateOptions(
         group_by=group_by,
-        json=json_file,
+        json=json,
         plot=plot,
         card=card,
         experts=not no_experts,
         control=control,
         against=tuple(map(Rival.parse, against)),
-        seed=seed,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        quiet=quiet,
+        **common,
     )
     evaluate_output(out, parse_settings(settings), options)
 
 
-@main.command(cls=Verbatim, epilog="upit-merge page out/")
-@click.argument("out", type=_FOLDER)
+@main.command(epilog="upit-merge page out/")
+@click.argument("out", type=_PATH)
 @click.option("--force", is_flag=True, help="Replace a page that was edited by hand, too.")
 def page(out: Path, force: bool) -> None:
     """Write README.md of the MoE in the folder OUT, and its pictures, anew from its report."""
@@ -270,7 +216,6 @@ def page(out: Path, force: bool) -> None:
 
 
 @main.command(
-    cls=Verbatim,
     epilog="upit-merge finetune prepare.yml\naccelerate launch -m upit_merge finetune post-train.yml",
     context_settings={"ignore_unknown_options": True},
 )
@@ -296,7 +241,7 @@ def finetune(config: Path, overrides: tuple[str, ...], quiet: bool) -> None:
     training.finetune(config, overrides, quiet=quiet)
 
 
-@main.command(cls=Verbatim, epilog="upit-merge pipeline pipeline.yml")
+@main.command(epilog="upit-merge pipeline pipeline.yml")
 @click.argument("config", type=_FILE)
 @click.option("--redo", metavar="STAGE", help="Do this stage, and what follows it, again.")
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
@@ -314,8 +259,8 @@ def pipeline(config: Path, redo: str | None, until: str | None, quiet: bool) -> 
     run_pipeline(config, redo=redo, until=until, quiet=quiet)
 
 
-@main.command(cls=Verbatim, epilog="upit-merge demo demo/")
-@click.argument("folder", type=_FOLDER)
+@main.command(epilog="upit-merge demo demo/")
+@click.argument("folder", type=_PATH)
 @click.option("--all-stages", is_flag=True, help="With training before and after the merge.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--quiet", is_flag=True, help="No progress bars.")

@@ -1,17 +1,45 @@
-"""Options that several commands share: mergekit's, and the keys of a recipe's `router:` block."""
+"""Options that several commands share: those of all, mergekit's, a recipe's `router:` block."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Collection
 from typing import Any, Literal, get_args, get_origin
 
 import click
 from pydantic import BaseModel
 
+# Makes options when a command is used: what they are made from takes long to import.
+LazyOptions = Callable[[], list[click.Option]]
 
-class Verbatim(click.Command):
-    """A command whose help text keeps its line breaks, for examples that can be copied."""
+# The `router:` settings that say which data, and how it is computed.
+DATA_SETTINGS = ("data", "subset", "split", "sample", "max_length", "batch_tokens", "memory_gb")
+
+
+class Command(click.Command):
+    """A command with examples that can be copied, and options that are made only when it is used.
+
+    Args:
+        setting_options: Makes the keys of a recipe's `router:` block, see `setting_options`.
+        merge_options: Makes mergekit's options, see `merge_options`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        setting_options: LazyOptions | None = None,
+        merge_options: LazyOptions | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.setting_options = setting_options or list
+        self.merge_options = merge_options or list
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*self.setting_options(), *super().get_params(ctx), *self.merge_options()]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Print the examples with their line breaks."""
         if self.epilog:
             formatter.write_paragraph()
             with formatter.section("Example"):
@@ -19,68 +47,106 @@ class Verbatim(click.Command):
                     formatter.write(f"  {line}\n")
 
 
-class LazyOptionsCommand(Verbatim):
-    """Takes mergekit's merge options, which are imported only when the command is used."""
+class Program(click.Group):
+    """A group of such commands."""
 
-    # Accepted, so that a command line need not be changed, but of no use to this command.
-    unused: frozenset[str] = frozenset()
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        params = _mergekit_params()
-        for param in params:
-            assert isinstance(param, click.Option)
-            param.hidden = param.hidden or param.name in self.unused
-        return [*super().get_params(ctx), *params]
+    command_class = Command
 
 
-class PlanCommand(LazyOptionsCommand):
-    unused = frozenset({"copy_tokenizer", "write_model_card", "safe_serialization"})
+# ---- of all commands that run data through a mixture -------------------------------------------
 
 
-class VerifyCommand(LazyOptionsCommand):
-    unused = PlanCommand.unused | {"out_shard_size", "random_seed"}
+class ShardSize(click.ParamType):
+    """Take mergekit's sizes (5000000, 500M, 5B), in bytes; a wrong one is no traceback."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        from mergekit.common import parse_kmb
+
+        try:
+            size = parse_kmb(value)
+        except (ValueError, IndexError):
+            size = 0
+        if size <= 0:
+            self.fail(f"{value!r} is no size; write bytes, such as 500M or 5B", param, ctx)
+        return size
 
 
-class RouterCommand(Verbatim):
-    """Takes the keys of a recipe's `router:` block as options."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*_router_params(), *super().get_params(ctx)]
-
-
-class EvaluateCommand(Verbatim):
-    """Takes those of them that say which data, and how it is computed."""
-
-    settings = ("data", "subset", "split", "sample", "max_length", "batch_tokens", "memory_gb")
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        params = [param for param in _router_params() if param.name in self.settings]
-        return [*params, *super().get_params(ctx)]
-
-
-class ExtendCommand(Verbatim):
-    """Takes those that say how gates are fitted; the data may be that of the model's own gates."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        params = [p for p in _router_params() if not str(p.name).startswith("upit_train")]
-        for param in params:
-            param.required = False
-        return [*params, *super().get_params(ctx)]
+_COMMON = {
+    "seed": click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
+    "device": click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto."),
+    "max_shard_bytes": click.option(
+        "--out-shard-size", "max_shard_bytes", type=ShardSize(), default="5B", show_default=True
+    ),
+    "allow_pickle": click.option(
+        "--lazy-unpickle", "allow_pickle", is_flag=True, help="Accept a checkpoint in .bin files."
+    ),
+    "trust_remote_code": click.option(
+        "--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer."
+    ),
+}
+_OPENING = ("allow_pickle", "trust_remote_code")
 
 
-def _router_params() -> list[click.Parameter]:
-    """One option per router setting; values are checked by the settings themselves."""
+def common_options(
+    *also: str, quiet: str = "No progress bars, no table."
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take the fields of `MixtureOptions`; it gets them as the mapping `common`.
+
+    Args:
+        also: Which of `max_shard_bytes` and `allow_pickle` it takes besides.
+        quiet: Help of `--quiet`.
+    """
+    names = [key for key in _COMMON if key in ("seed", "device", "trust_remote_code", *also)]
+    options = [*map(_COMMON.__getitem__, names), click.option("--quiet", is_flag=True, help=quiet)]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_common(**values: Any) -> None:
+            from upit_merge.io.hub import OpenOptions
+
+            common = {name: values.pop(name) for name in [*names, "quiet"]}
+            opening = {name: common.pop(name) for name in _OPENING if name in common}
+            command(**values, common={**common, "open": OpenOptions(**opening)})
+
+        for option in reversed(options):
+            option(with_common)
+        return with_common
+
+    return decorate
+
+
+# ---- a recipe's `router:` block ------------------------------------------------------------------
+
+
+def setting_options(keys: Collection[str] | None = None) -> list[click.Option]:
+    """Make an option of every router setting; values are checked by the settings themselves.
+
+    Args:
+        keys: Only these of the block's own.
+    """
     from upit_merge.config.router import Refinement, RouterSettings, UpitObjective
 
     blocks: dict[str, type[BaseModel]] = {"upit": UpitObjective, "refine": Refinement}
-    params: list[click.Parameter] = []
+    options: list[click.Option] = []
     for name, field in RouterSettings.model_fields.items():
+        if keys is not None and name not in keys:
+            continue
         if name not in blocks:
-            params.append(_router_option(name, field))
+            options.append(_router_option(name, field))
             continue
         for inner, inner_field in blocks[name].model_fields.items():
-            params.append(_router_option(f"{name}_{inner}", inner_field, optional=True))
-    return params
+            options.append(_router_option(f"{name}_{inner}", inner_field, optional=True))
+    return options
+
+
+def gate_options() -> list[click.Option]:
+    """Make options of the settings that say how gates are fitted; no data need be given."""
+    options = [o for o in setting_options() if not str(o.name).startswith("upit_train")]
+    for option in options:
+        option.required = False
+    return options
 
 
 def _router_option(name: str, field: Any, *, optional: bool = False) -> click.Option:
@@ -110,7 +176,15 @@ def _router_option(name: str, field: Any, *, optional: bool = False) -> click.Op
     )
 
 
-def _mergekit_params() -> list[click.Parameter]:
+# ---- mergekit's ----------------------------------------------------------------------------------
+
+
+def merge_options(unused: Collection[str] = ()) -> list[click.Option]:
+    """Make mergekit's options.
+
+    Args:
+        unused: Accepted, so that a command line need not be changed, but not shown.
+    """
     from mergekit.options import add_merge_options
 
     @click.command()
@@ -120,35 +194,18 @@ def _mergekit_params() -> list[click.Parameter]:
 
     from upit_merge.plugin.method import NO_EFFECT
 
-    for param in template.params:
-        assert isinstance(param, click.Option)
+    options = [param for param in template.params if isinstance(param, click.Option)]
+    for option in options:
         # Accepted, for who is used to them, and told to have no effect; but not advertised.
-        param.hidden = param.name in NO_EFFECT
-        if param.name == "out_shard_size":
-            param.type = ShardSize()
-            param.help = "Largest size of an output file, in bytes  [default: 5B]"
-    return template.params
+        option.hidden = option.name in NO_EFFECT or option.name in unused
+        if option.name == "out_shard_size":
+            option.type = ShardSize()
+            option.help = "Largest size of an output file, in bytes  [default: 5B]"
+    return options
 
 
-class ShardSize(click.ParamType):
-    """mergekit's sizes (5000000, 500M, 5B), in bytes; a wrong one is an error, not a traceback."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        from mergekit.common import parse_kmb
-
-        try:
-            size = parse_kmb(value)
-        except (ValueError, IndexError):
-            size = 0
-        if size <= 0:
-            self.fail(f"{value!r} is no size; write bytes, such as 500M or 5B", param, ctx)
-        return size
-
-
-def merge_options(values: dict[str, Any]) -> Any:
-    """mergekit's options, applied as mergekit-yaml applies them.
+def parse_merge_options(values: dict[str, Any]) -> Any:
+    """Return mergekit's options, applied as mergekit-yaml applies them.
 
     Raises:
         UpitError: a number is out of range.

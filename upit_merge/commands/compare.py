@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from upit_merge.commands.preview import checkpoint_losses
@@ -38,29 +37,26 @@ class Rival:
 
     @classmethod
     def parse(cls, text: str) -> Rival:
-        """From `NAME=MODEL`, or `MODEL`, which is called by its last part."""
-        name, given, reference = text.partition("=")
-        if given and not Path(split_reference(text)[0]).is_dir():  # a path may have one, too
+        """Read `NAME=MODEL`, or `MODEL`, which is called by its last part."""
+        name, named, reference = text.partition("=")
+        if named and not Path(split_reference(text)[0]).is_dir():  # a path may have one, too
             return cls(name.strip(), reference.strip())
         return cls(Path(split_reference(text)[1] or text).name, text)
 
 
 def rival_losses(
-    rival: Rival,
-    held_out: RouterStage,
-    held_out_folder: Path,
-    options: OpenOptions,
-    device: torch.device,
+    rival: Rival, held_out: RouterStage, held_out_folder: Path, options: OpenOptions
 ) -> Tensor:
-    """Summed negative log-likelihood of each sample's targets, float64, (num_samples,).
+    """Return the summed negative log-likelihood of each sample's targets, float64, (num_samples,).
 
     Args:
-        held_out: The samples, as the mixture's own tokenizer has cut them.
+        held_out: The samples, as the mixture's own tokenizer has cut them; computed where it is.
         held_out_folder: The mixture's, with that tokenizer.
 
     Raises:
         UpitError: it cannot be read, or has another vocabulary.
     """
+    device = held_out.model.device
     base, adapter = split_reference(rival.reference)
     folder = resolve(base, options, role="model to compare with")
     if is_adapter(folder):
@@ -96,11 +92,11 @@ def rival_losses(
     return losses.sums.sum(2)[:, 0]
 
 
-def _check_same_tokenizer(rival: Rival, folder: Path, own: Path) -> None:
-    """The same number means another piece of text to another tokenizer of the same size."""
-    if not (has_tokenizer(folder) and has_tokenizer(own)):
+def _check_same_tokenizer(rival: Rival, folder: Path, held_out_folder: Path) -> None:
+    """Refuse another tokenizer of the same size: its numbers mean other pieces of text."""
+    if not (has_tokenizer(folder) and has_tokenizer(held_out_folder)):
         return
-    theirs, ours = (load_tokenizer(path).get_vocab() for path in (folder, own))
+    theirs, ours = (load_tokenizer(path).get_vocab() for path in (folder, held_out_folder))
     if any(theirs.get(token, number) != number for token, number in ours.items()):
         raise UpitError(
             f"The model {rival.name} has another tokenizer than the mixture: their perplexities "

@@ -14,14 +14,12 @@ from rich.text import Text
 from torch import Tensor
 
 from upit_merge.commands.compare import Rival, check_names, rival_losses
+from upit_merge.commands.options import MixtureOptions
 from upit_merge.commands.preflight import check_router_memory
+from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.router import RouterSettings
-from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
-from upit_merge.io.disk import explained_failures
-from upit_merge.io.hub import OpenOptions
 from upit_merge.io.text_file import write_json
-from upit_merge.models.mixture import opened_mixture
 from upit_merge.output.edit import Edit
 from upit_merge.output.staging import REPORT, check_output_exists
 from upit_merge.report.heatmap import check_format, draw_routing
@@ -30,16 +28,15 @@ from upit_merge.report.tables import show
 from upit_merge.report.write import write_report_and_card
 from upit_merge.router.buckets import assign_by_loss
 from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
-from upit_merge.router.pretrain import refined_gates, seed_set_for
+from upit_merge.router.pretrain import refined_gates
 from upit_merge.router.router_gain import measure_router_gain
 from upit_merge.router.stage import RouterStage
-from upit_merge.runtime.device import resolve_devices
 from upit_merge.runtime.interrupt import ends_at_once
-from upit_merge.runtime.processes import Processes, joined
+from upit_merge.runtime.processes import joined
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(MixtureOptions):
     """What to look at, and where to put it.
 
     Args:
@@ -50,10 +47,6 @@ class EvaluateOptions:
         experts: Compare with every expert as a dense model, which costs a run for each.
         control: Compare with gates fitted to shuffled buckets, the router's seed data at hand.
         against: Other models to compare with.
-        seed: Of the sampling.
-        device: `cpu`, `cuda` or `auto`.
-        trust_remote_code: Run code that comes with a tokenizer.
-        quiet: No progress bars, no tables.
     """
 
     group_by: str | None = None
@@ -63,10 +56,6 @@ class EvaluateOptions:
     experts: bool = True
     control: bool = False
     against: tuple[Rival, ...] = ()
-    seed: int = 0
-    device: str = "cpu"
-    trust_remote_code: bool = False
-    quiet: bool = False
 
 
 def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOptions) -> Evaluation:
@@ -91,19 +80,18 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
         check_format(options.plot)
     check_names(options.against)
     with (
-        explained_failures(out),
         joined() as processes,
         ends_at_once(lambda: "Interrupted."),
+        router_session(out, "evaluate", options, processes, changes=options.card) as session,
+        tempfile.TemporaryDirectory() as scratch,
         contextlib.ExitStack() as stack,
     ):
-        edit = Edit(out, "evaluate", processes)
-        with processes.together():
-            if options.card and processes.is_first:
-                stack.enter_context(edit.begun())
-                _check_report(out)
+        edit = session.edit
         if options.card:
+            with processes.together():
+                _check_report(out)
             stack.enter_context(edit.interruptible("the model's page and report are as they were"))
-        evaluation, samples = _evaluate(out, settings, options, processes)
+        evaluation, samples = _evaluate(session, settings, options, Path(scratch))
         if processes.is_first:
             _tell(evaluation, options)
             if options.card:
@@ -160,52 +148,33 @@ def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[st
 
 
 def _evaluate(
-    out: Path, settings: RouterSettings, options: EvaluateOptions, processes: Processes
+    session: RouterSession, settings: RouterSettings, options: EvaluateOptions, scratch: Path
 ) -> tuple[Evaluation, str]:
-    """The evaluation, and a digest of what it was made on."""
-    with (
-        opened_mixture(out, str(out)) as moe,
-        tempfile.TemporaryDirectory() as scratch,
-    ):
-        model = LayerwiseMixture(moe, resolve_devices(options.device)[0])
-
-        def stage(settings: RouterSettings, seed: int, column: str | None = None) -> RouterStage:
-            seeds = seed_set_for(
-                model,
-                out,
-                settings,
-                seed,
-                trust_remote_code=options.trust_remote_code,
-                column=column,
-            )
-            return RouterStage(
-                model, seeds, settings, seed, Path(scratch), processes, quiet=options.quiet
-            )
-
-        with processes.together():
-            control = _control(stage, out) if options.control else None
-            held_out = stage(settings, options.seed, options.group_by)
-            check_router_memory(model, held_out.lengths, settings, out, evaluated=True)
-        sums, routing = run_mixture(held_out)
-        samples = held_out.seeds.samples
-        evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
-        if options.experts and model.num_experts > 1:
-            buckets = assign_by_loss(held_out.losses(), "lowest")
-            evaluation = replace(evaluation, buckets=buckets)
-        if control is not None:
-            gates: Sequence[Tensor] = control.gates(control.buckets())
-            if control.settings.refine is not None:
-                gates, _ = refined_gates(control, gates)
-            evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
-        opening = OpenOptions(trust_remote_code=options.trust_remote_code)
-        device = resolve_devices(options.device)[0]
-        rivals = {r.name: rival_losses(r, held_out, out, opening, device) for r in options.against}
-        evaluation = replace(evaluation, rivals=rivals)
-    return evaluation, held_out.seeds.digest()
+    """Return the evaluation, and a digest of what it was made on."""
+    out = session.edit.out
+    with session.edit.processes.together():
+        control = _control(session, scratch) if options.control else None
+        held_out = session.stage(settings, scratch, column=options.group_by)
+        model = held_out.model
+        check_router_memory(model, held_out.lengths, settings, out, evaluated=True)
+    sums, routing = run_mixture(held_out)
+    samples = held_out.seeds.samples
+    evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
+    if options.experts and model.num_experts > 1:
+        buckets = assign_by_loss(held_out.losses(), "lowest")
+        evaluation = replace(evaluation, buckets=buckets)
+    if control is not None:
+        gates: Sequence[Tensor] = control.gates(control.buckets())
+        if control.settings.refine is not None:
+            gates, _ = refined_gates(control, gates)
+        evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
+    rivals = {r.name: rival_losses(r, held_out, out, options.open) for r in options.against}
+    return replace(evaluation, rivals=rivals), held_out.seeds.digest()
 
 
-def _control(stage: Any, out: Path) -> RouterStage:
-    """The stage that made the gates of `out`, but with shuffled buckets."""
+def _control(session: RouterSession, scratch: Path) -> RouterStage:
+    """Return the stage that made the mixture's gates, but with shuffled buckets."""
+    out = session.edit.out
     recorded = recorded_router(read_report(out).get("router"))
     if recorded is None:
         raise UpitError(
@@ -219,8 +188,8 @@ def _control(stage: Any, out: Path) -> RouterStage:
             f"{' with train_experts' * settings.trains_experts}, which has no control; leave out "
             "--control."
         )
-    shuffled: RouterStage = stage(settings.model_copy(update={"assign": "shuffled"}), seed)
-    return shuffled
+    shuffled = settings.model_copy(update={"assign": "shuffled"})
+    return session.stage(shuffled, scratch, seed=seed)
 
 
 def _tell(evaluation: Evaluation, options: EvaluateOptions) -> None:

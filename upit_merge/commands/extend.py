@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from upit_merge.commands.options import ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
+from upit_merge.commands.session import router_session
 from upit_merge.config.router import RouterSettings
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
-from upit_merge.io.disk import explained_failures
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.sources import DenseModel
 from upit_merge.models.gates import gates_digest, named_gates, tensors_digest
 from upit_merge.models.lora.adapter import open_model
-from upit_merge.models.mixture import check_expert, opened_mixture
-from upit_merge.output.edit import Edit
+from upit_merge.models.mixture import check_expert
 from upit_merge.output.identity import file_states
 from upit_merge.output.staging import REPORT, check_output_exists, scratch_folder
 from upit_merge.report.read import read_report
 from upit_merge.report.sources import described
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card
-from upit_merge.resizing.rewriting import ResizeOptions, extended_layout, resized, write_model
+from upit_merge.resizing.rewriting import extended_layout, resized, write_model
 from upit_merge.resizing.sources import ExtendedMixture
 from upit_merge.router import objectives
-from upit_merge.router.pretrain import RouterResult, pretrain_router, seed_set_for
-from upit_merge.router.progress import Progress
+from upit_merge.router.pretrain import RouterResult, pretrain_router
 from upit_merge.router.stage import RouterStage
-from upit_merge.runtime.device import resolve_devices
 from upit_merge.runtime.processes import check_single_process
 
 _DEFAULTS = {key: RouterSettings.model_fields[key].default for key in ("subset", "split")}
@@ -82,56 +80,50 @@ def extend_output(
     """
     check_single_process("extend")
     _check_joint(settings, all_gates=all_gates)
-    with explained_failures(out), contextlib.ExitStack() as stack:
-        edit = Edit(out, "extend")
-        stack.enter_context(edit.begun())
-        moe = stack.enter_context(opened_mixture(out, str(out)))
-        dense = _opened(reference, options.open, stack)
+    with (
+        router_session(out, "extend", options) as session,
+        scratch_folder(out) as scratch,
+        _opened(reference, options.open) as dense,
+    ):
+        edit, moe = session.edit, session.moe
         extended = ExtendedMixture(moe, check_expert(moe, dense), dense)
         before = read_report(out)
-        model = LayerwiseMixture(extended, resolve_devices(options.device)[0])
-        seeds = seed_set_for(
-            model,
-            out,
-            settings,
-            options.seed,
-            trust_remote_code=options.open.trust_remote_code,
-        )
-        check_router_memory(model, [len(s.input_ids) for s in seeds.samples], settings, out)
+        stage = session.stage(settings, scratch, source=extended)
+        model = stage.model
+        check_router_memory(model, stage.lengths, settings, out)
         added = {"model": file_states(dense.files(), ""), "all gates": all_gates}
-        wanted = {**router_identity(seeds, settings, options.seed), **added}
-        if edit.was_finished(wanted):
+        identity = {**router_identity(stage), **added}
+        if edit.was_finished(identity):
             return
-        scratch = stack.enter_context(scratch_folder(out))
-        progress = Progress(edit.progress, {**wanted, "files": file_states(moe.files(), "")})
-        stage = RouterStage(
-            model, seeds, settings, options.seed, scratch, progress=progress, quiet=options.quiet
-        )
+        stage = session.resumed(stage, identity)
         with edit.interruptible("the model is as it was"):
             names = model.format.gate_names(model.num_layers)
-            own = [moe.tensor(name).float() for name in names]
-            fitted = pretrain_router(stage) if all_gates else _with_new_row(stage, own)
+            gates = [moe.tensor(name).float() for name in names]
+            fitted = pretrain_router(stage) if all_gates else _with_new_row(stage, gates)
             stem = f"model-expert-{extended.expert:05d}"
             layout = extended_layout(moe, extended, names, stem, options.max_shard_bytes)
             named = named_gates(model.format, fitted.gates)
             write_model(edit.emptied(), layout, extended, named, quiet=options.quiet)
             changes = _report(before, fitted, extended, dense, model, all_gates=all_gates)
             obsolete = write_report_and_card(edit, before, changes, layout.obsolete)
-            edit.put_into_place(wanted, obsolete)
+            edit.put_into_place(identity, obsolete)
     if not options.quiet:
-        print(seeds.summary())
+        print(stage.seeds.summary())
         show_buckets(fitted.report)
-        told = "All gates are fitted anew." if all_gates else "The other gates are as they were."
-        print(f"{dense.label} is expert {extended.expert} of {out}. {told}")
+        others = "All gates are fitted anew." if all_gates else "The other gates are as they were."
+        print(f"{dense.label} is expert {extended.expert} of {out}. {others}")
 
 
-def _opened(reference: str, options: OpenOptions, stack: contextlib.ExitStack) -> DenseModel:
-    """A dense model, or an adapter with its base."""
+@contextlib.contextmanager
+def _opened(reference: str, options: OpenOptions) -> Iterator[DenseModel]:
+    """Open a dense model, or an adapter with its base."""
+    with contextlib.ExitStack() as stack:
 
-    def open_base(label: str, folder: Path) -> Checkpoint:
-        return stack.enter_context(contextlib.closing(Checkpoint(label, folder, options)))
+        def open_base(label: str, folder: Path) -> Checkpoint:
+            return stack.enter_context(contextlib.closing(Checkpoint(label, folder, options)))
 
-    return stack.enter_context(contextlib.closing(open_model(reference, None, options, open_base)))
+        model = open_model(reference, None, options, open_base)
+        yield stack.enter_context(contextlib.closing(model))
 
 
 def _check_joint(settings: RouterSettings, *, all_gates: bool) -> None:

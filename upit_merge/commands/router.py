@@ -12,27 +12,22 @@ from typing import Any
 from pydantic import ValidationError
 
 from upit_merge import __version__
+from upit_merge.commands.options import MixtureOptions
 from upit_merge.commands.preflight import check_router_memory
+from upit_merge.commands.session import router_session
 from upit_merge.config.explain import explain
 from upit_merge.config.router import NO_MATTER, RouterSettings
-from upit_merge.data.tokens import SeedSet
-from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
-from upit_merge.io.disk import explained_failures
 from upit_merge.models.gates import named_gates
-from upit_merge.models.mixture import opened_mixture
 from upit_merge.output.edit import Edit
-from upit_merge.output.identity import file_states
 from upit_merge.output.patch import PatchedCopies
 from upit_merge.output.staging import scratch_folder
 from upit_merge.report.read import read_report
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card
-from upit_merge.router.pretrain import RouterResult, pretrain_router, seed_set_for
-from upit_merge.router.progress import Progress
+from upit_merge.router.pretrain import RouterResult, pretrain_router
 from upit_merge.router.stage import RouterStage
-from upit_merge.runtime.device import resolve_devices
-from upit_merge.runtime.processes import Processes, joined
+from upit_merge.runtime.processes import joined
 
 
 def parse_settings(values: Mapping[str, Any]) -> RouterSettings:
@@ -74,15 +69,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-def train_router(
-    out: Path,
-    settings: RouterSettings,
-    *,
-    seed: int,
-    device: str,
-    trust_remote_code: bool,
-    quiet: bool,
-) -> None:
+def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -> None:
     """Replace the gates of the MoE folder `out` by ones fitted to seed data.
 
     Under torchrun or `accelerate launch` all processes must call this; they share the samples.
@@ -91,64 +78,53 @@ def train_router(
     Raises:
         UpitError: `out` is no MoE folder with a tokenizer, or the data does not fit.
     """
-    with joined() as processes, explained_failures(out), contextlib.ExitStack() as stack:
-        edit = Edit(out, "router", processes)
+    with (
+        joined() as processes,
+        router_session(out, "router", options, processes) as session,
+        scratch_folder(out, processes.rank) as scratch,
+    ):
+        edit = session.edit
         with processes.together():
-            if processes.is_first:
-                stack.enter_context(edit.begun())
-        with processes.together():
-            moe = stack.enter_context(opened_mixture(out, str(out)))
             before = read_report(out)
-            model = LayerwiseMixture(moe, resolve_devices(device)[0])
-            seeds = seed_set_for(model, out, settings, seed, trust_remote_code=trust_remote_code)
-            lengths = [len(sample.input_ids) for sample in seeds.samples]
-            check_router_memory(model, lengths, settings, out)
-
-        wanted = router_identity(seeds, settings, seed)
-        if edit.was_finished(wanted):
+            stage = session.stage(settings, scratch)
+            check_router_memory(stage.model, stage.lengths, settings, out)
+        identity = router_identity(stage)
+        if edit.was_finished(identity):
             return
-        scratch = stack.enter_context(scratch_folder(out, processes.rank))
-        identity = {**wanted, "files": file_states(moe.files(), "")}
-        progress = Progress(edit.progress, identity, processes)
-        stage = RouterStage(model, seeds, settings, seed, scratch, processes, progress, quiet)
-        copies = PatchedCopies(moe, edit.model)
+        stage = session.resumed(stage, identity)
+        copies = PatchedCopies(session.moe, edit.model)
         with edit.interruptible("the gates are as they were", keeps_files=True):
-            _prepare(copies, model, settings, progress, processes)
+            _prepare(copies, stage)
             result = pretrain_router(stage, copies)
             processes.gather(None)  # nobody looks into the folders any more
             if processes.is_first:
-                copies.write(named_gates(model.format, result.gates))
-                edit.put_into_place(wanted, _write_report_and_card(edit, result, before))
-        if processes.is_first and not quiet:
-            print(seeds.summary())
+                copies.write(named_gates(stage.model.format, result.gates))
+                edit.put_into_place(identity, _write_report_and_card(edit, result, before))
+        if processes.is_first and not options.quiet:
+            print(stage.seeds.summary())
             show_buckets(result.report)
             print(f"The gates in {out} are replaced.")
 
 
-def router_identity(seeds: SeedSet, settings: RouterSettings, seed: int) -> dict[str, Any]:
-    """What decides the gates, but for the model: a call that differs in any of it starts over."""
-    values = settings.model_dump(mode="json", exclude=set(NO_MATTER))
-    identity = {"settings": values, "seed": seed, "samples": seeds.digest()}
+def router_identity(stage: RouterStage) -> dict[str, Any]:
+    """Return what decides the gates, but for the model: where any of it differs, it starts over."""
+    values = stage.settings.model_dump(mode="json", exclude=set(NO_MATTER))
+    identity = {"settings": values, "seed": stage.seed, "samples": stage.seeds.digest()}
     # As it is read back from a file: JSON has texts for keys only.
     return dict(json.loads(json.dumps({"upit-merge": __version__, **identity})))
 
 
-def _prepare(
-    copies: PatchedCopies,
-    model: LayerwiseMixture,
-    settings: RouterSettings,
-    progress: Progress,
-    processes: Processes,
-) -> None:
+def _prepare(copies: PatchedCopies, stage: RouterStage) -> None:
     """Copy the files that will change while the stage runs."""
-    with processes.together():
-        if not processes.is_first:
+    model = stage.model
+    with stage.processes.together():
+        if not stage.processes.is_first:
             return
-        if not progress.has("tuned-"):
+        if not stage.progress.has("tuned-"):
             shutil.rmtree(copies.folder, ignore_errors=True)
         copies.folder.mkdir(parents=True, exist_ok=True)
         copies.prepare(model.format.gate_names(model.num_layers))
-        if settings.trains_experts:
+        if stage.settings.trains_experts:
             experts = range(model.num_experts)
             copies.prepare(model.format.expert_names(model.num_layers, experts))
 

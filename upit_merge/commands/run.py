@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from upit_merge import __version__
+from upit_merge.commands.options import CommandOptions
 from upit_merge.commands.preflight import needs
 from upit_merge.config.recipe import Recipe
 from upit_merge.config.router import NO_MATTER, ByColumn
@@ -17,7 +18,6 @@ from upit_merge.data.tokens import SeedSet
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.io.checkpoint import WEIGHT_INDEX
 from upit_merge.io.disk import explained_failures
-from upit_merge.io.hub import OpenOptions
 from upit_merge.io.shards import Shard, shard_index
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.text_file import write_json
@@ -58,32 +58,26 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(CommandOptions):
     """How a recipe is run; what it makes does not depend on these, but for the seed.
 
     Args:
-        device: `cpu` or `cuda`, with or without an index.
         multi_gpu: Use all CUDA devices.
         max_shard_bytes: Upper bound of an output file.
-        open: How checkpoints are opened.
         seed: Replaces the recipe's seed.
         copy_tokenizer: Give the output a tokenizer.
         write_card: Write `README.md` and `mergekit_config.yml`.
         overwrite: Replace an earlier output of this program.
         name: Of the model, for its page; the output folder's if None.
-        quiet: No progress bars, no tables.
     """
 
-    device: str = "cpu"
     multi_gpu: bool = False
     max_shard_bytes: int = 5_000_000_000
-    open: OpenOptions = field(default_factory=OpenOptions)
     seed: int | None = None
     copy_tokenizer: bool = True
     write_card: bool = True
     overwrite: bool = False
     name: str | None = None
-    quiet: bool = False
 
 
 def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> None:

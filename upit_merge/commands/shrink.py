@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,24 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from upit_merge.commands.options import ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
+from upit_merge.commands.session import router_session
 from upit_merge.config.router import RouterSettings
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
-from upit_merge.io.disk import explained_failures
 from upit_merge.models.gates import gates_digest
-from upit_merge.models.mixture import MixtureArchitecture, opened_mixture
-from upit_merge.output.edit import Edit
+from upit_merge.models.mixture import MixtureArchitecture
 from upit_merge.output.staging import scratch_folder
 from upit_merge.report.read import read_report
 from upit_merge.report.tables import show
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.grouping import RoutingStatistics, group_experts, routing_statistics
-from upit_merge.resizing.rewriting import ResizeOptions, resized, shrunk_layout, write_model
+from upit_merge.resizing.rewriting import resized, shrunk_layout, write_model
 from upit_merge.resizing.sources import Group, Groups, ShrunkMixture
-from upit_merge.router.pretrain import seed_set_for
 from upit_merge.router.stage import RouterStage
-from upit_merge.runtime.device import resolve_devices
 from upit_merge.runtime.processes import check_single_process
 
 
@@ -51,27 +48,19 @@ def shrink_output(
             routes a token to more; or the data does not fit.
     """
     check_single_process("shrink")
-    with explained_failures(out), contextlib.ExitStack() as stack:
-        edit = Edit(out, "shrink")
-        stack.enter_context(edit.begun())
-        moe = stack.enter_context(opened_mixture(out, str(out)))
+    with (
+        router_session(out, "shrink", options) as session,
+        scratch_folder(out) as scratch,
+    ):
+        edit, moe = session.edit, session.moe
         before = read_report(out)
-        model = LayerwiseMixture(moe, resolve_devices(options.device)[0])
-        seeds = seed_set_for(
-            model,
-            out,
-            settings,
-            options.seed,
-            trust_remote_code=options.open.trust_remote_code,
-        )
-        wanted = {**router_identity(seeds, settings, options.seed), "experts": num_experts}
-        if edit.was_finished(wanted):
+        stage = session.stage(settings, scratch)
+        model = stage.model
+        identity = {**router_identity(stage), "experts": num_experts}
+        if edit.was_finished(identity):
             return
         _check_number(out, model, num_experts)
-        lengths = [len(sample.input_ids) for sample in seeds.samples]
-        check_router_memory(model, lengths, settings, out, evaluated=True)
-        scratch = stack.enter_context(scratch_folder(out))
-        stage = RouterStage(model, seeds, settings, options.seed, scratch, quiet=options.quiet)
+        check_router_memory(model, stage.lengths, settings, out, evaluated=True)
         with edit.interruptible("the model is as it was"):
             found = routing_statistics(stage)
             groups = _groups(found, num_experts)
@@ -91,9 +80,9 @@ def shrink_output(
                 kept = {key: value for key, value in router.items() if key != "experts_sha256"}
                 changes["router"] = {**kept, "gates_sha256": digest}
             obsolete = write_report_and_card(edit, before, changes, layout.obsolete)
-            edit.put_into_place(wanted, obsolete)
+            edit.put_into_place(identity, obsolete)
     if not options.quiet:
-        print(seeds.summary())
+        print(stage.seeds.summary())
         show(_table(groups, found))
         print(
             f"{out} has {num_experts} experts per layer instead of {model.num_experts}. Its gates "

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from upit_merge.io.checkpoint import WEIGHT_FILE, WEIGHT_INDEX, Checkpoint
 from upit_merge.io.disk import check_space
-from upit_merge.io.hub import OpenOptions
 from upit_merge.io.shards import Shard, ShardWriter, plan_shards, shard_index
 from upit_merge.io.tensor_file import TensorSpec, row_blocks
 from upit_merge.io.text_file import write_json
@@ -21,25 +20,6 @@ _BLOCK_ELEMENTS = 1 << 20
 _GATES_FILE = "model-gates.safetensors"
 # A folder with an index must have no file of this name: readers would take it for the whole.
 _RENAMED = "model-00001-of-00001.safetensors"
-
-
-@dataclass(frozen=True)
-class ResizeOptions:
-    """How a mixture is changed.
-
-    Args:
-        seed: Of the sampling, and of random gates.
-        device: `cpu`, `cuda` or `auto`.
-        max_shard_bytes: Upper bound of a file that is written.
-        open: How models are opened.
-        quiet: No progress bars, no tables.
-    """
-
-    seed: int = 0
-    device: str = "cpu"
-    max_shard_bytes: int = 5_000_000_000
-    open: OpenOptions = field(default_factory=OpenOptions)
-    quiet: bool = False
 
 
 @dataclass(frozen=True)
