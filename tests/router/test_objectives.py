@@ -257,6 +257,20 @@ def test_balanced_equals_an_assignment_problem(samples: int, experts: int, digit
     assigned = balanced(losses)
     assert torch.bincount(assigned, minlength=experts).max() <= places
     assert losses.gather(1, assigned.unsqueeze(1)).sum().item() == pytest.approx(expected)
+    assert torch.equal(balanced(losses), assigned)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e6])
+def test_balanced_buckets_of_hardly_and_of_very_unlike_experts(scale: float) -> None:
+    """Ties everywhere, differences near a solver's tolerances, and numbers far above them."""
+    generator = torch.Generator().manual_seed(9)
+    losses = 3 + scale * torch.rand(50, 4, generator=generator, dtype=torch.float64)
+    rows, columns = linear_sum_assignment(losses.numpy().repeat(13, axis=1))
+    expected = losses.numpy().repeat(13, axis=1)[rows, columns].sum()
+    assigned = balanced(losses)
+    assert torch.bincount(assigned, minlength=4).max() <= 13
+    total = losses.gather(1, assigned.unsqueeze(1)).sum().item()
+    assert total - expected == pytest.approx(0, abs=1e-9 * max(scale, 1e-3))
 
 
 def test_an_added_row_is_at_the_minimum_beside_the_others() -> None:
