@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.spoilt import assert_sentence, refusal
 from upit_merge.config.recipe import load_recipe, parse_recipe, parse_recipe_text
 from upit_merge.errors import UpitError
 
@@ -32,6 +33,9 @@ def merged(levels: int) -> str:
     )
 
 
+# A thousand keys eleven times over. PyYAML 6.0.4 merges what an alias names only once, so the bomb
+# above is none there; what the sources hold is counted all the same.
+MANY_MERGED = f"{{a: &a {{{', '.join(f'k{n}: 1' for n in range(1000))}}}, b: {{<<: [{', '.join(['*a'] * 11)}]}}}}"
 HEAD = "merge_method: upit\nbase_model: b\n"
 RECIPE = f"{HEAD}models: [{{model: m}}]\n"
 PLACES = {
@@ -59,21 +63,23 @@ BOMBS = {
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs(bomb: str, place: str) -> None:
-    text = PLACES[place].replace("{}", BOMBS[bomb])
-    tracemalloc.start()
     started = time.process_time()
-    with pytest.raises(UpitError) as caught:
-        parse_recipe_text(text)
+    message = refusal(parse_recipe_text, PLACES[place].replace("{}", BOMBS[bomb]))
     assert time.process_time() - started < 2
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_bombs_take_no_memory(bomb: str) -> None:
+    """Wherever they lie, the same walk finds them; watching the memory makes it slow."""
+    tracemalloc.start()
+    refusal(parse_recipe_text, PLACES["models"].replace("{}", BOMBS[bomb]))
     assert tracemalloc.get_traced_memory()[1] < 100_000_000
     tracemalloc.stop()
-    assert caught.value.message.isprintable()
-    assert caught.value.message.endswith(".")
-    assert len(caught.value.message) < 400
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "sentence"),
     [
         (
             RECIPE + "x: &a [*a]",
@@ -85,8 +91,8 @@ def test_bombs(bomb: str, place: str) -> None:
             "r holds '\\ud83d', half of a character; correct the text it is in.",
         ),
         (
-            RECIPE + f"x: {merged(9)}",
-            "r is not valid YAML (line 4, column 270: merge keys (`<<`) copy too much); correct …",
+            RECIPE + f"x: {MANY_MERGED}",
+            "r is not valid YAML (line 4, column 8907: merge keys (`<<`) copy too much); correct …",
         ),
         (
             "#" * 250_001,
@@ -104,11 +110,8 @@ def test_bombs(bomb: str, place: str) -> None:
         ),
     ],
 )
-def test_what_is_told_of_a_bomb(text: str, message: str) -> None:
-    with pytest.raises(UpitError) as caught:
-        parse_recipe_text(text, "r")
-    start, *_ = message.split("…")
-    assert caught.value.message.startswith(start)
+def test_what_is_told_of_a_bomb(text: str, sentence: str) -> None:
+    assert_sentence(refusal(parse_recipe_text, text, "r"), sentence)
 
 
 def test_a_bomb_from_mergekit() -> None:
