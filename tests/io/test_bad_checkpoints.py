@@ -255,6 +255,25 @@ WEIGHT_CASES = [
         "model.embed_tokens.weight, the base base one of 259; resize the base's embeddings "
         "to the tokenizer the checkpoints were trained with.",
     ),
+    *(
+        # Their first dimension is not a vocabulary, or is not what differs.
+        Case(
+            f"embedding of shape {shape}",
+            weights(
+                LAST,
+                lambda t, shape=shape: t.update({"model.embed_tokens.weight": torch.zeros(shape)}),
+            ),
+            f"Checkpoint {LAST} has model.embed_tokens.weight of shape {list(shape)}, the base base "
+            "has [259, 32]; …",
+        )
+        for shape in ((), (259,), (259, 31), (259, 32, 1))
+    ),
+    Case(
+        "a tensor without values in a pickle",
+        pickled(lambda s: s.update({UP: s[UP].to("meta")})),
+        f"{LAST}/pytorch_model.bin stores {UP} in a form that cannot be merged; …",
+        ("--lazy-unpickle",),
+    ),
     Case(
         "bias tensors",
         weights(SECOND, lambda t: t.update({QUERY.replace("weight", "bias"): torch.zeros(32)})),

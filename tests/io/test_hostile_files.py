@@ -1,28 +1,34 @@
 """Hostile input: model folders that lead out of themselves, or hold what is no file.
 
-What is merely broken is in `test_bad_input.py`; its way of running and judging is used here.
+What is merely broken is in `test_bad_checkpoints.py`; `tests/support/spoilt.py` says what a case is.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from tests.commands.test_bad_input import (
+from tests.conftest import Family
+from tests.support.spoilt import (
     LAST,
     UP,
+    Case,
+    Spoil,
+    assert_case_refused,
     assert_refused,
+    both,
+    content,
+    moved_out,
     pickled,
     run,
     sharded,
 )
-from tests.conftest import Family
 from upit_merge.cli.main import main as upit_merge
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
@@ -43,74 +49,165 @@ def _no_hanging() -> Iterator[None]:
     signal.signal(signal.SIGALRM, previous)
 
 
-def assert_run_refused(family: Family, sentence: str, *options: str) -> None:
-    """`upit-merge run` gives one sentence and leaves the disk as it was."""
-    recipe = family.write_recipe(family.recipe())
-    before = sorted(family.root.rglob("*"))
-    assert_refused(run("upit-merge", recipe, family.root / "out", *options), sentence, family)
-    assert sorted(family.root.rglob("*")) == before
+# ---- what spoils a folder ------------------------------------------------------------------
 
 
-# ---- links ---------------------------------------------------------------------------------
-
-
-def moved_out(family: Family, name: str) -> None:
-    """Put a link in the place of a file of the last checkpoint, to a good copy outside it."""
-    path, outside = family.root / LAST / name, family.root / "outside"
-    outside.mkdir(exist_ok=True)
-    if path.exists():
-        path.rename(outside / name)
-    else:
-        (outside / name).write_text("{}")
-    path.symlink_to(Path(os.path.relpath(outside / name, path.parent)))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.safetensors",
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "merges.txt",
-        "chat_template.jinja",
-        "generation_config.json",
-        "README.md",
-    ],
-)
-def test_a_link_out_of_the_folder(family: Family, name: str) -> None:
-    """The copy outside is as good as the file was: only where it lies is wrong."""
-    moved_out(family, name)
-    assert_run_refused(
-        family,
-        f"{LAST}/{name} is a link to outside/{name}, outside its folder; copy the file there, or "
-        "link the whole folder.",
-    )
-
-
-@pytest.mark.parametrize("name", ["part-1.safetensors", "model.safetensors.index.json"])
-def test_a_link_among_shards(family: Family, name: str) -> None:
-    sharded(lambda folder, weight_map: None)(family)
-    moved_out(family, name)
-    assert_run_refused(family, f"{LAST}/{name} is a link to outside/{name}, outside its folder; …")
-
-
-def test_a_link_to_a_pickle(family: Family) -> None:
-    pickled()(family)
-    moved_out(family, "pytorch_model.bin")
-    sentence = f"{LAST}/pytorch_model.bin is a link to outside/pytorch_model.bin, outside …"
-    assert_run_refused(family, sentence, "--lazy-unpickle")
-
-
-def test_a_link_to_a_folder_of_templates(family: Family) -> None:
+def link_to_templates(family: Family) -> None:
     templates = family.root / "templates"
     templates.mkdir()
     (family.root / LAST / "additional_chat_templates").symlink_to(templates)
-    assert_run_refused(
-        family, f"{LAST}/additional_chat_templates is a link to templates, outside its folder; …"
-    )
+
+
+def pipe(path: str) -> Spoil:
+    def spoil(family: Family) -> None:
+        (family.root / path).unlink(missing_ok=True)
+        os.mkfifo(family.root / path)
+
+    return spoil
+
+
+def directory(path: str) -> Spoil:
+    def spoil(family: Family) -> None:
+        (family.root / path).unlink(missing_ok=True)
+        (family.root / path).mkdir()
+
+    return spoil
+
+
+def device(family: Family) -> None:
+    (family.root / LAST / "model.safetensors").unlink()
+    (family.root / LAST / "model.safetensors").symlink_to("/dev/zero")
+
+
+def terabyte(family: Family) -> None:
+    """A hole of this size costs its author nothing."""
+    with (family.root / LAST / "config.json").open("r+b") as file:
+        file.truncate(2**40)
+
+
+FILES = [
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "README.md",
+]
+NO_FILE = " is a pipe, socket or device, not a file; remove it."
+NO_WEIGHTS = f"Checkpoint {LAST} has no weights (model.safetensors or …) in …; give …"
+OUTSIDE = f"{LAST}/model.safetensors.index.json points outside its folder ("
+NAMES = f"{LAST}/model.safetensors.index.json names "
+
+INDEX_NAMES = [
+    ("/etc/passwd", f"{OUTSIDE}/etc/passwd); do not use this checkpoint."),
+    ("../part-0.safetensors", f"{OUTSIDE}../part-0.safetensors); …"),
+    ("sub/part-0.safetensors", f"{OUTSIDE}sub/part-0.safetensors); …"),
+    ("./part-0.safetensors", f"{OUTSIDE}./part-0.safetensors); …"),
+    ("..\\part-0.safetensors", f"{OUTSIDE}..\\part-0.safetensors); …"),
+    ("C:part-0.safetensors", f"{OUTSIDE}C:part-0.safetensors); …"),
+    ("//host/\x1b[2J\n" + "x" * 999, f"{OUTSIDE}//host/\\x1b[2J\\nxxx…xxx...); …"),
+    (".", f"{OUTSIDE}.); …"),
+    ("..", f"{OUTSIDE}..); …"),
+    ("", f"{NAMES}'' as a file; do not use this checkpoint."),
+    ("a\0b", f"{NAMES}'a\\x00b' as a file; …"),
+    ("part-0\n.safetensors", f"{NAMES}'part-0\\n.safetensors' as a file; …"),
+    ("x" * 300, f"{NAMES}'xxx…... as a file; …"),
+]
+
+as_shards = sharded(lambda folder, weight_map: None)
+
+CASES = [
+    # The copy outside is as good as the file was: only where it lies is wrong.
+    *(
+        Case(
+            f"link instead of {name}",
+            moved_out(f"{LAST}/{name}"),
+            f"{LAST}/{name} is a link to outside/{name}, outside its folder; copy the file there, "
+            "or link the whole folder.",
+        )
+        for name in FILES
+    ),
+    *(
+        Case(
+            f"link instead of {name}",
+            both(as_shards, moved_out(f"{LAST}/{name}")),
+            f"{LAST}/{name} is a link to outside/{name}, outside its folder; …",
+        )
+        for name in ("part-1.safetensors", "model.safetensors.index.json")
+    ),
+    Case(
+        "link to a pickle",
+        both(pickled(), moved_out(f"{LAST}/pytorch_model.bin")),
+        f"{LAST}/pytorch_model.bin is a link to outside/pytorch_model.bin, outside …",
+        ("--lazy-unpickle",),
+    ),
+    Case(
+        "link to a folder of templates",
+        link_to_templates,
+        f"{LAST}/additional_chat_templates is a link to templates, outside its folder; …",
+    ),
+    *(
+        Case(f"pipe instead of {name}", pipe(f"{LAST}/{name}"), f"{LAST}/{name}{NO_FILE}")
+        for name in (
+            "config.json",
+            "tokenizer_config.json",
+            "generation_config.json",
+            "README.md",
+        )
+    ),
+    Case("pipe instead of weights", pipe(f"{LAST}/model.safetensors"), NO_WEIGHTS),
+    Case("folder instead of weights", directory(f"{LAST}/model.safetensors"), NO_WEIGHTS),
+    Case("device instead of weights", device, NO_WEIGHTS),
+    Case(
+        "folder instead of config.json",
+        directory(f"{LAST}/config.json"),
+        f"{LAST}/config.json cannot be read (Is a directory); …",
+    ),
+    *(
+        Case(
+            f"{spoil.__name__} instead of a shard",
+            both(as_shards, spoil(f"{LAST}/part-1.safetensors")),
+            f"Checkpoint {LAST} lacks the shard part-1.safetensors that its …",
+        )
+        for spoil in (pipe, directory)
+    ),
+    Case(
+        "huge JSON",
+        terabyte,
+        f"{LAST}/config.json is too large for JSON of a model; copy or download it again.",
+    ),
+    *(
+        Case(
+            f"index names {name!r:.20}",
+            sharded(lambda _, weight_map, name=name: weight_map.update({UP: name})),
+            sentence,
+        )
+        for name, sentence in INDEX_NAMES
+    ),
+    Case(
+        "index of a pickle that is not used",
+        both(
+            pickled(),
+            content(f"{LAST}/pytorch_model.bin.index.json", lambda _: b'{"weight_map": 3}'),
+        ),
+        f"{LAST}/pytorch_model.bin.index.json has no usable weight_map; …",
+        ("--lazy-unpickle",),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_sentence_and_nothing_left(
+    case: Case, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_case_refused(case, family, monkeypatch)
+
+
+# ---- links, one by one ----------------------------------------------------------------------
 
 
 def test_a_link_in_an_output(family: Family) -> None:
@@ -182,101 +279,6 @@ def test_blobs_elsewhere_are_not_a_cache(cached: Path) -> None:
     cached.parents[1].rename(cached.parents[2] / "other")
     with pytest.raises(UpitError, match="outside its folder"):
         opened(cached.parents[2] / "other" / "snapshots" / cached.name)
-
-
-# ---- files that are none -------------------------------------------------------------------
-
-
-def pipe(name: str) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        os.mkfifo(folder / name)
-
-    return make
-
-
-def directory(name: str) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).mkdir()
-
-    return make
-
-
-NO_FILE = " is a pipe, socket or device, not a file; remove it."
-NO_WEIGHTS = f"Checkpoint {LAST} has no weights (model.safetensors or …) in …; give …"
-
-
-@pytest.mark.parametrize(
-    ("make", "sentence"),
-    [
-        (pipe("model.safetensors"), NO_WEIGHTS),
-        (directory("model.safetensors"), NO_WEIGHTS),
-        (pipe("config.json"), f"{LAST}/config.json{NO_FILE}"),
-        (directory("config.json"), f"{LAST}/config.json cannot be read (Is a directory); …"),
-        (pipe("tokenizer_config.json"), f"{LAST}/tokenizer_config.json{NO_FILE}"),
-        (pipe("generation_config.json"), f"{LAST}/generation_config.json{NO_FILE}"),
-        (pipe("README.md"), f"{LAST}/README.md{NO_FILE}"),
-    ],
-)
-def test_not_a_regular_file(make: Callable[[Path], None], sentence: str, family: Family) -> None:
-    make(family.checkpoints[-1])
-    assert_run_refused(family, sentence)
-
-
-@pytest.mark.parametrize("make", [pipe("part-1.safetensors"), directory("part-1.safetensors")])
-def test_a_shard_that_is_no_file(make: Callable[[Path], None], family: Family) -> None:
-    sharded(lambda folder, _: make(folder))(family)
-    assert_run_refused(family, f"Checkpoint {LAST} lacks the shard part-1.safetensors that its …")
-
-
-def test_a_device(family: Family) -> None:
-    (family.root / LAST / "model.safetensors").unlink()
-    (family.root / LAST / "model.safetensors").symlink_to("/dev/zero")
-    assert_run_refused(family, NO_WEIGHTS)
-
-
-def test_huge_json(family: Family) -> None:
-    """A hole of a terabyte costs its author nothing."""
-    with (family.root / LAST / "config.json").open("r+b") as file:
-        file.truncate(2**40)
-    assert_run_refused(
-        family, f"{LAST}/config.json is too large for JSON of a model; copy or download it again."
-    )
-
-
-OUTSIDE = f"{LAST}/model.safetensors.index.json points outside its folder ("
-NAMES = f"{LAST}/model.safetensors.index.json names "
-
-
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("/etc/passwd", f"{OUTSIDE}/etc/passwd); do not use this checkpoint."),
-        ("../part-0.safetensors", f"{OUTSIDE}../part-0.safetensors); …"),
-        ("sub/part-0.safetensors", f"{OUTSIDE}sub/part-0.safetensors); …"),
-        ("./part-0.safetensors", f"{OUTSIDE}./part-0.safetensors); …"),
-        ("..\\part-0.safetensors", f"{OUTSIDE}..\\part-0.safetensors); …"),
-        ("C:part-0.safetensors", f"{OUTSIDE}C:part-0.safetensors); …"),
-        ("//host/\x1b[2J\n" + "x" * 999, f"{OUTSIDE}//host/\\x1b[2J\\nxxx…xxx...); …"),
-        (".", f"{OUTSIDE}.); …"),
-        ("..", f"{OUTSIDE}..); …"),
-        ("", f"{NAMES}'' as a file; do not use this checkpoint."),
-        ("a\0b", f"{NAMES}'a\\x00b' as a file; …"),
-        ("part-0\n.safetensors", f"{NAMES}'part-0\\n.safetensors' as a file; …"),
-        ("x" * 300, f"{NAMES}'xxx…... as a file; …"),
-    ],
-)
-def test_names_in_an_index(name: str, sentence: str, family: Family) -> None:
-    sharded(lambda _, weight_map: weight_map.update({UP: name}))(family)
-    assert_run_refused(family, sentence)
-
-
-def test_the_index_of_a_pickle_that_is_not_used(family: Family) -> None:
-    pickled()(family)
-    (family.root / LAST / "pytorch_model.bin.index.json").write_text('{"weight_map": 3}')
-    sentence = f"{LAST}/pytorch_model.bin.index.json has no usable weight_map; …"
-    assert_run_refused(family, sentence, "--lazy-unpickle")
 
 
 @pytest.mark.parametrize(
