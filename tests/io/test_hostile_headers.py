@@ -215,6 +215,18 @@ def test_code_of_a_tokenizer(
         assert_refused(result, "The tokenizer in … cannot be loaded (…); check its files.", family)
 
 
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{{ messages.clear() }}"])
+def test_code_in_a_chat_template(template: str, family: Family) -> None:
+    """transformers renders templates in a sandbox."""
+    (family.root / LAST / "chat_template.jinja").write_text(template)
+    conversation = {"messages": [{"role": "user", "content": "a"}]}
+    (family.root / "seed.jsonl").write_text(json.dumps(conversation))
+    recipe = family.recipe(router={"data": str(family.root / "seed.jsonl")})
+    result = run("upit-merge", family.write_recipe(recipe), family.root / "out")
+    sentence = "…seed.jsonl line 1 does not fit the tokenizer's chat template (… unsafe…); change …"
+    assert_refused(result, sentence, family)
+
+
 # ---- tokenizers ----------------------------------------------------------------------------
 
 

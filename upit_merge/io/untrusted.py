@@ -3,8 +3,8 @@
 Here is what every reader shares: where a file of a model's folder may lie, how much JSON is read,
 which names of files and tensors are taken. What only one reader needs stays beside it:
 
-* `errors.one_line`, `errors.shown`: text of a file inside a message: one line, no control
-  characters, not too long;
+* `errors.py`: `UpitError`, `one_line`, `shown`: text of a file inside a message: one line, no
+  control characters, not too long;
 * `io/safetensors_file.py`: headers that promise more than the file holds, or shapes without end;
 * `io/pickle_file.py`: pickles of nothing but tensors, unpickled with `weights_only`;
 * `io/checkpoint.py`: pickles only if the user allows them, every tensor the index promises;
@@ -12,9 +12,9 @@ which names of files and tensors are taken. What only one reader needs stays bes
 * `config/yaml_file.py`, `config/explain.py`: YAML without tags that run code, aliases and merge
   keys that grow without end, keys given twice, numbers too long to print;
 * `config/fields.py`: names without control characters;
-* `models/dense.check_counts`: counts that a `config.json` promises and the tensors do not keep;
+* `models/dense.py`: `check_counts`: counts that a `config.json` promises and the tensors do not keep;
 * `models/lora/config.py`: patterns that would take for ever to match;
-* `models/tokenizer.load_tokenizer`: a tokenizer's code only if the user allows it;
+* `models/tokenizer.py`: `load_tokenizer`: a tokenizer's code only if the user allows it;
 * `data/examples.py`: records of the wrong kind, text that is no Unicode;
 * `output/staging.py`, `output/lock.py`: what an earlier report, or a run that was cut off, wants
   removed, and links among our hidden files;
