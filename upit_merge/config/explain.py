@@ -21,7 +21,7 @@ _MAX_BITS = 128  # of a whole number: seeds have 63
 
 
 def check_yaml_size(document: Any, source: str) -> None:
-    """Refuse what could not be validated, or quoted in a message, in reasonable time.
+    """Check that a document can be validated, and quoted in a message, in reasonable time.
 
     Raises:
         UpitError: with its aliases written out the document is huge or endless, or it has a number
@@ -48,7 +48,7 @@ def check_yaml_size(document: Any, source: str) -> None:
 
 
 def explain(error: ValidationError, document: Mapping[str, Any], blocks: Blocks) -> str:
-    """One sentence, without its full stop, for the most telling of pydantic's findings."""
+    """Return a sentence, without its full stop, for the most telling of pydantic's findings."""
     details = error.errors()
     # A union reports every branch it tried; an unknown key says more than a failed branch.
     detail = next((d for d in details if d["type"] == "extra_forbidden"), None)
@@ -76,7 +76,7 @@ def _is_mapping_for_word(detail: Any) -> bool:
 
 
 def _hint(key: str, location: list[int | str], blocks: Blocks) -> str:
-    """What the writer of an unknown key may have meant."""
+    """Say what the writer of an unknown key may have meant."""
     path = ".".join(part for part in location if isinstance(part, str))
     known = list((blocks.get(path) or blocks.get("density") or blocks[""]).model_fields)
     # `num-experts` and `Num_Experts` are as close to a key as can be.
@@ -112,12 +112,12 @@ _EXPECTED = {
 
 
 def _field(location: list[int | str]) -> str:
-    """The innermost named key of a path; the entries of a list share their list's name."""
+    """Return the innermost named key of a path; the entries of a list share their list's name."""
     return next((part for part in reversed(location) if isinstance(part, str)), "")
 
 
 def _location(detail: Any, document: Any) -> list[int | str]:
-    """Where in the document a finding is; pydantic mixes names of union branches into its path."""
+    """Find where in the document a finding is; pydantic mixes names of union branches into its path."""
     location: list[int | str] = []
     for part in detail["loc"]:
         inside = isinstance(document, Mapping) and part in document

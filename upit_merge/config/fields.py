@@ -21,7 +21,7 @@ Number = StrictInt | StrictFloat
 
 
 def _without_controls(text: str) -> str:
-    """Names of models, files and datasets are quoted in messages, each of them one line."""
+    """Check a name of a model, file or dataset: it is quoted in messages of one line."""
     if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029]", text):
         raise PydanticCustomError("control_characters", "control characters")
     return text
@@ -31,7 +31,7 @@ Name = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_control
 
 
 def as_number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as a string; mergekit accepts it as a number, and so do we."""
+    """Convert `1e-3`, which YAML 1.1 reads as a string; mergekit takes it for a number too."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value.strip()):
         return float(value)
     return value
@@ -41,6 +41,13 @@ PositiveNumber = Annotated[
     StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)],
     BeforeValidator(as_number),
     Field(gt=0),
+]
+
+
+NotNegative = Annotated[
+    StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)],
+    BeforeValidator(as_number),
+    Field(ge=0),
 ]
 
 

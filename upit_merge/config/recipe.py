@@ -13,7 +13,6 @@ from pydantic import (
     BeforeValidator,
     Field,
     StrictBool,
-    StrictFloat,
     StrictInt,
     StrictStr,
     ValidationError,
@@ -21,7 +20,7 @@ from pydantic import (
 )
 
 from upit_merge.config.explain import check_yaml_size, explain
-from upit_merge.config.fields import Name, Number, Strict, as_number
+from upit_merge.config.fields import Name, NotNegative, Number, Strict, as_number
 from upit_merge.config.router import ByColumn, Refinement, RouterSettings, UpitObjective
 from upit_merge.config.yaml_file import parse_yaml, read_yaml_text
 from upit_merge.errors import UpitError, shown
@@ -31,11 +30,6 @@ METHOD = "upit"
 
 Share = Annotated[Number, BeforeValidator(as_number), Field(gt=0, le=1)]
 PartialShare = Annotated[Number, BeforeValidator(as_number), Field(ge=0, lt=1)]
-NotNegative = Annotated[
-    StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)],
-    BeforeValidator(as_number),
-    Field(ge=0),
-]
 DensityValue = Share | Annotated[list[Share], Field(min_length=1)]
 
 
@@ -261,7 +255,7 @@ router:
 
     @property
     def output_dtype(self) -> torch.dtype | None:
-        """The dtype asked for, or None for the base model's."""
+        """Return the dtype asked for, or None for the base model's."""
         name = self.out_dtype or self.dtype
         return getattr(torch, name) if name else None
 
@@ -270,7 +264,7 @@ router:
         return self.parameters.seed
 
     def with_seed(self, seed: int | None) -> Recipe:
-        """The same recipe with another seed, if one is given."""
+        """Return the same recipe with another seed, if one is given."""
         if seed is None:
             return self
         parameters = self.parameters.model_copy(update={"seed": seed})
@@ -330,7 +324,7 @@ def parse_recipe(document: Any, source: str = "the recipe") -> Recipe:
 
 
 def load_recipe(path: Path) -> tuple[Recipe, str]:
-    """Read and validate a recipe file; returns it with its source text.
+    """Read and validate a recipe file; return it with its source text.
 
     Raises:
         UpitError: the file cannot be read, is not YAML, or is not a valid recipe.

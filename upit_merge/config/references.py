@@ -38,12 +38,12 @@ def expand_models(entries: Iterable[ModelEntry]) -> list[ModelEntry]:
 
 
 def _matches(pattern: str) -> list[str]:
-    """The folders a glob matches, or the one without magic, in step order."""
-    found = glob.glob(os.path.expanduser(pattern), recursive=True)
-    return sorted(filter(os.path.isdir, found), key=_natural)
+    """Return the folders a glob matches, or the one without magic, in step order."""
+    paths = glob.glob(os.path.expanduser(pattern), recursive=True)
+    return sorted(filter(os.path.isdir, paths), key=_natural)
 
 
 def _natural(path: str) -> list[tuple[int, int, str]]:
-    """Sort key that compares runs of digits as numbers."""
+    """Return a sort key that compares runs of digits as numbers."""
     parts = re.split(r"(\d+)", path)
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from upit_merge.config.fields import Name, Number, PositiveNumber, Strict, as_number
+from upit_merge.config.fields import Name, NotNegative, Number, PositiveNumber, Strict, as_number
 
 # Router settings that decide how much is computed at a time, but not what.
 NO_MATTER = ("batch_tokens", "memory_gb")
@@ -33,9 +33,9 @@ class ByColumn(Strict):
 
 
 def _assignment(value: Any) -> Any:
-    """`column: NAME` may be written as one text too, as on the command line."""
-    if isinstance(value, str) and (found := re.fullmatch(r"column:\s*(\S.*)", value.strip())):
-        return {"column": found[1]}
+    """Accept `column: NAME` as one text too, as on the command line."""
+    if isinstance(value, str) and (match := re.fullmatch(r"column:\s*(\S.*)", value.strip())):
+        return {"column": match[1]}
     return value
 
 
@@ -80,11 +80,7 @@ class Refinement(Strict):
         0.02, description="Learning rate, relative to the size of the gates' entries."
     )
     tokens: StrictInt = Field(8192, ge=2, description="Seed tokens per step.")
-    balance: Annotated[
-        StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)],
-        BeforeValidator(as_number),
-        Field(ge=0),
-    ] = Field(0.01, description="Weight of the load-balancing loss.")
+    balance: NotNegative = Field(0.01, description="Weight of the load-balancing loss.")
 
 
 class RouterSettings(Strict):
@@ -160,12 +156,12 @@ refine: {steps: 100}
 
     @property
     def column(self) -> str | None:
-        """The column of the data that assigns its samples, if one does."""
+        """Return the column of the data that assigns its samples, if one does."""
         return self.assign.column if isinstance(self.assign, ByColumn) else None
 
     @property
     def router_stream(self) -> Literal["mean", "expert"]:
-        """Whose hidden states the gates are fitted to."""
+        """Return whose hidden states the gates are fitted to."""
         return self.stream or ("expert" if self.objective == "upit" else "mean")
 
     @property

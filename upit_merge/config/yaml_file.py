@@ -16,7 +16,7 @@ _VALUE_TAG = "tag:yaml.org,2002:value"
 
 
 def read_yaml_text(path: Path, what: str) -> str:
-    """The text of a file.
+    """Read the text of a file, as far as a recipe may be long.
 
     Args:
         what: What the file is, for messages.
@@ -117,7 +117,7 @@ def _refusal(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """What YAML text says.
+    """Parse YAML text.
 
     Args:
         source: How to call it in messages, e.g. its path.

@@ -58,7 +58,7 @@ class Checkpoint:
         self._check_complete()
 
     def _check_complete(self) -> None:
-        """Every tensor the index promises must be in the files."""
+        """Check that every tensor the index promises is in the files."""
         for index in (WEIGHT_INDEX, PICKLE_INDEX):
             path = self.folder / index
             if path.is_file() and not (self.folder / WEIGHT_FILE).is_file():
@@ -72,23 +72,23 @@ class Checkpoint:
                 return
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor in its stored dtype, on the CPU."""
+        """Return rows [start, stop) of a tensor in its stored dtype, on the CPU."""
         return self._owner[name].rows(name, start, stop)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor in its stored dtype, on the CPU."""
+        """Return a whole tensor in its stored dtype, on the CPU."""
         return self.rows(name, 0, self.specs[name].shape[0])
 
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """Return the file that holds a tensor."""
         return self._owner[name].path
 
     def files(self) -> list[Path]:
-        """The files that decide its weights."""
+        """Return the files that decide its weights."""
         return [self.folder / "config.json", *(file.path for file in self._files)]
 
     def small_file(self, name: str) -> Path:
-        """Where a file of its settings is, if it has one."""
+        """Return where a file of its settings is, if it has one."""
         return self.folder / name
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ def _weight_files(
 
 
 def _weight_map(label: str, index: Path) -> dict[str, str]:
-    """Which tensor an index says to be in which file."""
+    """Return which tensor an index says to be in which file."""
     weight_map = read_json(index, f"checkpoint {label}").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise UpitError(f"{index} has no usable weight_map; copy or download it again.")

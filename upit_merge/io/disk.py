@@ -41,6 +41,7 @@ def _out_of_memory() -> ResumableError:
 
 
 def explained(error: OSError, out: Path) -> ResumableError:
+    """Return the sentence for what the operating system refused, as an error to raise."""
     if error.errno == errno.ENOSPC:
         return ResumableError(
             f"The disk of {out} is full; free some space and run the same command again."
@@ -61,7 +62,7 @@ def reserve(path: Path, num_bytes: int) -> None:
     """Create a file whose bytes are really there.
 
     Raises:
-        UpitError: the disk is full.
+        ResumableError: the disk is full.
     """
     chunk = bytes(1 << 20)
     try:
@@ -77,13 +78,13 @@ def reserve(path: Path, num_bytes: int) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a folder, which need not exist yet."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
 
 def missing_space(folder: Path, num_bytes: int, what: str) -> str | None:
-    """A sentence if the disk of a folder has not that many bytes free."""
+    """Return a sentence if the disk of a folder has not that many bytes free."""
     free = free_bytes(folder)
     if free >= num_bytes:
         return None
@@ -94,7 +95,7 @@ def missing_space(folder: Path, num_bytes: int, what: str) -> str | None:
 
 
 def check_space(folder: Path, num_bytes: int, what: str) -> None:
-    """Refuse work that cannot fit the disk, before it starts.
+    """Check that work fits the disk, before it starts.
 
     Raises:
         ResumableError: naming what is needed and what is free.

@@ -21,23 +21,6 @@ _HUB_PATTERNS = (
 )
 
 
-def split_reference(reference: str) -> tuple[str, str | None]:
-    """A model's reference as (model, None), or as (base, adapter) if it is `BASE+ADAPTER`.
-
-    A folder is taken as it is, whatever its name; the base is the longest part that is a folder.
-    """
-    plus = [index for index, character in enumerate(reference) if character == "+"]
-    if not plus or is_folder(reference):
-        return reference, None
-    folders = [index for index in plus if is_folder(reference[:index])]
-    at = folders[-1] if folders else plus[0]
-    return reference[:at], reference[at + 1 :]
-
-
-def is_folder(reference: str) -> bool:
-    return os.path.isdir(os.path.expanduser(reference))
-
-
 @dataclass(frozen=True)
 class OpenOptions:
     """How checkpoints may be opened.
@@ -53,6 +36,24 @@ class OpenOptions:
     trust_remote_code: bool = False
 
 
+def split_reference(reference: str) -> tuple[str, str | None]:
+    """Split a model's reference into (model, None), or (base, adapter) if it is `BASE+ADAPTER`.
+
+    A folder is taken as it is, whatever its name; the base is the longest part that is a folder.
+    """
+    plus = [index for index, character in enumerate(reference) if character == "+"]
+    if not plus or is_folder(reference):
+        return reference, None
+    folders = [index for index in plus if is_folder(reference[:index])]
+    at = folders[-1] if folders else plus[0]
+    return reference[:at], reference[at + 1 :]
+
+
+def is_folder(reference: str) -> bool:
+    """Whether a model reference is a local folder that is there."""
+    return os.path.isdir(os.path.expanduser(reference))
+
+
 def looks_like_path(reference: str) -> bool:
     """Whether a model reference can only mean a local folder, never a Hub id."""
     return (
@@ -63,7 +64,7 @@ def looks_like_path(reference: str) -> bool:
 
 
 def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -> Path:
-    """The local folder of a checkpoint, downloading a Hub id (`owner/name[@revision]`) if needed.
+    """Return a checkpoint's local folder; downloads a Hub id (`owner/name[@revision]`) if needed.
 
     Raises:
         UpitError: there is no such folder, or the Hub has no such model or cannot be reached.

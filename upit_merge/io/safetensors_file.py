@@ -40,7 +40,7 @@ class SafetensorsFile:
         self.specs = {name: location.spec for name, location in self._locations.items()}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor, in its stored dtype, shape (stop - start, ...)."""
+        """Return rows [start, stop) of a tensor, in its stored dtype, shape (stop - start, ...)."""
         location = self._locations[name]
         spec = location.spec
         rows = torch.empty((stop - start, *spec.shape[1:]), dtype=spec.dtype)
@@ -66,7 +66,7 @@ def patch_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _header_locations(path: Path) -> dict[str, Location]:
-    """Where every tensor of the file lies.
+    """Find where every tensor of the file lies.
 
     Raises:
         UpitError: the file is truncated or corrupt, or a tensor is not a floating-point one or has
@@ -106,7 +106,7 @@ def _header_locations(path: Path) -> dict[str, Location]:
 
 
 def _data_offsets(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
-    """Where the data begins, and first and last byte of every tensor in it.
+    """Find where the data begins, and first and last byte of every tensor in it.
 
     The library, which has accepted the header, does not tell offsets in all its releases. It also
     accepts spellings that nothing writes, such as a list in place of an entry's mapping.

@@ -67,7 +67,7 @@ def plan_shards(
 
 
 def shard_index(shards: Iterable[Shard]) -> dict[str, object]:
-    """The content of `model.safetensors.index.json`."""
+    """Return the content of `model.safetensors.index.json`."""
     shards = list(shards)
     return {
         "metadata": {"total_size": sum(shard.num_bytes for shard in shards)},
@@ -136,7 +136,7 @@ class ShardWriter:
         return self._rows_left.get(name, 0) > 0
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype a tensor is written in."""
+        """Return the dtype a tensor is written in."""
         return self._locations[name][1].spec.dtype
 
     def write(self, name: str, start: int, rows: torch.Tensor) -> None:

@@ -8,9 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from upit_merge.io.tensor_file import (
-    TensorSpec,
-)
+from upit_merge.io.tensor_file import TensorSpec
 
 
 class TensorSource(Protocol):
@@ -26,7 +24,7 @@ class TensorSource(Protocol):
     def specs(self) -> Mapping[str, TensorSpec]: ...
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor on the CPU, in its stored dtype or a wider one."""
+        """Return a whole tensor on the CPU, in its stored dtype or a wider one."""
 
 
 class DenseModel(TensorSource, Protocol):
@@ -40,12 +38,12 @@ class DenseModel(TensorSource, Protocol):
     def config(self) -> dict[str, Any]: ...
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor on the CPU, in its stored dtype or a wider one."""
+        """Return rows [start, stop) of a tensor on the CPU, in its stored dtype or a wider one."""
 
     def files(self) -> list[Path]:
-        """The files that decide its weights."""
+        """Return the files that decide its weights."""
 
     def small_file(self, name: str) -> Path:
-        """Where a file of its settings is, if it has one."""
+        """Return where a file of its settings is, if it has one."""
 
     def close(self) -> None: ...

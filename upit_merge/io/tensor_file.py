@@ -107,17 +107,17 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 
 def raw_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
-    """The bytes of a tensor, cast to a dtype, as a file holds them."""
+    """Return the bytes of a tensor, cast to a dtype, as a file holds them."""
     return tensor_memory(tensor.to(device="cpu", dtype=dtype).contiguous())
 
 
 def tensor_memory(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's own memory, as bytes; what is written there is in the tensor."""
+    """Return a contiguous CPU tensor's own memory; what is written there is in the tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def row_blocks(spec: TensorSpec, max_elements: int) -> Iterator[tuple[int, int]]:
-    """Row ranges [start, stop) that cover a tensor in blocks of about `max_elements`."""
+    """Yield row ranges [start, stop) that cover a tensor in blocks of about `max_elements`."""
     rows = spec.shape[0]
     per_row = max(1, spec.numel // max(1, rows))
     step = max(1, max_elements // per_row)
