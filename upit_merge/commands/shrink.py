@@ -62,14 +62,14 @@ def shrink_output(
         _check_number(out, model, num_experts)
         check_router_memory(model, stage.lengths, settings, out, evaluated=True)
         with edit.interruptible("the model is as it was"):
-            found = routing_statistics(stage)
-            groups = _groups(found, num_experts)
+            statistics = routing_statistics(stage)
+            groups = _groups(statistics, num_experts)
             gates = mean_gates(moe, model.architecture, groups)
             shrunk = ShrunkMixture(moe, model.architecture, groups, gates)
             names = model.format.gate_names(model.num_layers)
             layout = shrunk_layout(moe, shrunk, names, options.max_shard_bytes)
             write_model(edit.emptied(), layout, shrunk, {}, quiet=options.quiet)
-            record = _record(model, found, groups, stage)
+            record = _record(model, statistics, groups, stage)
             record["extensions"] = len(before.get("extensions", []))
             changes: dict[str, Any] = {
                 "shrunk": [*before.get("shrunk", []), record],
@@ -83,7 +83,7 @@ def shrink_output(
             edit.put_into_place(identity, obsolete)
     if not options.quiet:
         print(stage.seeds.summary())
-        show(_table(groups, found))
+        show(_table(groups, statistics))
         print(
             f"{out} has {num_experts} experts per layer instead of {model.num_experts}. Its gates "
             "are means of the old ones; `upit-merge router` fits them anew."
@@ -104,10 +104,10 @@ def _check_number(out: Path, model: LayerwiseMixture, num_experts: int) -> None:
         )
 
 
-def _groups(found: RoutingStatistics, num_experts: int) -> list[list[Group]]:
+def _groups(statistics: RoutingStatistics, num_experts: int) -> list[list[Group]]:
     return [
         group_experts(chosen, products, num_experts)
-        for chosen, products in zip(found.chosen, found.products, strict=True)
+        for chosen, products in zip(statistics.counts.chosen, statistics.products, strict=True)
     ]
 
 
@@ -125,7 +125,7 @@ def mean_gates(moe: Checkpoint, architecture: MixtureArchitecture, groups: Group
 
 
 def _record(
-    model: LayerwiseMixture, found: RoutingStatistics, groups: Groups, stage: RouterStage
+    model: LayerwiseMixture, statistics: RoutingStatistics, groups: Groups, stage: RouterStage
 ) -> dict[str, Any]:
     return {
         "from": model.num_experts,
@@ -133,18 +133,18 @@ def _record(
         "settings": stage.settings.model_dump(mode="json"),
         "seed": stage.seed,
         "data": stage.seeds.to_report(),
-        "shares": [[round(share, 6) for share in row] for row in found.shares.tolist()],
+        "shares": [[round(share, 6) for share in row] for row in statistics.counts.shares.tolist()],
         "groups": [[list(group.members) for group in row] for row in groups],
     }
 
 
-def _table(groups: Sequence[Sequence[Group]], found: RoutingStatistics) -> Table:
+def _table(groups: Sequence[Sequence[Group]], statistics: RoutingStatistics) -> Table:
     table = Table(title="Experts that became one, the dominant first", title_justify="left")
     table.add_column("layer", justify="right")
     table.add_column("groups", overflow="fold")
     for layer, row in enumerate(groups):
         parts = [
-            " + ".join(f"{m} ({found.shares[layer, m]:.0%})" for m in group.members)
+            " + ".join(f"{m} ({statistics.counts.shares[layer, m]:.0%})" for m in group.members)
             for group in row
         ]
         table.add_row(str(layer), " | ".join(parts))

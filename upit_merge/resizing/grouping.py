@@ -1,8 +1,9 @@
-"""Which experts become one: routing statistics in, groups out (MC-SMoE, arXiv 2310.01334)."""
+"""Choose which experts become one: routing statistics in, groups out (MC-SMoE, arXiv 2310.01334)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,41 +11,40 @@ from torch import Tensor
 from upit_merge.engine.hidden_states import Batch
 from upit_merge.merge.similarity import cosine
 from upit_merge.resizing.sources import Group
-from upit_merge.router.evaluation import swept
+from upit_merge.router.counts import RoutingCounts
+from upit_merge.router.evaluation import Routing, swept
 from upit_merge.router.stage import RouterStage
 
 
+@dataclass(frozen=True)
 class RoutingStatistics:
     """What a router does, layer by layer.
 
     Attributes:
-        chosen: How many tokens an expert was among the chosen for, float64,
-            (num_layers, num_experts).
+        counts: Where it sends tokens.
         products: Inner products over all tokens of the experts' router logits, float64,
             (num_layers, num_experts, num_experts).
     """
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        self.chosen = torch.zeros(num_layers, num_experts, dtype=torch.float64)
-        self.products = torch.zeros(num_layers, num_experts, num_experts, dtype=torch.float64)
-
-    def count(self, layer: int, _batch: Batch, logits: Tensor, chosen: Tensor) -> None:
-        """To be told of every batch, see `AssembledMixture.sweep`."""
-        wide = logits.double().cpu()
-        self.products[layer] += wide.T @ wide
-        self.chosen[layer] += torch.bincount(chosen.flatten().cpu(), minlength=wide.shape[1])
-
-    @property
-    def shares(self) -> Tensor:
-        """Share of the routed places each expert has, (num_layers, num_experts)."""
-        return self.chosen / self.chosen.sum(1, keepdim=True)
+    counts: RoutingCounts
+    products: Tensor
 
 
 def routing_statistics(stage: RouterStage) -> RoutingStatistics:
     """Push the stage's samples through the mixture and look at its router."""
-    found = RoutingStatistics(stage.model.num_layers, stage.model.num_experts)
-    with swept(stage, found.count, "routing"):
-        return found
+    model, samples = stage.model, stage.seeds.samples
+    routing = Routing(len(samples), model.num_layers, model.num_experts)
+    count = routing.counter(samples)
+    shape = (model.num_layers, model.num_experts, model.num_experts)
+    products = torch.zeros(shape, dtype=torch.float64)
+
+    def look(layer: int, batch: Batch, logits: Tensor, chosen: Tensor) -> None:
+        count(layer, batch, logits, chosen)
+        wide = logits.double().cpu()
+        products[layer] += wide.T @ wide
+
+    with swept(stage, look, "routing"):
+        return RoutingStatistics(routing.counts(stage.everything), products)
 
 
 def group_experts(chosen: Tensor, products: Tensor, num_groups: int) -> list[Group]:

@@ -16,12 +16,10 @@ from upit_merge.engine.assembled import AssembledMixture, RoutingCallback
 from upit_merge.engine.hidden_states import Batch, PackedStates
 from upit_merge.errors import UpitError, one_line
 from upit_merge.router.buckets import Buckets
+from upit_merge.router.counts import RoutingCounts
 from upit_merge.router.stage import RouterStage
 
 ALL = "all"  # the name of the group of all samples, unless a group has it
-
-# Of an even share of the tokens: an expert that gets less in a layer is called dead there.
-DEAD_SHARE = 0.1
 
 
 class Routing:
@@ -31,16 +29,13 @@ class Routing:
         chosen: How many of a sample's tokens each expert was among the chosen for, float64,
             (num_samples, num_layers, num_experts).
         first: How many it was the first choice for.
-        probability: Sum of its softmax probabilities.
-        entropy: Sum over a sample's tokens of the entropy of these, nats,
+        entropy: Sum over a sample's tokens of their routing probabilities' entropy, nats,
             (num_samples, num_layers).
     """
 
     def __init__(self, num_samples: int, num_layers: int, num_experts: int) -> None:
         shape = (num_samples, num_layers, num_experts)
-        self.chosen, self.first, self.probability = (
-            torch.zeros(shape, dtype=torch.float64) for _ in range(3)
-        )
+        self.chosen, self.first = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
         self.entropy = torch.zeros(shape[:2], dtype=torch.float64)
 
     def counter(self, samples: Sequence[TokenizedSample]) -> RoutingCallback:
@@ -56,15 +51,20 @@ class Routing:
             top = torch.zeros_like(probabilities).scatter_(1, chosen[:, :1], 1.0)
             self.chosen[:, layer].index_add_(0, owner, hits)
             self.first[:, layer].index_add_(0, owner, top)
-            self.probability[:, layer].index_add_(0, owner, probabilities)
             self.entropy[:, layer].index_add_(0, owner, entropies)
 
         return count
 
     def summed(self, total: Callable[[Tensor], Tensor]) -> None:
         """Add up what several processes have counted."""
-        for name in ("chosen", "first", "probability", "entropy"):
+        for name in ("chosen", "first", "entropy"):
             setattr(self, name, total(getattr(self, name)))
+
+    def counts(self, members: Sequence[int]) -> RoutingCounts:
+        """Return what the router did with some samples."""
+        rows = list(members)
+        tokens = self.first[rows].sum((0, 2))
+        return RoutingCounts(self.chosen[rows].sum(0), self.entropy[rows].sum(0), tokens)
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,11 @@ class Evaluation:
 
     def shares(self, members: Sequence[int]) -> Tensor:
         """Share of the routed places each expert has, (num_layers, num_experts); rows sum to 1."""
-        counts = self.routing.chosen[list(members)].sum(0)
-        return counts / counts.sum(1, keepdim=True)
+        return self.routing.counts(members).shares
 
     def dead(self) -> list[tuple[int, int]]:
         """(layer, expert) where an expert gets less than a tenth of an even share."""
-        shares = self.shares(range(len(self.samples)))
-        found = (shares < DEAD_SHARE / shares.shape[1]).nonzero().tolist()
-        return [(layer, expert) for layer, expert in found]
+        return self.routing.counts(range(len(self.samples))).dead()
 
     def agreement(self) -> dict[str, float] | None:
         """How often the router's choice is the expert that predicts the sample best.
@@ -155,12 +152,7 @@ class Evaluation:
 
     def entropy(self, members: Sequence[int]) -> dict[str, float]:
         """Normalised to 0 … 1, mean over layers: of a token's probabilities, and of the shares."""
-        shares = self.shares(members)
-        most = math.log(max(2, shares.shape[1]))
-        tokens = sum(len(self.samples[index].input_ids) for index in members)
-        of_tokens = self.routing.entropy[list(members)].sum(0) / tokens
-        of_shares = -(shares * shares.clamp(min=1e-30).log()).sum(1)
-        return {"token": float(of_tokens.mean()) / most, "load": float(of_shares.mean()) / most}
+        return self.routing.counts(members).mean_entropy()
 
     def experts_alone(self, members: Sequence[int]) -> list[float] | None:
         """Every expert's perplexity as a dense model."""

@@ -1,15 +1,14 @@
-"""What a mixture's routers do while it is trained."""
+"""Balancing and counting what a mixture's routers do while it is trained."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from upit_merge.router.evaluation import DEAD_SHARE
+from upit_merge.router.counts import RoutingCounts
 
 
 def load_balancing_loss(
@@ -125,7 +124,7 @@ class RoutingMonitor:
 
 
 def routing_metrics(sums: Tensor) -> dict[str, float]:
-    """What is logged of the routing.
+    """Return what is logged of the routing.
 
     Args:
         sums: As `RoutingMonitor.take` gives them, of all processes together.
@@ -136,13 +135,10 @@ def routing_metrics(sums: Tensor) -> dict[str, float]:
         log(num_experts), so that 1 is even. `dead_experts`: how many of all layers' experts get
         less than a tenth of an even share.
     """
-    counts, entropy, tokens = sums[:, :-2], sums[:, -2], sums[:, -1]
-    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    experts = shares.shape[1]
-    scale = math.log(experts) if experts > 1 else 1.0
-    load = -torch.special.xlogy(shares, shares).sum(-1)
+    counts = RoutingCounts(sums[:, :-2], sums[:, -2], sums[:, -1])
+    entropy = counts.mean_entropy()
     return {
-        "routing_entropy": float((entropy / tokens.clamp(min=1)).mean()) / scale,
-        "load_entropy": float(load.mean()) / scale,
-        "dead_experts": int((shares < DEAD_SHARE / experts).sum()),
+        "routing_entropy": entropy["token"],
+        "load_entropy": entropy["load"],
+        "dead_experts": len(counts.dead()),
     }
