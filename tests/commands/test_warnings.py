@@ -10,12 +10,12 @@ from pathlib import Path
 import yaml
 
 from tests.conftest import build_family
-from tests.lora import save_adapter
+from tests.support.lora import save_adapter
 
 # All commands in one process, as a shell would start them; a warning is shown once per place.
 DRIVER = """
 import json, sys
-from upit_merge.cli import main
+from upit_merge.cli.main import main
 for arguments in json.loads(sys.argv[1]):
     print("$", *arguments, file=sys.stderr, flush=True)
     main(arguments, standalone_mode=False)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from upit_merge.config.yaml_file import parse_yaml
 from upit_merge.errors import UpitError
-from upit_merge.yaml_files import parse_yaml
 
 # `x` of each text is what is looked at.
 FIRST = "first: &first {density: 0.1, seed: 1}\n"
