@@ -161,7 +161,7 @@ def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrain
             optimiser from there, but the weights of a mixture only in part: it looks for experts
             under the names they have in memory, which are others in files. So they are read here.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, set_seed
     from trl import get_peft_config, get_quantization_config
 
     training, model = job.training, job.model
@@ -173,6 +173,7 @@ def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrain
     }
     training.disable_tqdm = True  # there is a bar of our own
     training.include_num_input_tokens_seen = "non_padding"
+    set_seed(training.seed)  # TRL below 1.15 draws an adapter's first weights without
     try:
         complete = newest is not None and has_any(newest, SAFE_WEIGHTS)
         trainer = ExpertTrainer(

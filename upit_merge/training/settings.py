@@ -133,6 +133,9 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> FinetuneJob:
     if not torch.accelerator.is_available() and not {"bf16", "fp16"} & {*document}:
         # TRL's default, mixed precision, is an error where there is nothing to be quick on.
         overrides = ["--bf16", "false", *overrides]
+    if "loss_type" not in document:
+        # The default of TRL below 1.15 replaces the mixture's forward, and its balance with it.
+        overrides = ["--loss_type", "nll", *overrides]
     own, training, model, data, script = _parsed(blocks, path, overrides)
     job = FinetuneJob(own=own, training=training, model=model, data=data, script=script)
     modules = model.lora_target_modules
