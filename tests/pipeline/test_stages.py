@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.conftest import Family
 from upit_merge.errors import UpitError
@@ -239,6 +242,19 @@ def test_mistakes_are_found_before_anything_is_trained(
         run_pipeline(written(**keys), quiet=True)
     assert "\n" not in caught.value.message
     assert not (tmp_path / "run" / "prepare").exists()
+
+
+def test_a_base_in_bin_files_is_refused_before_anything_is_trained(
+    written: Written, four: Family, tmp_path: Path
+) -> None:
+    """Training would read it, and the merge after that would not."""
+    base = tmp_path / "pickled"
+    shutil.copytree(four.base, base)
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UpitError, match=r"run.yml: base_model is .*pickled', whose weights are in "):
+        run_pipeline(written(base_model=str(base)), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_but_its_own_is_removed(written: Written, tmp_path: Path) -> None:

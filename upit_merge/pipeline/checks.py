@@ -9,8 +9,8 @@ from typing import Any
 
 from upit_merge.config.router import ByColumn
 from upit_merge.data.examples import read_seed_data
-from upit_merge.errors import UpitError
-from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.errors import UpitError, shown
+from upit_merge.io.checkpoint import PICKLED_WEIGHTS, SAFE_WEIGHTS, Checkpoint, has_any
 from upit_merge.io.hub import OpenOptions, resolve
 from upit_merge.models.dense import read_dense_config
 from upit_merge.models.formats import PROJECTIONS
@@ -29,7 +29,7 @@ def check_pipeline(pipeline: Pipeline) -> None:
     if pipeline.out.is_file():
         raise UpitError(f"{pipeline.source}: output is {pipeline.out}, a file; name a folder.")
     resolve_devices(config.device)
-    _check_base(config.base_model)
+    _check_base(pipeline)
     router = pipeline.parsed_recipe().router
     if router is not None:
         column = router.assign.column if isinstance(router.assign, ByColumn) else None
@@ -41,10 +41,16 @@ def check_pipeline(pipeline: Pipeline) -> None:
             _check_training(pipeline, name, settings, Path(folder) / f"{name}.yml")
 
 
-def _check_base(reference: str) -> None:
+def _check_base(pipeline: Pipeline) -> None:
+    """Open the base as the merge will, which reads no pickles."""
+    reference = pipeline.config.base_model
     folder = resolve(reference, OpenOptions(), role="base model")
-    options = OpenOptions(allow_pickle=True)
-    with contextlib.closing(Checkpoint(reference, folder, options)) as base:
+    if has_any(folder, PICKLED_WEIGHTS) and not has_any(folder, SAFE_WEIGHTS):
+        raise UpitError(
+            f"{pipeline.source}: base_model is {shown(reference)}, whose weights are in .bin "
+            "files, which a pipeline does not read; convert it to safetensors."
+        )
+    with contextlib.closing(Checkpoint(reference, folder, OpenOptions())) as base:
         read_dense_config(base)
 
 
