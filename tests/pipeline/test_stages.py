@@ -17,11 +17,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
 
 from tests.conftest import Family
+from tests.support.crash import forked, wait
+from tests.support.lora import save_adapter, with_adapters
 from upit_merge.errors import UpitError
+from upit_merge.output.identity import file_states
 from upit_merge.pipeline.config import load_pipeline
 from upit_merge.pipeline.run import run_pipeline
+from upit_merge.pipeline.stages import stages_of
 
 TRAINING = {"per_device_train_batch_size": 8, "max_length": 32, "learning_rate": 1e-2}
 Written = Callable[..., Path]
@@ -252,7 +257,9 @@ def test_a_base_in_bin_files_is_refused_before_anything_is_trained(
     shutil.copytree(four.base, base)
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    with pytest.raises(UpitError, match=r"run.yml: base_model is .*pickled', whose weights are in "):
+    with pytest.raises(
+        UpitError, match=r"run.yml: base_model is .*pickled', whose weights are in "
+    ):
         run_pipeline(written(base_model=str(base)), quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -329,6 +336,52 @@ def test_lora_in_both_stages_beside_a_dense_model(written: Written, tmp_path: Pa
     named = {other["model"]: other["perplexity"] for other in report["evaluation"]["others"]}
     assert len(named) == 4
     assert named["dense, same tokens"] < named["last checkpoint"] < named["base model"]
+
+
+@pytest.mark.parametrize("end", ["error", "killed"])
+def test_the_last_checkpoint_is_made_whole_or_not_at_all(
+    written: Written, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Cut off before the tokenizer is there, and once more when the training has begun."""
+    with_adapters(family)
+    path = written(
+        base_model=str(family.base),
+        checkpoints=str(family.root / "lora" / "checkpoint-*"),
+        prepare=None,
+        baseline=True,
+    )
+    stage = next(s for s in stages_of(load_pipeline(path), quiet=True) if s.name == "baseline")
+    run = tmp_path / "run"
+    run.mkdir()
+    commands: list[list[str]] = []
+    monkeypatch.setattr("upit_merge.pipeline.stages._wait", lambda c: commands.append(c) or 0)
+
+    def fail(*_: Any, **__: Any) -> None:
+        if end == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError("the disk is gone")
+
+    def run_without_tokenizer() -> None:
+        PreTrainedTokenizerBase.save_pretrained = fail
+        stage.run(False)
+
+    status = wait(forked(run_without_tokenizer))
+    assert status == (-signal.SIGKILL if end == "killed" else 1)
+    assert os.listdir(run) == ([".last.draft"] if end == "killed" else [])
+    # As an earlier version left it: half a model, which is not taken for a whole one.
+    (run / "last").mkdir()
+    shutil.copy(family.base / "config.json", run / "last")
+
+    stage.run(True)
+    assert sorted(os.listdir(run)) == ["baseline.yml", "last"]
+    tensors = load_file(run / "last" / "model.safetensors")
+    for name, tensor in save_adapter(family.base, tmp_path / "again", seed=2).items():
+        assert torch.equal(tensors[name], tensor), name
+    assert (run / "last" / "tokenizer.json").is_file()
+    before = file_states((run / "last").iterdir(), "")
+    stage.run(True)
+    assert file_states((run / "last").iterdir(), "") == before  # else training would not go on
+    assert commands[0] == commands[1]
 
 
 def test_a_stage_that_is_not_there(written: Written) -> None:

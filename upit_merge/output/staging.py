@@ -117,6 +117,24 @@ def staged_output(
 
 
 @contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill that becomes `folder` in one step; what was there is removed first.
+
+    After an error nothing is left.
+    """
+    draft = folder.with_name(f".{folder.name}.draft")
+    for earlier in (folder, draft):  # which may be half of what a call that was killed wrote
+        shutil.rmtree(earlier, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        sync_folder(draft)
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def scratch_folder(out: Path, rank: int = 0) -> Iterator[Path]:
     """A hidden folder on the disk of `out` for files that are needed for a while.
 

@@ -24,6 +24,7 @@ from upit_merge.io.checkpoint import is_adapter
 from upit_merge.io.hub import OpenOptions, resolve, split_reference
 from upit_merge.io.untrusted import read_json
 from upit_merge.output.identity import file_states
+from upit_merge.output.staging import whole_folder
 from upit_merge.pipeline.config import Pipeline, write_yaml
 from upit_merge.training.parent import VARIABLE, kill_with_parent
 from upit_merge.training.settings import data_files
@@ -85,7 +86,9 @@ def _training_stage(
     def run(_begun: bool) -> None:
         given = settings
         if name == "baseline":
-            given = pipeline.baseline_settings(_dense_start(pipeline))
+            # The file is written when the model it names is whole. That one stays: training would
+            # not go on from another, be it with the same weights.
+            given = pipeline.baseline_settings(_dense_start(pipeline, made=file.is_file()))
         write_yaml(file, given)
         launcher = pipeline.launcher or [sys.executable]
         command = [*launcher, "-m", "upit_merge", "finetune", str(file)]
@@ -133,18 +136,26 @@ def _last_checkpoint(pipeline: Pipeline) -> str:
     return expand_models(pipeline.parsed_recipe().models)[-1].model
 
 
-def _dense_start(pipeline: Pipeline) -> str:
-    """The last checkpoint as a complete model; an adapter is added to the base, in a folder."""
+def _dense_start(pipeline: Pipeline, *, made: bool) -> str:
+    """Return the last checkpoint as a complete model; an adapter is added to the base, in a folder.
+
+    Args:
+        made: An earlier call has done so; else what is in that folder may be half a model.
+    """
     base, adapter = split_reference(_complete(pipeline, _last_checkpoint(pipeline)))
     if adapter is None:
         return base
+    if made and pipeline.last.is_dir():
+        return str(pipeline.last)
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = resolve(base, OpenOptions(), role="base model")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(pipeline.last)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(pipeline.last)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    with whole_folder(pipeline.last) as draft:
+        merged.save_pretrained(draft)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(draft)
     return str(pipeline.last)
 
 
