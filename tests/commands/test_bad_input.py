@@ -28,6 +28,7 @@ from tests.support.spoilt import (
     assert_stderr,
     both,
     content,
+    each,
     entry,
     parameters,
     pickled,
@@ -38,82 +39,69 @@ from tests.support.spoilt import (
     without,
 )
 
-RECIPE_CASES = [
-    Case(
-        "misspelled key",
+RECIPE_CASES = {
+    "misspelled key": Case(
         recipe(paramters={}),
         "recipe.yml: unknown key paramters (did you mean parameters?).",
     ),
-    Case(
-        "more per token than checkpoints",
+    "more per token than checkpoints": Case(
         parameters(experts_per_token=4),
         "The recipe makes 3 experts but routes a token to 4; lower experts_per_token or "
         "raise num_experts.",
     ),
-    Case(
-        "many experts of one checkpoint",
+    "many experts of one checkpoint": Case(
         recipe(models=[{"model": f"@{LAST}"}], parameters={"num_experts": 8}),
         "One checkpoint cannot be the parents of 8 experts; list at least two checkpoints "
         "under models:, or set num_experts: 1.",
     ),
-    Case(
-        "copies that leave a checkpoint out",
+    "copies that leave a checkpoint out": Case(
         parameters(num_experts=2, expansion="copy"),
         "The recipe copies 3 checkpoints into 2 experts, which leaves some out; raise num_experts "
         "or list fewer under models:.",
     ),
-    Case(
-        "missing base",
+    "missing base": Case(
         recipe(base_model="@nowhere"),
         "The base_model nowhere does not exist (looked in …); correct the path in the recipe.",
     ),
-    Case(
-        "missing checkpoint",
+    "missing checkpoint": Case(
         recipe(models=[{"model": f"@{FIRST}"}, {"model": "@sft/checkpoint-2000"}]),
         "The checkpoint sft/checkpoint-2000 does not exist (looked in …); correct the path "
         "in the recipe.",
     ),
-    Case(
-        "unreachable Hub id",
+    "unreachable Hub id": Case(
         recipe(base_model="nobody/nothing"),
         "The base_model nobody/nothing is neither a local folder nor a model the Hub could "
         "give (…); correct the name or download it first.",
     ),
-    Case(
-        "glob without a match",
+    "glob without a match": Case(
         recipe(models=[{"model": "@sft/ckpt-*"}]),
         "models: sft/ckpt-* matches no folder (looked in …); correct the pattern or the "
         "working directory.",
     ),
-    Case(
-        "checkpoint is a file",
+    "checkpoint is a file": Case(
         recipe(models=[{"model": f"@{LAST}/config.json"}]),
         "The checkpoint sft/checkpoint-1500/config.json is a file; give the folder that holds it.",
     ),
-    Case(
-        "adapter that is missing",
+    "adapter that is missing": Case(
         recipe(models=[{"model": f"@{BASE}+@adapter"}]),
         "The adapter adapter does not exist (looked in …); correct the path in the recipe.",
     ),
-    Case(
-        "unknown backbone",
+    "unknown backbone": Case(
         parameters(backbone="first"),
         "parameters.backbone: first is none of the recipe's models (sft/checkpoint-500, …); "
         "name one of them.",
     ),
-    Case(
-        "unknown tokenizer_source",
+    "unknown tokenizer_source": Case(
         recipe(tokenizer_source="gpt2"),
         "tokenizer_source: gpt2 is none of the recipe's models (sft/checkpoint-500, …); name "
         "one of them.",
     ),
-    Case(
-        "unknown chat_template",
+    "unknown chat_template": Case(
         recipe(chat_template="chatml2"),
         "chat_template: 'chatml2' is neither a Jinja template nor one of mergekit's (alpaca, "
         "chatml, …); use one of these.",
     ),
-]
+}
 
 TOKENIZERS = [
     f"{folder}/{name}"
@@ -121,48 +109,42 @@ TOKENIZERS = [
     for name in ("tokenizer.json", "tokenizer_config.json")
 ]
 
-SEED_CASES = [
-    Case(
-        "no such file",
+SEED_CASES = {
+    "no such file": Case(
         seed_data(None),
         "There is no seed data at 'seed.jsonl'; give the path of a .jsonl, …",
     ),
-    Case(
-        "malformed line",
+    "malformed line": Case(
         seed_data('{"text": "one"}\n{"text": '),
         "seed.jsonl line 2 is not JSON (Expecting value at column 10); put one JSON object "
         "on each line.",
     ),
-    Case(
-        "no chat template",
+    "no chat template": Case(
         seed_data('{"messages": [{"role": "user", "content": "Hi"}]}\n'),
         "seed.jsonl line 1 is a conversation, but the tokenizer has no chat template; use a "
         "`text` column, or set `chat_template` in the recipe.",
     ),
-    Case(
-        "too short",
+    "too short": Case(
         seed_data('{"text": ""}\n' * 3),
         "No seed sample is left (3 samples dropped as too short); give longer samples or "
         "raise `max_length`.",
     ),
-    Case(
-        "no tokenizer",
+    "no tokenizer": Case(
         both(without(*TOKENIZERS), seed_data('{"text": "one"}')),
         "router: needs a tokenizer for its seed data, but no model of the recipe has one; "
         "put tokenizer.json into the last checkpoint's folder.",
     ),
-    Case(
-        "broken tokenizer",
+    "broken tokenizer": Case(
         both(
             content(f"{LAST}/tokenizer.json", lambda old: old[:500]), seed_data('{"text": "one"}')
         ),
         "The tokenizer in sft/checkpoint-1500 cannot be loaded (…); check its files.",
     ),
-]
+}
 
 
 @pytest.mark.parametrize("command", ["upit-merge", "mergekit-yaml"])
-@pytest.mark.parametrize("case", [*RECIPE_CASES, *SEED_CASES], ids=str)
+@each(RECIPE_CASES | SEED_CASES)
 def test_one_sentence_and_nothing_left(
     case: Case, command: str, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,9 +154,7 @@ def test_one_sentence_and_nothing_left(
 
 def test_real_mergekit_yaml(shared_family: Family, tmp_path: Path) -> None:
     """By the installed command: a mistake before the work and one in the middle, side by side."""
-    misspelled = next(case for case in RECIPE_CASES if case.name == "misspelled key")
     diverged = Case(
-        "NaN in an FFN",
         entry(SECOND, UP, float("nan")),
         f"Checkpoint {SECOND} has NaN or infinite weights in {UP}; use a checkpoint from before "
         "the training diverged.",
@@ -182,8 +162,8 @@ def test_real_mergekit_yaml(shared_family: Family, tmp_path: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     command = Path(sys.executable).with_name("mergekit-yaml")
     started = []
-    for case in (misspelled, diverged):
-        root = tmp_path / str(case)
+    for index, case in enumerate((RECIPE_CASES["misspelled key"], diverged)):
+        root = tmp_path / str(index)
         shutil.copytree(shared_family.root, root)
         checkpoints = [root / p.relative_to(shared_family.root) for p in shared_family.checkpoints]
         family = Family(root, root / "base", checkpoints)

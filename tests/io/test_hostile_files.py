@@ -24,6 +24,7 @@ from tests.support.spoilt import (
     assert_refused,
     both,
     content,
+    each,
     moved_out,
     pickled,
     run,
@@ -120,76 +121,67 @@ INDEX_NAMES = [
 
 as_shards = sharded(lambda folder, weight_map: None)
 
-CASES = [
+CASES = {
     # The copy outside is as good as the file was: only where it lies is wrong.
-    *(
-        Case(
-            f"link instead of {name}",
+    **{
+        f"link instead of {name}": Case(
             moved_out(f"{LAST}/{name}"),
             f"{LAST}/{name} is a link to outside/{name}, outside its folder; copy the file there, "
             "or link the whole folder.",
         )
         for name in FILES
-    ),
-    *(
-        Case(
-            f"link instead of {name}",
+    },
+    **{
+        f"link instead of {name}": Case(
             both(as_shards, moved_out(f"{LAST}/{name}")),
             f"{LAST}/{name} is a link to outside/{name}, outside its folder; …",
         )
         for name in ("part-1.safetensors", "model.safetensors.index.json")
-    ),
-    Case(
-        "link to a pickle",
+    },
+    "link to a pickle": Case(
         both(pickled(), moved_out(f"{LAST}/pytorch_model.bin")),
         f"{LAST}/pytorch_model.bin is a link to outside/pytorch_model.bin, outside …",
         ("--lazy-unpickle",),
     ),
-    Case(
-        "link to a folder of templates",
+    "link to a folder of templates": Case(
         link_to_templates,
         f"{LAST}/additional_chat_templates is a link to templates, outside its folder; …",
     ),
-    *(
-        Case(f"pipe instead of {name}", pipe(f"{LAST}/{name}"), f"{LAST}/{name}{NO_FILE}")
+    **{
+        f"pipe instead of {name}": Case(pipe(f"{LAST}/{name}"), f"{LAST}/{name}{NO_FILE}")
         for name in (
             "config.json",
             "tokenizer_config.json",
             "generation_config.json",
             "README.md",
         )
-    ),
-    Case("pipe instead of weights", pipe(f"{LAST}/model.safetensors"), NO_WEIGHTS),
-    Case("folder instead of weights", directory(f"{LAST}/model.safetensors"), NO_WEIGHTS),
-    Case("device instead of weights", device, NO_WEIGHTS),
-    Case(
-        "folder instead of config.json",
+    },
+    "pipe instead of weights": Case(pipe(f"{LAST}/model.safetensors"), NO_WEIGHTS),
+    "folder instead of weights": Case(directory(f"{LAST}/model.safetensors"), NO_WEIGHTS),
+    "device instead of weights": Case(device, NO_WEIGHTS),
+    "folder instead of config.json": Case(
         directory(f"{LAST}/config.json"),
         f"{LAST}/config.json cannot be read (Is a directory); …",
     ),
-    *(
-        Case(
-            f"{spoil.__name__} instead of a shard",
+    **{
+        f"{spoil.__name__} instead of a shard": Case(
             both(as_shards, spoil(f"{LAST}/part-1.safetensors")),
             f"Checkpoint {LAST} lacks the shard part-1.safetensors that its …",
         )
         for spoil in (pipe, directory)
-    ),
-    Case(
-        "huge JSON",
+    },
+    "huge JSON": Case(
         terabyte,
         f"{LAST}/config.json is too large for JSON of a model; copy or download it again.",
     ),
-    *(
-        Case(
-            f"index names {name!r:.20}",
+    **{
+        f"index names {name!r:.20}": Case(
             sharded(lambda _, weight_map, name=name: weight_map.update({UP: name})),
             sentence,
         )
         for name, sentence in INDEX_NAMES
-    ),
-    Case(
-        "index of a pickle that is not used",
+    },
+    "index of a pickle that is not used": Case(
         both(
             pickled(),
             content(f"{LAST}/pytorch_model.bin.index.json", lambda _: b'{"weight_map": 3}'),
@@ -197,10 +189,10 @@ CASES = [
         f"{LAST}/pytorch_model.bin.index.json has no usable weight_map; …",
         ("--lazy-unpickle",),
     ),
-]
+}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@each(CASES)
 def test_one_sentence_and_nothing_left(
     case: Case, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,7 +137,7 @@ def test_pickles_do_not_run(
 
     folder = family.root / LAST
     path = folder / "pytorch_model.bin"
-    assert_case_refused(Case(form, malicious, "…", options), family, monkeypatch)
+    assert_case_refused(Case(malicious, "…", options), family, monkeypatch)
     assert not Path("executed").exists()
     if form == "pickle":
         pickle.loads(path.read_bytes())

@@ -28,6 +28,7 @@ from tests.support.spoilt import (
     assert_refused,
     both,
     content,
+    each,
     entry,
     json_file,
     moved_out,
@@ -128,29 +129,25 @@ def set_entry(name: str, value: float) -> Spoil:
     return factors(lambda t: t[name].view(-1)[3:4].fill_(value))
 
 
-CONFIG_CASES = [
-    Case(
-        "another method",
+CONFIG_CASES = {
+    "another method": Case(
         settings(peft_type="LOHA"),
         f"Checkpoint {LAST} is an adapter of type 'LOHA', of which only LORA can be read; {MERGE}",
     ),
-    Case(
-        "no method",
+    "no method": Case(
         settings(peft_type=None),
         f"Checkpoint {LAST} is an adapter of type None, of which only LORA can be read; {MERGE}",
     ),
-    *(
-        Case(
-            f"initialised by {start}",
+    **{
+        f"initialised by {start}": Case(
             settings(init_lora_weights=start),
             f"Checkpoint {LAST} was initialised by {start}, which changes the base's weights too; "
             "save it with PEFT's path_initial_model_for_weight_conversion.",
         )
         for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "unheard-of")
-    ),
-    *(
-        Case(
-            key,
+    },
+    **{
+        key: Case(
             settings(**{key: value}),
             f"Checkpoint {LAST} sets {key}, which cannot be read; {MERGE}",
         )
@@ -163,10 +160,9 @@ CONFIG_CASES = [
             "layer_replication": [[0, 2]],
             "alora_invocation_tokens": [1],
         }.items()
-    ),
-    *(
-        Case(
-            f"{key} {value}",
+    },
+    **{
+        f"{key} {value}": Case(
             settings(**{key: value}),
             f"{CONFIG} has {key} {shown}, which is not a plain value of this setting; …",
         )
@@ -184,40 +180,34 @@ CONFIG_CASES = [
             ("target_modules", [3], "…3…"),
             ("base_model_name_or_path", 3, "3"),
         )
-    ),
-    Case(
-        "settings of a wrong kind",
+    },
+    "settings of a wrong kind": Case(
         settings(target_modules=["up_proj"], layers_pattern="x", layers_to_transform=None),
         f"The adapter_config.json of checkpoint {LAST} is not a valid LoRA configuration (…); "
         f"copy or download {LAST} again.",
     ),
-    Case(
-        "broken JSON",
+    "broken JSON": Case(
         content(CONFIG, lambda old: old[:50]),
         f"{CONFIG} is not valid JSON (…); copy or download it again.",
     ),
-    Case(
-        "JSON without end",
+    "JSON without end": Case(
         content(CONFIG, lambda _: b"[" * 100_000),
         f"{CONFIG} is not valid JSON (…); copy or download it again.",
     ),
-]
+}
 
-WEIGHT_CASES = [
-    Case(
-        "no weights",
+WEIGHT_CASES = {
+    "no weights": Case(
         without(f"{LAST}/{WEIGHTS}"),
         f"Checkpoint {LAST} has an adapter_config.json but no {WEIGHTS} in {LAST}; give the folder "
         "of a complete adapter.",
     ),
-    Case(
-        "pickle without the option",
+    "pickle without the option": Case(
         pickled(path=f"{LAST}/{WEIGHTS}", name="adapter_model.bin"),
         f"Checkpoint {LAST} has only adapter_model.bin, a pickle that could run code; convert it "
         "to safetensors, or pass --lazy-unpickle to read it with weights_only.",
     ),
-    Case(
-        "malicious pickle",
+    "malicious pickle": Case(
         pickled(
             lambda state: state.update(a=Malicious()), f"{LAST}/{WEIGHTS}", "adapter_model.bin"
         ),
@@ -225,63 +215,52 @@ WEIGHT_CASES = [
         "objects other than tensors, which could run code); convert the checkpoint to …",
         ("--lazy-unpickle",),
     ),
-    Case(
-        "truncated",
+    "truncated": Case(
         content(f"{LAST}/{WEIGHTS}", lambda old: old[:-10]),
         f"{LAST}/{WEIGHTS} is truncated or corrupt (…); copy or download it again.",
     ),
-    Case(
-        "link out of the folder",
+    "link out of the folder": Case(
         moved_out(f"{LAST}/{WEIGHTS}", absolute=True),
         f"{LAST}/{WEIGHTS} is a link to outside/{WEIGHTS}, outside its folder; copy the file "
         "there, or link the whole folder.",
     ),
-    Case(
-        "configuration out of the folder",
+    "configuration out of the folder": Case(
         moved_out(CONFIG, absolute=True),
         f"{CONFIG} is a link to outside/adapter_config.json, outside its folder; …",
     ),
-    Case(
-        "only one factor",
+    "only one factor": Case(
         factors(lambda t: t.pop(f"{PREFIX}.lora_B.weight")),
         f"Checkpoint {LAST} has not both factors for {MODULE} (it has {PREFIX}.lora_A.weight); "
         "save the adapter again.",
     ),
-    Case(
-        "only the other factor",
+    "only the other factor": Case(
         factors(lambda t: t.pop(f"{PREFIX}.lora_A.weight")),
         f"Checkpoint {LAST} has not both factors for {MODULE} (it has {PREFIX}.lora_B.weight); …",
     ),
-    Case(
-        "no factors for a target",
+    "no factors for a target": Case(
         factors(lambda t: [t.pop(f"{PREFIX}.lora_{f}.weight") for f in "AB"]),
         f"Checkpoint {LAST} has no tensors for {MODULE}, which its adapter_config.json names; save "
         "the adapter again.",
     ),
-    Case(
-        "no module that was to be saved",
+    "no module that was to be saved": Case(
         settings(modules_to_save=["lm_head"]),
         f"Checkpoint {LAST} has no tensors for lm_head, which its adapter_config.json names; save …",
     ),
-    Case(
-        "another rank than told",
+    "another rank than told": Case(
         settings(r=8),
         f"Checkpoint {LAST} has factors of shapes [4, …] and […, 4] for …, but its "
         "adapter_config.json says rank 8; save the adapter again.",
     ),
-    Case(
-        "another rank than its pattern",
+    "another rank than its pattern": Case(
         settings(rank_pattern={"layers.1.mlp.up_proj": 2}),
         f"Checkpoint {LAST} has factors of shapes [4, 32] and [48, 4] for {MODULE}, but its "
         "adapter_config.json says rank 2; save the adapter again.",
     ),
-    Case(
-        "factors that are vectors",
+    "factors that are vectors": Case(
         factors(lambda t: t.update({f"{PREFIX}.lora_A.weight": torch.zeros(4)})),
         f"Checkpoint {LAST} has factors of shapes [4] and [48, 4] for {MODULE}, but …",
     ),
-    Case(
-        "a module the base has not",
+    "a module the base has not": Case(
         factors(
             lambda t: [
                 t.update({f"base_model.model.model.router.lora_{f}.weight": torch.zeros(4, 4)})
@@ -291,15 +270,13 @@ WEIGHT_CASES = [
         f"Checkpoint {LAST} changes model.router, which the base base has not; name the base it "
         "was trained on.",
     ),
-    Case(
-        "a bias",
+    "a bias": Case(
         factors(lambda t: t.update({f"{PREFIX}.bias": torch.zeros(48)})),
         f"Checkpoint {LAST} has the tensor {PREFIX}.bias, which is a bias, which Mixtral cannot "
         "express; use a plain LoRA adapter without biases, or merge it into its base first …",
     ),
-    *(
-        Case(
-            f"tensor {name}",
+    **{
+        f"tensor {name}": Case(
             factors(lambda t, name=name: t.update({name: torch.zeros(2, 2)})),
             f"Checkpoint {LAST} has the tensor {name}, which cannot be applied; use a plain …",
         )
@@ -309,114 +286,98 @@ WEIGHT_CASES = [
             "prompt_embeddings",
             f"{MODULE}.lora_A.weight",
         )
-    ),
-    Case(
-        "magnitudes without DoRA",
+    },
+    "magnitudes without DoRA": Case(
         both(trained(use_dora=True), settings(use_dora=False)),
         f"Checkpoint {LAST} has magnitudes for …, but its adapter_config.json sets use_dora to "
         "false; save the adapter again.",
     ),
-    Case(
-        "DoRA without magnitudes",
+    "DoRA without magnitudes": Case(
         settings(use_dora=True),
         f"Checkpoint {LAST} has no magnitudes for …, but its adapter_config.json sets use_dora to "
         "true; save the adapter again.",
     ),
-    Case(
-        "DoRA on embeddings",
+    "DoRA on embeddings": Case(
         trained(use_dora=True, target_modules=["embed_tokens", "up_proj"]),
         f"Checkpoint {LAST} has DoRA on model.embed_tokens, which is not supported on embeddings; "
         f"{MERGE}",
     ),
-    Case(
-        "attention only",
+    "attention only": Case(
         trained(target_modules=["q_proj", "v_proj"]),
         f"Checkpoint {LAST} has trained no FFN module (gate_proj, down_proj, up_proj), so there is "
         "no expert in it; use an adapter that has, as attention is shared by all experts.",
     ),
-    Case(
-        "tied embeddings",
+    "tied embeddings": Case(
         tied(modules_to_save=["lm_head"]),
         "Checkpoint … changes lm_head.weight, but the base base ties its embeddings; …",
     ),
-]
+}
 
 # Found while tensors are compared or written, not when the adapter is opened.
-VALUE_CASES = [
-    Case(
-        "NaN in a factor",
+VALUE_CASES = {
+    "NaN in a factor": Case(
         set_entry(f"{PREFIX}.lora_A.weight", float("nan")),
         f"Checkpoint {LAST} has NaN or infinite weights in {UP}; use a checkpoint from before the "
         "training diverged.",
     ),
-    Case(
-        "infinity in a factor",
+    "infinity in a factor": Case(
         set_entry(f"{PREFIX}.lora_B.weight", float("inf")),
         f"Checkpoint {LAST} has NaN or infinite weights in {UP}; …",
     ),
-    Case(
-        "NaN in the base",
+    "NaN in the base": Case(
         entry(BASE, UP, float("nan")),
         f"Checkpoint base has NaN or infinite weights in {UP}; …",
     ),
-    Case(
-        "a product that overflows",
+    "a product that overflows": Case(
         factors(lambda t: [t[f"{PREFIX}.lora_{f}.weight"].fill_(1e38) for f in "AB"]),
         f"Checkpoint {LAST} has NaN or infinite weights in {UP}; …",
     ),
-]
+}
 
-BASE_CASES = [
-    Case(
-        "other sizes",
+BASE_CASES = {
+    "other sizes": Case(
         on_other_base(intermediate_size=64),
         f"Checkpoint {LAST} was trained for another base: its factors for "
         "model.layers.0.mlp.down_proj make [32, 64], the base base has [32, 48].",
     ),
-    Case(
-        "another folder",
+    "another folder": Case(
         settings(base_model_name_or_path="lora"),
         f"Checkpoint {LAST} is an adapter for lora, not for the base_model base; if they are the "
         f"same model, write base+{LAST}.",
     ),
-    Case(
-        "base plus a model",
+    "base plus a model": Case(
         models("@base+@base"),
         "base+base needs an adapter after the +, but base has no adapter_config.json, or has "
         "complete weights too; give an adapter's folder.",
     ),
-    Case(
-        "adapter on an adapter",
+    "adapter on an adapter": Case(
         models(f"@lora/checkpoint-500+@{LAST}"),
         "lora/checkpoint-500 is an adapter, but a complete model is needed here; …",
     ),
-    Case(
-        "missing base",
+    "missing base": Case(
         models(f"@nowhere+@{LAST}"),
         "The adapter's base nowhere does not exist (looked in …); correct the path in the recipe.",
     ),
-    Case(
-        "glob of adapters without a match",
+    "glob of adapters without a match": Case(
         models("@base+@lora/step-*"),
         "models: base+lora/step-* matches no folder (looked in …); correct the pattern or …",
     ),
-    Case(
-        "base_model with an adapter",
+    "base_model with an adapter": Case(
         lambda family: family.recipe() | {"base_model": f"{family.base}+{family.root / LAST}"},
         f"base_model: base+{LAST} is an adapter on base, but deltas are measured against a "
         "complete model; write base_model: base.",
     ),
-]
+}
 
 
-@pytest.mark.parametrize("case", [*CONFIG_CASES, *WEIGHT_CASES, *BASE_CASES], ids=str)
+@each(CONFIG_CASES | WEIGHT_CASES | BASE_CASES)
 def test_one_sentence_and_nothing_left(
     case: Case, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_case_refused(case, family, monkeypatch)
 
 
-@pytest.mark.parametrize("case", VALUE_CASES, ids=str)
+@each(VALUE_CASES)
 @pytest.mark.parametrize("experts", [3, 5])
 def test_values(case: Case, experts: int, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one pass over the models and with two."""

@@ -17,6 +17,7 @@ from tests.support.spoilt import (
     assert_case_refused,
     assert_refused,
     both,
+    each,
     entry,
     run,
     snapshot,
@@ -40,51 +41,45 @@ def earlier_output(family: Family) -> None:
     )
 
 
-CASES = [
-    Case(
-        "not empty",
+CASES = {
+    "not empty": Case(
         thesis,
         "The output folder out is not empty (it holds thesis.tex); choose a new folder, or "
         "replace an earlier output with `upit-merge run --overwrite`.",
         out="out",
     ),
-    Case(
-        "overwrite a foreign folder",
+    "overwrite a foreign folder": Case(
         thesis,
         "The output folder out was not written by upit-merge (it has no upit_report.json); "
         "choose another folder.",
         ("--overwrite",),
         out="out",
     ),
-    Case(
-        "a file",
+    "a file": Case(
         lambda family: None,
         "The output recipe.yml is a file; give a folder.",
         out="recipe.yml",
     ),
-    Case(
-        "below a file",
+    "below a file": Case(
         lambda family: None,
         "The output folder recipe.yml/out cannot be created (Not a directory); choose another.",
         out="recipe.yml/out",
     ),
-    Case(
-        "an empty folder stays",
+    "an empty folder stays": Case(
         both(empty_folder, diverged),
         "… has NaN or infinite weights in …",
         out="out",
     ),
-    Case(
-        "a failed overwrite keeps the earlier output",
+    "a failed overwrite keeps the earlier output": Case(
         both(earlier_output, diverged),
         "… has NaN or infinite weights in …",
         ("--overwrite",),
         out="out",
     ),
-]
+}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@each(CASES)
 def test_one_sentence_and_nothing_touched(
     case: Case, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +127,7 @@ def test_full_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("upit_merge.io.tensor_file.PositionedFile.write", no_space)
     sentence = "The disk of out is full; free some space and run the same command again."
-    assert_case_refused(Case("full", lambda family: None, sentence, out="out"), family, monkeypatch)
+    assert_case_refused(Case(lambda family: None, sentence, out="out"), family, monkeypatch)
 
 
 def test_too_small_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +137,4 @@ def test_too_small_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None
         "The disk of out has 0.00 GB free, but the output (0.00 GB) must fit; free some space or "
         "choose another folder."
     )
-    assert_case_refused(
-        Case("small", lambda family: None, sentence, out="out"), family, monkeypatch
-    )
+    assert_case_refused(Case(lambda family: None, sentence, out="out"), family, monkeypatch)

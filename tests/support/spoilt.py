@@ -1,8 +1,8 @@
 """Ways to spoil what a command reads, and the judge of what it says then.
 
-A case is a name, what spoils the family or its recipe, and the sentence the user must see. In the
+A case is what spoils the family or its recipe, and the sentence the user must see. In the
 sentences `…` stands for anything, and paths are relative to the family's folder. The tables of
-cases lie with the tests of the reader they are for.
+cases, by name, lie with the tests of the reader they are for.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ Spoil = Callable[[Family], Document | None]  # None: the recipe stays as it is
 
 @dataclass(frozen=True)
 class Case:
-    name: str
     spoil: Spoil
     sentence: str
     options: tuple[str, ...] = ()
     out: str = "new/out"
 
-    def __str__(self) -> str:
-        return self.name.replace(" ", "-")
+
+def each(table: dict[str, Case]) -> pytest.MarkDecorator:
+    """Run a test with every `case` of a table."""
+    return pytest.mark.parametrize("case", table.values(), ids=[*table])
 
 
 # ---- what spoils a family ------------------------------------------------------------------
