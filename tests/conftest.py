@@ -43,6 +43,16 @@ TINY = {
 }
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte; text starts with <s>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

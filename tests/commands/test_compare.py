@@ -10,20 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import Family, build_family
+from tests.support.commands import done, invoke
 from tests.support.lora import save_adapter
-from upit_merge.cli.main import main
 from upit_merge.commands.compare import Rival
 
 
 def evaluate(out: Path, data: Path, *options: str) -> dict:
     file = out.parent / "evaluation.json"
     arguments = ["evaluate", str(out), "--data", str(data), "--json", str(file), *options]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
+    result = done(*arguments)
     return {**json.loads(file.read_text()), "output": result.output}
 
 
@@ -83,12 +81,12 @@ def test_other_vocabularies_and_equal_names_are_refused(
 ) -> None:
     other = build_family(tmp_path / "other", count=1, vocab_size=300)
     arguments = ["evaluate", str(moe), "--data", str(data), "--against"]
-    result = CliRunner().invoke(main, [*arguments, str(other.base)])
+    result = invoke(*arguments, other.base)
     assert "has a vocabulary of 300 tokens, the mixture one of 259" in result.output
     twice = [*arguments, str(four.base), "--against", str(four.base)]
-    result = CliRunner().invoke(main, twice)
+    result = invoke(*twice)
     assert "Two models to compare with are called base" in result.output
-    result = CliRunner().invoke(main, [*arguments, "./nowhere"])
+    result = invoke(*arguments, "./nowhere")
     assert result.exit_code == 1
     assert "./nowhere does not exist" in result.output
 
@@ -100,7 +98,7 @@ def test_what_cannot_be_compared_is_told(
     arguments = ["evaluate", str(moe), "--data", str(data), "--against"]
 
     def told(model: str) -> str:
-        return CliRunner().invoke(main, [*arguments, model]).output
+        return invoke(*arguments, model).output
 
     assert "is an adapter; write BASE+" in told(str(tmp_path / "adapter"))
     assert "an adapter of a mixture" in told(f"x={moe}+{tmp_path / 'adapter'}")

@@ -9,30 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from click.testing import CliRunner
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import Family, byte_tokenizer
+from tests.support.commands import done, invoke
 from tests.support.naive import load_model
-from upit_merge.cli.main import main
+from tests.support.seeds import KINDS, held_out
 from upit_merge.commands.evaluate import EvaluateOptions, evaluate_output
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.router.evaluation import Evaluation, Groups, Routing
-
-KINDS = {"letters": "abcdefgh", "digits": "0123456789"}
-
-
-def held_out(root: Path, count: int = 10) -> Path:
-    path = root / "held-out.jsonl"
-    rows = [
-        {"text": letters[i % 5 :] * (1 + i % 3), "kind": kind, "number": i % 2}
-        for i in range(count)
-        for kind, letters in KINDS.items()
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
@@ -119,11 +106,7 @@ def test_the_control_is_a_router_of_shuffled_buckets(out: Path, tmp_path: Path, 
     evaluation = evaluated(out, data, control=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     settings = json.loads((out / "upit_report.json").read_text())["router"]["settings"]
-    result = CliRunner().invoke(
-        main,
-        ["router", str(out), "--data", settings["data"], "--assign", "shuffled", "--quiet"],
-    )
-    assert result.exit_code == 0, result.output
+    done("router", out, "--data", settings["data"], "--assign", "shuffled", "--quiet")
     shuffled = evaluated(out, data, experts=False)
     torch.testing.assert_close(evaluation.control, shuffled.sums, rtol=1e-6, atol=1e-6)
     assert not torch.equal(evaluation.sums, evaluation.control)
@@ -135,8 +118,7 @@ def test_command_writes_table_json_and_picture(out: Path, tmp_path: Path) -> Non
     data = held_out(tmp_path)
     command = ["evaluate", str(out), "--data", str(data), "--group-by", "kind", "--control"]
     command += ["--json", str(tmp_path / "e.json"), "--plot", str(tmp_path / "e.png")]
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 0, result.output
+    result = done(*command)
     for word in (
         "letters",
         "digits",
@@ -169,8 +151,7 @@ def test_any_name_will_do_for_a_kind(out: Path, tmp_path: Path, kinds) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["evaluate", str(out), "--data", str(data), "--group-by", "kind", "--no-experts"]
     words += ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "e.json")]
-    result = CliRunner().invoke(main, words)
-    assert result.exit_code == 0, result.output
+    result = done(*words)
     groups = json.loads((tmp_path / "e.json").read_text())["groups"]
     if kinds[0] == kinds[1]:
         assert {name: group["samples"] for name, group in groups.items()} == {"only": 6}
@@ -187,7 +168,7 @@ def test_weights_that_overflow_are_told(out: Path, tmp_path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     for command in (["evaluate", "--no-experts"], ["router", "--assign", "shuffled"]):
         words = [command[0], str(out), "--data", str(held_out(tmp_path)), *command[1:], "--quiet"]
-        result = CliRunner().invoke(main, words)
+        result = invoke(*words)
         assert result.exit_code == 1
         assert "NaN or infinite" in result.stderr
         assert "Traceback" not in result.output
@@ -211,7 +192,7 @@ def test_foreign_folders_are_looked_at(out: Path, tmp_path: Path, change, senten
         tensors = load_model(out) | {f"model.layers.0.self_attn.{name}": torch.zeros(4)}
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
     words = ["evaluate", str(out), "--data", str(held_out(tmp_path)), "--quiet"]
-    result = CliRunner().invoke(main, words)
+    result = invoke(*words)
     assert result.exit_code == (1 if sentence else 0), result.output
     assert sentence in result.stderr
 
@@ -251,7 +232,7 @@ def test_a_dead_expert_is_found() -> None:
 )
 def test_mistakes_are_told(out: Path, tmp_path: Path, arguments, sentence: str) -> None:
     data = held_out(tmp_path)
-    result = CliRunner().invoke(main, ["evaluate", str(out), "--data", str(data), *arguments])
+    result = invoke("evaluate", out, "--data", data, *arguments)
     assert result.exit_code == 1
     assert sentence in result.stderr
     assert "Traceback" not in result.output
@@ -264,8 +245,6 @@ def test_mistakes_are_told(out: Path, tmp_path: Path, arguments, sentence: str) 
 def test_no_control_without_a_record(out: Path, tmp_path: Path, report) -> None:
     path = out / "upit_report.json"
     path.unlink() if report is None else path.write_text(json.dumps(report))
-    result = CliRunner().invoke(
-        main, ["evaluate", str(out), "--data", str(held_out(tmp_path)), "--control"]
-    )
+    result = invoke("evaluate", out, "--data", held_out(tmp_path), "--control")
     assert result.exit_code == 1
     assert "leave out --control" in result.stderr

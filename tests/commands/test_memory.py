@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import build_family
+from tests.support.commands import invoke
 from upit_merge.commands import preflight
 from upit_merge.commands.preflight import memory_limit, needs, router_needs
 from upit_merge.config.recipe import parse_recipe
@@ -153,15 +154,12 @@ def test_the_router_takes_what_was_foretold(tmp_path: Path) -> None:
 
 
 def test_commands_ask_for_memory_before_the_work(shared_family, merge, monkeypatch) -> None:
-    from click.testing import CliRunner
-
-    from upit_merge.cli.main import main
 
     out = merge(shared_family.recipe())
     monkeypatch.setattr(preflight, "memory_limit", lambda: (500 << 20, "this container"))
     for command in ("router", "evaluate"):
         words = [command, str(out), "--data", str(shared_family.seed_file())]
-        result = CliRunner().invoke(main, words)
+        result = invoke(*words)
         assert result.exit_code == 1
         assert "The router needs about 0.7 GiB of memory" in result.stderr
         assert not [path for path in out.iterdir() if path.name.startswith(".upit")]

@@ -13,17 +13,9 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-from tests.conftest import VOCABULARY, Family, build_family, byte_tokenizer
+from tests.conftest import LLAMA3_ROPE, VOCABULARY, Family, build_family, byte_tokenizer
+from tests.support.loading import load
 from tests.support.naive import load_model
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -39,13 +31,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one layer": {"num_hidden_layers": 1},
     "odd eps and activation": {"rms_norm_eps": 1e-3, "hidden_act": "gelu"},
 }
-
-
-def load(folder: Path, **options: Any) -> Any:
-    """Load with transformers and insist that every weight has its place."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
 
 
 def with_identical_checkpoints(family: Family, count: int) -> list[str]:

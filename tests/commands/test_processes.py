@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 import yaml
 
 from tests.conftest import Family, build_family
+from tests.support.commands import torchrun
 from tests.support.crash import contents
 from tests.support.naive import load_model
 from upit_merge.config.recipe import parse_recipe
@@ -29,18 +27,6 @@ from upit_merge.runtime.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD_BYTES = 60_000
-
-
-def torchrun(*arguments: object, module: str) -> subprocess.CompletedProcess[str]:
-    """Two processes on this machine, which talk through gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*command, "-m", module, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.mark.parametrize(

@@ -8,55 +8,24 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.commands.test_output import load
-from tests.commands.test_resume import crash
-from tests.conftest import Family, build_family, byte_tokenizer, train_on
+from tests.conftest import build_family, byte_tokenizer, train_on
+from tests.support.commands import done, extend, invoke, refused, shrink
+from tests.support.crash import crash
+from tests.support.loading import is_gate, load
 from tests.support.lora import save_adapter
 from tests.support.naive import PROJECTIONS, load_model
-from upit_merge.cli.main import main
 from upit_merge.resizing.grouping import group_experts
-
-
-def command(*words: object) -> Any:
-    return CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
-
-
-def done(*words: object) -> None:
-    result = command(*words)
-    assert result.exit_code == 0, result.output
-
-
-def refused(*words: object) -> str:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.output.startswith("Error: ")
-    return result.output.removeprefix("Error: ").strip()
-
-
-def extend(out: Path, family: Family, *words: object) -> list[object]:
-    return ["extend", out, "--model", family.checkpoints[-1], "--quiet", *words]
-
-
-def shrink(out: Path, family: Family, experts: int, *words: object) -> list[object]:
-    return ["shrink", out, "--experts", experts, "--data", family.seed_file(), "--quiet", *words]
 
 
 def files(out: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.glob("*.safetensors")}
-
-
-def is_gate(name: str) -> bool:
-    return name.endswith("gate.weight")
 
 
 # ---- extend ------------------------------------------------------------------------------------
@@ -306,7 +275,7 @@ def test_another_command_does_not_touch_what_is_half_way(four, moe, monkeypatch)
     replace = os.replace
     monkeypatch.setattr(os, "replace", replace_but_weights)
     with pytest.raises(CutOff):
-        command(*words)
+        invoke(*words)
     monkeypatch.undo()
     assert not (moe / "config.json").exists()
     for other in (shrink(moe, four, 2), ["router", moe, "--data", four.seed_file()]):

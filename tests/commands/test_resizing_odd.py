@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.commands.test_output import LLAMA3_ROPE, load
-from tests.commands.test_resizing import done, extend, is_gate, refused, shrink
-from tests.conftest import build_family
+from tests.conftest import LLAMA3_ROPE, build_family
+from tests.support.commands import done, extend, refused, shrink
 from tests.support.crash import contents
+from tests.support.loading import is_gate, load
 from tests.support.naive import load_model
 from upit_merge.io.shards import ShardWriter
 from upit_merge.output.staging import EDIT_STAGING

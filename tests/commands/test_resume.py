@@ -15,34 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from tests.conftest import Family, build_family
-from tests.support.crash import contents
-from upit_merge.cli.main import main as upit_merge
+from tests.conftest import Family
+from tests.support.commands import done, invoke
+from tests.support.crash import contents, crash
 from upit_merge.output import journal as resume
 from upit_merge.output.staging import STAGING
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-
-
-def crash(kind: str, tmp_path: Path, *prefix: str) -> list[dict[str, Any]]:
-    """Run the trials of `tests/support/crash.py` on a recipe with children and a router."""
-    family = build_family(tmp_path / "family")
-    document = family.recipe(
-        parameters={"num_experts": 6},
-        router={"data": str(family.seed_file()), "objective": "ridge"},
-    )
-    recipe = family.write_recipe(document)
-    result = subprocess.run(
-        [*prefix, sys.executable, "-m", "tests.support.crash", kind, recipe, tmp_path / "out"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def assert_all_recovered(trials: list[dict[str, Any]]) -> None:
@@ -106,10 +87,6 @@ def unfinished(family: Family, monkeypatch: pytest.MonkeyPatch) -> tuple[Family,
     return family, recipe, out
 
 
-def invoke(*args: object) -> Any:
-    return CliRunner().invoke(upit_merge, [str(arg) for arg in args])
-
-
 def test_finished_tensors_are_not_made_again(unfinished, monkeypatch) -> None:
     _family, recipe, out = unfinished
     from upit_merge.io.checkpoint import Checkpoint
@@ -122,11 +99,10 @@ def test_finished_tensors_are_not_made_again(unfinished, monkeypatch) -> None:
         return rows(self, name, start, stop)
 
     monkeypatch.setattr(Checkpoint, "rows", note)
-    result = invoke("run", recipe, out)
-    assert result.exit_code == 0, result.output
+    done("run", recipe, out)
     assert all(name.endswith("layernorm.weight") for name in read)  # of the training-free gates
     again = out.with_name("again") / out.name  # which the page has as its title
-    assert invoke("run", recipe, again).exit_code == 0
+    done("run", recipe, again)
     report = json.loads((out / "upit_report.json").read_text())
     del report["seconds"]
     expected = json.loads((again / "upit_report.json").read_text())
@@ -144,8 +120,8 @@ def test_a_shard_that_was_harmed_is_made_again(unfinished, harm: str) -> None:
         shard.unlink()
     else:
         os.truncate(shard, shard.stat().st_size // 2)
-    assert invoke("run", recipe, out).exit_code == 0
-    assert invoke("run", recipe, family.root / "again").exit_code == 0
+    done("run", recipe, out)
+    done("run", recipe, family.root / "again")
     again = family.root / "again" / "model.safetensors"
     assert (out / "model.safetensors").read_bytes() == again.read_bytes()
 
@@ -199,7 +175,7 @@ def test_another_run_does_not_go_on_with_it(unfinished, change, reason: str) -> 
     assert sorted(path.name for path in (out / STAGING).rglob("*")) == before
     # The remedy works.
     shutil.rmtree(out / STAGING)
-    assert invoke("run", recipe, out, *options).exit_code == 0
+    done("run", recipe, out, *options)
 
 
 def test_a_mistake_in_the_models_leaves_nothing(family: Family, monkeypatch) -> None:
@@ -219,7 +195,7 @@ def test_a_mistake_in_the_models_leaves_nothing(family: Family, monkeypatch) -> 
 def test_overwriting_is_resumed_too(family: Family, tmp_path: Path, monkeypatch) -> None:
     """The earlier output stays a model until the new one is complete, then goes with all files."""
     recipe, out = family.write_recipe(family.recipe()), family.root / "out"
-    assert invoke("run", recipe, out, "--out-shard-size", "60000").exit_code == 0
+    done("run", recipe, out, "--out-shard-size", "60000")
     assert len(list(out.glob("*.safetensors"))) > 2
     with monkeypatch.context() as patch:
         replace, calls = os.replace, []
@@ -234,10 +210,9 @@ def test_overwriting_is_resumed_too(family: Family, tmp_path: Path, monkeypatch)
         patch.setattr(os, "replace", fail_in_the_middle)
         assert invoke("run", recipe, out, "--overwrite").exit_code == 1
     assert not (out / "config.json").exists()
-    result = invoke("run", recipe, out)
-    assert result.exit_code == 0, result.output
+    done("run", recipe, out)
     fresh = tmp_path / "out"
-    assert invoke("run", recipe, fresh).exit_code == 0
+    done("run", recipe, fresh)
     assert sorted(os.listdir(out)) == sorted(os.listdir(fresh))
     assert (out / "model.safetensors").read_bytes() == (fresh / "model.safetensors").read_bytes()
 
@@ -245,14 +220,14 @@ def test_overwriting_is_resumed_too(family: Family, tmp_path: Path, monkeypatch)
 def test_training_the_router_leaves_an_unfinished_run_alone(family: Family, monkeypatch) -> None:
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0.0)
     recipe, out = family.write_recipe(family.recipe()), family.root / "out"
-    assert invoke("run", recipe, out).exit_code == 0
+    done("run", recipe, out)
     with monkeypatch.context() as patch:
         patch.setattr("upit_merge.commands.run.write_settings", lambda *_, **__: 1 / 0)
         assert invoke("run", recipe, out, "--overwrite").exit_code == 1
     journal = out / STAGING / "journal-0.jsonl"
     before = journal.read_bytes()
     options = ("--data", family.seed_file(), "--objective", "ridge", "--quiet")
-    assert invoke("router", out, *options).exit_code == 0
+    done("router", out, *options)
     assert journal.read_bytes() == before
     assert sorted(os.listdir(out / STAGING)) == ["journal-0.jsonl", "model", "run.json"]
 
@@ -261,8 +236,8 @@ def test_training_the_router_leaves_an_unfinished_run_alone(family: Family, monk
 
 _BUSY = """
 import ctypes, sys
-from upit_merge import resume
-from upit_merge.expansion import experts
+from upit_merge.output import journal as resume
+from upit_merge.merge import experts
 resume.SAVE_SECONDS = {save}
 mean_rows = experts._mean_rows
 def busy(*args):
@@ -283,7 +258,7 @@ main()
     [
         (0.0, "experts._mean_rows = slow_rows", "the same command goes on from there"),
         (1e9, "experts._mean_rows = slow_rows", "nothing was written"),
-        (0.0, "from upit_merge import pipeline; pipeline.write_settings = lambda *a, **k: busy()",
+        (0.0, "from upit_merge.commands import run; run.write_settings = lambda *a, **k: busy()",
          "the same command goes on from there"),
     ],
     ids=["in a thread", "at the start", "in the main thread"],
@@ -313,5 +288,5 @@ def test_ctrl_c(family: Family, save: float, patch: str, line: str, module: str)
     assert said.strip() == f"Interrupted; {line}."
     assert status == 130
     assert out.exists() == (save == 0)
-    assert invoke("run", recipe, out, "--quiet").exit_code == 0
+    done("run", recipe, out, "--quiet")
     assert "model.safetensors" in contents(out)

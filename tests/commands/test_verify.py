@@ -9,27 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Family
+from tests.support.commands import done, invoke
 from upit_merge import __version__
-from upit_merge.cli.main import main as upit_merge
 
 CHILD = "model.layers.1.block_sparse_moe.experts.4.w2.weight"
 GATE = "model.layers.0.block_sparse_moe.gate.weight"
-
-
-def invoke(*args: object) -> Result:
-    return CliRunner().invoke(upit_merge, [str(arg) for arg in args])
 
 
 def made(family: Family, *options: str, **extra: Any) -> Path:
     """The output of a recipe with children; further keys are the recipe's."""
     document = family.recipe(**({"parameters": {"num_experts": 5}} | extra))
     out = family.root / "out"
-    result = invoke("run", family.write_recipe(document), out, "--quiet", *options)
-    assert result.exit_code == 0, result.output
+    done("run", family.write_recipe(document), out, "--quiet", *options)
     return out
 
 
@@ -51,8 +45,7 @@ def routed(family: Family) -> Path:
     ids=str,
 )
 def test_what_a_run_made_is_right(family: Family, options, extra) -> None:
-    result = invoke("verify", made(family, *options, **extra))
-    assert result.exit_code == 0, result.output
+    result = done("verify", made(family, *options, **extra))
     assert "is what its recipe makes of these models" in result.stdout
     assert "differ" not in result.stdout
 
@@ -63,7 +56,7 @@ def test_gates_are_compared_with_their_digest_or_fitted_again(family: Family) ->
     assert "fitted again: the same bits" in invoke("verify", out, "--gates").stdout
     # Gates trained later are those of the report, too.
     options = ("--data", family.seed_file(), "--objective", "one_vs_rest", "--quiet")
-    assert invoke("router", out, *options).exit_code == 0
+    done("router", out, *options)
     assert "fitted again: the same bits" in invoke("verify", out, "--gates").stdout
 
 
@@ -76,7 +69,7 @@ def test_trained_experts_are_compared_with_their_digests(family: Family) -> None
         assert "is what its recipe makes of these models" in told
         # Other gates in front of the same experts.
         options = ("--data", family.seed_file(), "--objective", "hidden", "--quiet")
-        assert invoke("router", out, *options).exit_code == 0
+        done("router", out, *options)
     flip(CHILD)(family)
     assert "expert 4 is not the one the report speaks of" in invoke("verify", out).stderr
 
@@ -180,5 +173,4 @@ def test_another_version_is_told(family: Family) -> None:
 def test_a_recipe_can_be_given(family: Family) -> None:
     out = made(family, "--no-write-model-card")
     assert invoke("verify", out).exit_code == 1
-    result = invoke("verify", out, "--recipe", family.root / "recipe.yml")
-    assert result.exit_code == 0, result.output
+    done("verify", out, "--recipe", family.root / "recipe.yml")

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
 from tests.conftest import build_family
+from tests.support.commands import done
 from tests.support.lora import save_adapter
-from upit_merge.cli.main import main
 from upit_merge.config.recipe import parse_recipe_text
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -107,8 +106,7 @@ def test_the_notebooks_recipe_and_the_commands_after_it_run(
     assert len(commands) == 3
     for command in commands:
         arguments = command.replace(" --device cuda", "").replace(" --cuda", "").split()
-        result = CliRunner().invoke(main, [*arguments, "--quiet"])
-        assert result.exit_code == 0, result.output
+        done(*arguments, "--quiet")
     assert json.loads(Path("out/config.json").read_text())["num_experts"] == 8
     assert Path("routing.png").is_file()
 

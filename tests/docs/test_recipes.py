@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import Family
-from tests.merge.test_upcycling import unlike_naive
+from tests.support.commands import done, invoke
 from tests.support.lora import save_adapter
-from tests.support.naive import PROJECTIONS, load_model
-from upit_merge.cli.main import main as upit_merge
+from tests.support.naive import PROJECTIONS, load_model, unlike_copies
 from upit_merge.config.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yml"))
@@ -52,7 +50,7 @@ def test_recipes_run_on_models_laid_out_as_they_say(
     family.seed_file(count=150)
     BUILDERS.get(path.name, lambda _family: None)(family)
     monkeypatch.chdir(family.root)
-    result = CliRunner().invoke(upit_merge, ["run", str(path), "out", "--quiet"])
+    result = invoke("run", path, "out", "--quiet")
     assert (result.exit_code, result.stdout) == (0, ""), result.output
     model, info = AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
     assert not info["missing_keys"]
@@ -64,8 +62,7 @@ def test_recipes_run_on_models_laid_out_as_they_say(
     generated = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert generated.shape[1] > prompt["input_ids"].shape[1]
     assert model(**prompt).logits.isfinite().all()
-    verified = CliRunner().invoke(upit_merge, ["verify", "out", "--quiet"])
-    assert verified.exit_code == 0, verified.output
+    done("verify", "out", "--quiet")
 
 
 def run_recipe_file(name: str, family: Family, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -73,14 +70,14 @@ def run_recipe_file(name: str, family: Family, monkeypatch: pytest.MonkeyPatch) 
     BUILDERS[name](family)
     monkeypatch.chdir(family.root)
     path = next(path for path in RECIPES if path.name == name)
-    assert CliRunner().invoke(upit_merge, ["run", str(path), "out", "--quiet"]).exit_code == 0
+    done("run", path, "out", "--quiet")
     return family.root / "out"
 
 
 @pytest.mark.parametrize("name", ["sparse-upcycling.yml", "drop-upcycling.yml"])
 def test_upcycled_models_are_the_naive_ones(family: Family, monkeypatch, name: str) -> None:
     out = run_recipe_file(name, family, monkeypatch)
-    assert unlike_naive(family, out, [len(family.checkpoints) - 1]) == []
+    assert unlike_copies(family, out, [len(family.checkpoints) - 1]) == []
 
 
 def test_branch_train_mix_is_the_naive_one(family: Family, monkeypatch) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from tests.conftest import Family
+from tests.support.commands import invoke
 from tests.support.spoilt import (
     LAST,
     UP,
@@ -30,7 +30,6 @@ from tests.support.spoilt import (
     run,
     sharded,
 )
-from upit_merge.cli.main import main as upit_merge
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions, resolve
@@ -210,7 +209,7 @@ def test_a_link_in_an_output(family: Family) -> None:
     (out / "tokenizer.json").symlink_to(outside)
     command = ["router", str(out), "--data", str(family.seed_file()), "--quiet"]
     sentence = "out/tokenizer.json is a link to outside.json, outside its folder; …"
-    assert_refused(CliRunner().invoke(upit_merge, command), sentence, family)
+    assert_refused(invoke(*command), sentence, family)
 
 
 def opened(reference: Path | str, **options: Any) -> list[str]:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 import transformers.dynamic_module_utils
-from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from tests.conftest import Family
+from tests.support.commands import invoke
 from tests.support.spoilt import (
     LAST,
     UP,
@@ -32,7 +32,6 @@ from tests.support.spoilt import (
     refusal,
     run,
 )
-from upit_merge.cli.main import main as upit_merge
 from upit_merge.io.safetensors_file import SafetensorsFile
 from upit_merge.models.tokenizer import highest_token_id, write_chat_template
 
@@ -206,7 +205,7 @@ def test_code_of_a_tokenizer(
         recipe = family.write_recipe(family.recipe(router={"data": str(seeds)}))
         arguments = [command, str(recipe), *([str(out)] if command == "run" else [])]
     arguments += ["--quiet", *(["--trust-remote-code"] if trust else [])]
-    result = CliRunner().invoke(upit_merge, arguments)
+    result = invoke(*arguments)
     assert trap.exists() == trust
     # Without it, transformers refuses the tokenizer or takes a class of its own.
     if trust or result.exit_code == 0:

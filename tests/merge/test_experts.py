@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import Family, build_family
-from tests.support.naive import grow, load_model
+from tests.conftest import build_family
+from tests.support.naive import load_model, unlike_grown
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -23,44 +23,20 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-def unlike_naive(family: Family, out: Path, density: float, mutation: str) -> list[str]:
-    """Names of the expert tensors that are not, bit for bit, those of the naive implementation."""
-    report = json.loads((out / "upit_report.json").read_text())
-    written = {name: t for name, t in load_model(out).items() if ".experts." in name}
-    expected = grow(
-        load_model(family.base),
-        [load_model(path) for path in family.checkpoints],
-        report["lineage"],
-        density,
-        report["seed"],
-        mutation,
-        getattr(torch, report["dtype"]),
-    )
-
-    def same(name: str) -> bool:
-        ours, theirs = written[name], expected[name].contiguous()
-        return ours.dtype == theirs.dtype and torch.equal(
-            ours.view(torch.uint8), theirs.view(torch.uint8)
-        )
-
-    shared = written.keys() & expected.keys()
-    return sorted((written.keys() ^ expected.keys()) | {n for n in shared if not same(n)})
-
-
 @pytest.mark.parametrize("mutation", ["once", "compound"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_experts_equal_the_naive_ones(tmp_path, merge, mutation: str, dtype: str) -> None:
     family = build_family(tmp_path, count=3, dtype=getattr(torch, dtype), shard_size="20KB")
     parameters = {"num_experts": 7, "density": 0.6, "mutation": mutation, "seed": 11}
     out = merge(family.recipe(parameters=parameters))
-    assert unlike_naive(family, out, 0.6, mutation) == []
+    assert unlike_grown(family, out, 0.6, mutation) == []
 
 
 def test_experts_in_several_blocks_equal_the_naive_ones(shared_family, merge, monkeypatch) -> None:
     monkeypatch.setattr("upit_merge.merge.experts._BLOCK_ELEMENTS", {"cpu": 100})
     out = merge(shared_family.recipe(parameters={"num_experts": 5, "density": 0.3}))
-    assert unlike_naive(shared_family, out, 0.3, "once") == []
-    assert unlike_naive(shared_family, out, 0.4, "once") != []
+    assert unlike_grown(shared_family, out, 0.3, "once") == []
+    assert unlike_grown(shared_family, out, 0.4, "once") != []
 
 
 def test_threads_and_shard_sizes_do_not_change_a_byte(shared_family, merge) -> None:

@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from tests.conftest import Family, build_family
-from tests.merge.test_experts import unlike_naive
-from tests.merge.test_lineage import plan, random_gram
-from tests.support.naive import PROJECTIONS, load_model
-from upit_merge.cli.main import main as upit_merge
+from tests.support.commands import done, invoke
+from tests.support.grams import plan, random_gram
+from tests.support.naive import PROJECTIONS, load_model, unlike_grown
 from upit_merge.config.recipe import Parameters
 from upit_merge.merge.growth import needs_gram
 from upit_merge.merge.selection import merge_similar
@@ -195,7 +193,7 @@ def test_averages_are_written_without_masks(tmp_path, merge, dtype: str, mutatio
     family = build_family(tmp_path, count=5, dtype=getattr(torch, dtype))
     parameters = {"num_experts": 2, "select": "merge_similar", "mutation": mutation}
     out = merge(family.recipe(parameters=parameters))
-    assert unlike_naive(family, out, 0.9, mutation) == []
+    assert unlike_grown(family, out, 0.9, mutation) == []
     report = json.loads((out / "upit_report.json").read_text())
     experts = report["lineage"]["experts"]
     assert report["lineage"]["summary"].startswith("averaged the most similar of 5 checkpoints")
@@ -222,7 +220,7 @@ def test_last_keeps_the_last(tmp_path, merge) -> None:
     report = json.loads((out / "upit_report.json").read_text())
     assert [expert["checkpoint"] for expert in report["lineage"]["experts"]] == [2, 3, 4]
     assert report["lineage"]["summary"] == "kept the last 3 of 5 checkpoints as experts"
-    assert unlike_naive(family, out, 0.9, "once") == []
+    assert unlike_grown(family, out, 0.9, "once") == []
 
 
 @pytest.mark.parametrize("select", ["diverse", "merge_similar", "last"])
@@ -327,7 +325,7 @@ def test_experts_of_units_equal_the_naive_ones(
         "granularity": granularity,
     }
     out = merge(shared_family.recipe(parameters=parameters))
-    assert unlike_naive(shared_family, out, 0.6, mutation) == []
+    assert unlike_grown(shared_family, out, 0.6, mutation) == []
 
 
 def test_a_kept_checkpoint_is_one_in_every_layer(tmp_path, merge) -> None:
@@ -343,10 +341,7 @@ def test_a_kept_checkpoint_is_one_in_every_layer(tmp_path, merge) -> None:
 @pytest.mark.parametrize("granularity", ["layer", "tensor"])
 def test_plan_and_card_sum_up_the_units(family: Family, merge, granularity: str) -> None:
     document = family.recipe(parameters={"num_experts": 5, "granularity": granularity})
-    result = CliRunner().invoke(
-        upit_merge, ["plan", str(family.write_recipe(document)), "--quiet"], catch_exceptions=False
-    )
-    assert result.exit_code == 0, result.output
+    result = done("plan", family.write_recipe(document), "--quiet")
     assert f"parents chosen for every {granularity} by itself" in result.output
     origin = r"(experts \d and \d|\d pairs of experts) +"
     assert len(re.findall(rf"│ {origin}│ +│", result.output)) == 2
@@ -359,13 +354,11 @@ def test_verify_knows_the_units(family: Family) -> None:
         parameters={"num_experts": 5, "granularity": "layer", "parents": "farthest_child"}
     )
     recipe, out = family.write_recipe(document), family.root / "out"
-    runner = CliRunner()
-    assert runner.invoke(upit_merge, ["run", str(recipe), str(out), "--quiet"]).exit_code == 0
-    right = runner.invoke(upit_merge, ["verify", str(out)])
-    assert right.exit_code == 0, right.output
+    done("run", recipe, out, "--quiet")
+    done("verify", out)
     report = json.loads((out / "upit_report.json").read_text())
     report["lineage"]["units"][1]["experts"][4]["alpha"] = 0.99
     (out / "upit_report.json").write_text(json.dumps(report))
-    wrong = runner.invoke(upit_merge, ["verify", str(out)])
+    wrong = invoke("verify", out)
     assert wrong.exit_code == 1
     assert "model.layers.1.mlp is grown from other parents than the report says" in wrong.output

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.conftest import Family, build_family
+from tests.support.grams import plan, random_gram
 from tests.support.naive import load_model
-from upit_merge.config.recipe import Parameters, parse_recipe
+from upit_merge.config.recipe import parse_recipe
 from upit_merge.errors import UpitError
 from upit_merge.io.hub import OpenOptions
-from upit_merge.merge.growth import plan_lineage
 from upit_merge.merge.inputs import opened
 from upit_merge.merge.passes import Merger, measure_similarity
 from upit_merge.merge.selection import keep_diverse
@@ -39,17 +39,6 @@ def test_gram_equals_brute_force(tmp_path, dtype) -> None:
         gram = measure_similarity(Merger(inputs, (torch.device("cpu"),), quiet=True))
     deltas = brute_deltas(family)
     torch.testing.assert_close(gram.sum(0), deltas @ deltas.T, rtol=1e-12, atol=0)
-
-
-def random_gram(m: int, seed: int = 0, tensors: int = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    points = torch.randn(tensors, m, 50, generator=generator, dtype=torch.float64)
-    return points @ points.transpose(1, 2)
-
-
-def plan(gram: torch.Tensor, n: int, density: float = 0.9, **parameters):
-    densities = torch.full(gram.shape[:2], density, dtype=torch.float64)
-    return plan_lineage(gram, densities, n, Parameters(num_experts=n, **parameters))
 
 
 def test_cosine_and_distance_against_vectors() -> None:

@@ -6,18 +6,16 @@ import json
 import logging
 import math
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 from tests.conftest import Family, build_family
 from tests.support import naive
-from tests.support.naive import PROJECTIONS, load_model
-from upit_merge.cli.main import main as upit_merge
+from tests.support.commands import done
+from tests.support.naive import PROJECTIONS, load_model, unlike_copies
 from upit_merge.config.recipe import parse_recipe
 from upit_merge.io.hub import OpenOptions
 from upit_merge.merge.counter_rng import index_hash, mask_key, normals
@@ -150,30 +148,6 @@ def copied(family: Family, models: list[int], **parameters: Any) -> dict[str, An
     return family.recipe(models=listed, parameters={"expansion": "copy", **parameters})
 
 
-def unlike_naive(family: Family, out: Path, models: list[int]) -> list[str]:
-    """Names of all tensors but the gates that are not, bit for bit, the naive ones."""
-    report = json.loads((out / "upit_report.json").read_text())
-    sources = [load_model(family.checkpoints[index]) for index in models]
-    dtype, told = getattr(torch, report["dtype"]), report["parameters"]
-    expected = naive.copies(
-        sources,
-        len(report["lineage"]["experts"]),
-        report["seed"],
-        told["noise"],
-        told["reinitialise"],
-        dtype,
-    )
-    expected |= {n: t.to(dtype) for n, t in sources[-1].items() if ".mlp." not in n}
-    written = {n: t for n, t in load_model(out).items() if not n.endswith("gate.weight")}
-    assert written.keys() == expected.keys()
-    return sorted(
-        name
-        for name, tensor in written.items()
-        if tensor.dtype != expected[name].dtype
-        or not torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8))
-    )
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     "alteration",
@@ -185,7 +159,7 @@ def test_copies_equal_the_naive_ones(tmp_path, merge, alteration, dtype: str) ->
     for models, experts in (([1], 4), ([0, 1], 5)):
         document = copied(family, models, num_experts=experts, seed=11, **alteration)
         out = merge(document, f"out-{experts}")
-        assert unlike_naive(family, out, models) == []
+        assert unlike_copies(family, out, models) == []
 
 
 def test_blocks_and_threads_do_not_change_a_byte(shared_family, merge, monkeypatch) -> None:
@@ -193,7 +167,7 @@ def test_blocks_and_threads_do_not_change_a_byte(shared_family, merge, monkeypat
     monkeypatch.setattr("upit_merge.merge.experts._BLOCK_ELEMENTS", {"cpu": 100})
     monkeypatch.setattr("upit_merge.merge.upcycle._MOST_KEPT", -7)  # one is kept
     monkeypatch.setattr("upit_merge.merge.passes.merge_workers", lambda _devices, _bytes: 4)
-    assert unlike_naive(shared_family, merge(document, max_shard_bytes=20_000), [0, 1]) == []
+    assert unlike_copies(shared_family, merge(document, max_shard_bytes=20_000), [0, 1]) == []
 
 
 def test_a_reinitialised_expert_keeps_the_rest_and_the_statistics(tmp_path, merge) -> None:
@@ -259,14 +233,11 @@ def test_the_base_itself_may_be_copied(shared_family, merge, caplog) -> None:
 def test_copies_are_planned_and_verified(family: Family, alteration: dict[str, float]) -> None:
     document = copied(family, [0, 2], num_experts=5, **alteration)
     recipe, out = str(family.write_recipe(document)), str(family.root / "out")
-    runner = CliRunner()
-    planned = runner.invoke(upit_merge, ["plan", recipe, "--quiet"])
-    assert planned.exit_code == 0, planned.output
+    planned = done("plan", recipe, "--quiet")
     assert "5 experts are copies of 2 checkpoints" in planned.output
     assert ("Closest two experts" in planned.output) == (not alteration)
-    assert runner.invoke(upit_merge, ["run", recipe, out, "--quiet"]).exit_code == 0
-    verified = runner.invoke(upit_merge, ["verify", out])
-    assert verified.exit_code == 0, verified.output
+    done("run", recipe, out, "--quiet")
+    done("verify", out)
 
 
 def test_broken_weights_are_named(family: Family, merge) -> None:

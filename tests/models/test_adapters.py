@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 from tests.conftest import Family, build_family
+from tests.support.commands import done
 from tests.support.lora import save_adapter, with_adapters
 from tests.support.naive import PROJECTIONS, load_model
-from upit_merge.cli.main import main as upit_merge
 from upit_merge.config.recipe import parse_recipe
 from upit_merge.config.references import expand_models
 from upit_merge.io.checkpoint import Checkpoint
@@ -334,13 +334,11 @@ def test_verify_agrees(family: Family) -> None:
     recipe, out = family.write_recipe(document), family.root / "out"
 
     def invoke(*args: object) -> Any:
-        return CliRunner().invoke(upit_merge, [*map(str, args)])
+        return invoke(*map(str, args))
 
-    planned = invoke("plan", recipe, out, "--quiet", "--data", family.seed_file())
-    assert planned.exit_code == 0, planned.output
-    assert invoke("run", recipe, out, "--quiet").exit_code == 0
-    verified = invoke("verify", out)
-    assert verified.exit_code == 0, verified.output
+    done("plan", recipe, out, "--quiet", "--data", family.seed_file())
+    done("run", recipe, out, "--quiet")
+    verified = done("verify", out)
     assert "differ" not in verified.stdout
     path = family.root / "lora" / "checkpoint-1000" / "adapter_model.safetensors"
     tensors = {name: tensor * 1.01 for name, tensor in load_file(path).items()}

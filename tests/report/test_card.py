@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from tests.commands.test_output import load
 from tests.conftest import Family
 from tests.support.cards import card_of, evaluation, model, report_of
+from tests.support.loading import load
 from upit_merge.report.card import render
 from upit_merge.report.facts import Facts
 from upit_merge.report.markdown import amount, escaped, fenced, table

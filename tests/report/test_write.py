@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 
-from tests.commands.test_output import load
-from tests.commands.test_resizing import command, done, refused
 from tests.conftest import Family
 from tests.support.cards import REPORT, assert_valid_for_the_hub, card_of, report_of
+from tests.support.commands import done, refused
+from tests.support.commands import invoke as command
+from tests.support.loading import load
 from upit_merge.report.card import render
 
 

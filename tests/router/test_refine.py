@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import build_family
-from tests.router.test_router import some_samples
+from tests.support.seeds import some_samples
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.assembled import AssembledMixture

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import Family, build_family, train_on
+from tests.support.commands import done, invoke
 from tests.support.naive import load_model
-from upit_merge.cli.main import main
-from upit_merge.data.tokens import TokenizedSample
+from tests.support.seeds import some_samples
 from upit_merge.engine.hidden_states import MEAN, PackedStates, Stream, token_batches
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
@@ -23,16 +22,6 @@ from upit_merge.models.mixture import opened_mixture
 from upit_merge.router.router_gain import SampleLosses
 
 CPU = torch.device("cpu")
-
-
-def some_samples(count: int = 9) -> list[TokenizedSample]:
-    generator = torch.Generator().manual_seed(1)
-    samples = []
-    for index in range(count):
-        length = int(torch.randint(4, 40, (), generator=generator))
-        ids = torch.randint(3, 259, (length,), generator=generator).tolist()
-        samples.append(TokenizedSample(ids, 1 if index % 3 else length // 2, f"sample {index}"))
-    return samples
 
 
 @pytest.mark.parametrize("variant", ["llama", "tied", "sliding window", "qwen3", "bfloat16"])
@@ -212,9 +201,7 @@ def test_router_refuses_an_incomplete_or_misshapen_model(family, merge) -> None:
         change(broken)
         save_file(broken, out / "model.safetensors", metadata={"format": "pt"})
         before = (out / "model.safetensors").read_bytes()
-        result = CliRunner().invoke(
-            main, ["router", str(out), "--data", str(family.seed_file()), "--quiet"]
-        )
+        result = invoke("router", out, "--data", family.seed_file(), "--quiet")
         assert result.exit_code == 1
         assert sentence in result.stderr
         assert (out / "model.safetensors").read_bytes() == before
@@ -283,8 +270,7 @@ def test_router_command_gives_what_the_recipe_would_have(family: Family, merge) 
         whole = merge(family.recipe(router={"data": str(seeds)}), f"a{size}", max_shard_bytes=size)
         later = merge(family.recipe(), f"b{size}", max_shard_bytes=size)
         before = load_model(later)
-        result = CliRunner().invoke(main, ["router", str(later), "--data", str(seeds), "--quiet"])
-        assert result.exit_code == 0, result.output
+        done("router", later, "--data", seeds, "--quiet")
         expected, got = load_model(whole), load_model(later)
         changed = {name for name in got if not torch.equal(got[name], before[name])}
         assert changed == set(gates(later))
@@ -335,8 +321,7 @@ def test_cuda_finds_the_gates_of_the_cpu(tmp_path, merge, dtype: str, arguments)
     out = {device: merge(family.recipe(), device) for device in ("cpu", "cuda")}
     for device, folder in out.items():
         words = ["router", str(folder), "--data", str(family.seed_file()), "--device", device]
-        result = CliRunner().invoke(main, [*words, *arguments, "--quiet"])
-        assert result.exit_code == 0, result.output
+        done(*words, *arguments, "--quiet")
     for name, gate in gates(out["cpu"]).items():
         difference = (gates(out["cuda"])[name].float() - gate.float()).norm() / gate.float().norm()
         assert difference < (0.01 if dtype == "float32" else 0.3)
@@ -350,7 +335,6 @@ def test_cuda_measures_what_the_cpu_does(shared_family, tmp_path, merge) -> None
     for device in ("cpu", "cuda"):
         words = ["evaluate", str(out), "--data", str(shared_family.seed_file()), "--quiet"]
         path = tmp_path / f"{device}.json"
-        result = CliRunner().invoke(main, [*words, "--device", device, "--json", str(path)])
-        assert result.exit_code == 0, result.output
+        done(*words, "--device", device, "--json", path)
         found.append(json.loads(path.read_text())["groups"]["all"]["perplexity"])
     assert found[0] == pytest.approx(found[1], rel=1e-3)

@@ -6,11 +6,10 @@ import json
 
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
+from tests.support.commands import done, refused
 from tests.support.naive import load_model
-from upit_merge.cli.main import main
 from upit_merge.commands.preview import PlannedMixture, checkpoint_losses
 from upit_merge.config.recipe import parse_recipe
 from upit_merge.config.router import ByColumn, RouterSettings
@@ -162,9 +161,9 @@ def test_a_wrong_name_is_told_before_the_merge(family, tmp_path) -> None:
     assign = {"column": "kind", "experts": {"code": 1, 7: 2}}
     recipe = family.write_recipe(family.recipe(router={"data": str(data), "assign": assign}))
     out = tmp_path / "out"
-    result = CliRunner().invoke(main, ["run", str(recipe), str(out), "--quiet"])
-    assert result.exit_code == 1
-    assert "seed.jsonl line 10 has 'cod' in the column `kind`" in result.stderr
+    assert "seed.jsonl line 10 has 'cod' in the column `kind`" in refused(
+        "run", recipe, out, "--quiet"
+    )
     assert not out.exists()
 
 
@@ -205,8 +204,7 @@ def test_plan_tells_whether_it_is_worth_it(family, tmp_path, router) -> None:
     document = family.recipe() if router is None else family.recipe(router=router)
     recipe, seeds = family.write_recipe(document), family.seed_file()
     before = sorted(tmp_path.rglob("*"))
-    result = CliRunner().invoke(main, ["plan", str(recipe), "--data", str(seeds), "--quiet"])
-    assert result.exit_code == 0, result.output
+    result = done("plan", recipe, "--data", seeds, "--quiet")
     assert "best for samples" in result.stdout
     assert "nats per token" in result.stdout
     assert sorted(tmp_path.rglob("*")) == before

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 
-from tests.commands.test_evaluate import held_out
-from tests.commands.test_processes import torchrun
 from tests.conftest import Family
+from tests.support.commands import done, torchrun
 from tests.support.naive import load_model
-from upit_merge.cli.main import main
+from tests.support.seeds import held_out
 from upit_merge.engine.hidden_states import Stream
 from upit_merge.runtime.processes import Processes
 
@@ -71,8 +69,7 @@ def test_the_command_of_two_does_what_one_does(
     alone = merge(shared_family.recipe(), max_shard_bytes=50_000)
     shared = shutil.copytree(alone, tmp_path / "shared")
     words = ["--data", str(shared_family.seed_file()), *SMALL, *arguments]
-    result = CliRunner().invoke(main, ["router", str(alone), *words, "--quiet"])
-    assert result.exit_code == 0, result.output
+    result = done("router", alone, *words, "--quiet")
     result = torchrun("router", shared, *words, module="upit_merge")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("are replaced") == 1
@@ -89,7 +86,7 @@ def test_two_measure_what_one_does(shared_family: Family, merge, tmp_path: Path)
     for name in ("one", "two"):
         words_with_json = [*words, "--json", str(tmp_path / f"{name}.json")]
         if name == "one":
-            assert CliRunner().invoke(main, [*words_with_json, "--quiet"]).exit_code == 0
+            done(*words_with_json, "--quiet")
         else:
             result = torchrun(*words_with_json, module="upit_merge")
             assert result.returncode == 0, result.stderr

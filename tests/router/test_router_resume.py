@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors import SafetensorError
 
 from tests.conftest import Family
+from tests.support.commands import done, invoke
 from tests.support.crash import contents
 from tests.support.naive import load_model
-from upit_merge.cli.main import main
 from upit_merge.engine.hidden_states import PackedStates
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.output.staging import EDIT_STAGING
@@ -61,8 +60,7 @@ def command(out: Path, data: Path, *arguments: str) -> list[str]:
 
 
 def run(words: list[str]) -> None:
-    result = CliRunner().invoke(main, words, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    done(*words)
 
 
 def cut_off(monkeypatch, owner: type, name: str, count: int, words: list[str]) -> bool:
@@ -108,12 +106,12 @@ def test_it_goes_on_at_the_layer_where_it_stopped(
     run(command(whole, data))
     expected = contents(whole)
     before = contents(out)
-    for done in range(10):
-        copy = copied(out, tmp_path / f"cut-{done}")
+    for cuts in range(10):
+        copy = copied(out, tmp_path / f"cut-{cuts}")
         words = command(copy, data)
-        assert cut_off(monkeypatch, LayerwiseMixture, "_layer_batch", done, words)
+        assert cut_off(monkeypatch, LayerwiseMixture, "_layer_batch", cuts, words)
         assert contents(copy) == before
-        assert layers_computed(monkeypatch, words) == 10 - done
+        assert layers_computed(monkeypatch, words) == 10 - cuts
         assert contents(copy) == expected
         assert not (copy / EDIT_STAGING["router"]).exists()
 
@@ -260,7 +258,7 @@ def test_a_full_disk_is_told(out, shared_family, monkeypatch) -> None:
 
     monkeypatch.setattr(progress, "save_file", full)
     words = command(out, shared_family.seed_file())
-    result = CliRunner().invoke(main, words)
+    result = invoke(*words)
     assert result.exit_code == 1
     assert "is full; free some space and run the same command again" in result.stderr
     assert "Traceback" not in result.output

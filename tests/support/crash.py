@@ -1,4 +1,4 @@
-"""Kills merges and fills their disk; started by tests/test_resume.py as a program of its own.
+"""Kills merges and fills their disk; as a program of its own, started by `crash`.
 
 One process imports everything, then forks a child for every run: starting Python anew would take
 most of the time. Prints one JSON object per trial.
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from tests.conftest import build_family
 from upit_merge.commands.extend import extend_output
 from upit_merge.commands.options import ResizeOptions
 from upit_merge.commands.run import RunOptions, run_recipe
@@ -36,6 +37,8 @@ from upit_merge.errors import UpitError
 from upit_merge.output import journal as resume
 from upit_merge.output.staging import EDIT_STAGING, STAGING
 from upit_merge.router import progress
+
+ROOT = Path(__file__).parents[2]
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
@@ -272,6 +275,24 @@ def _edit_trials(kind: str, recipe: Path, before: Path, out: Path) -> Iterator[A
         time.sleep(generator.uniform(0, longest))
         os.kill(pid, signal.SIGKILL)
         yield {"at": "any time", **trial(pid)}
+
+
+def crash(kind: str, tmp_path: Path, *prefix: str) -> list[dict[str, Any]]:
+    """Run this file's trials of a kind, in a process of their own, on a recipe with children and a router."""
+    family = build_family(tmp_path / "family")
+    document = family.recipe(
+        parameters={"num_experts": 6},
+        router={"data": str(family.seed_file()), "objective": "ridge"},
+    )
+    recipe = family.write_recipe(document)
+    result = subprocess.run(
+        [*prefix, sys.executable, "-m", "tests.support.crash", kind, recipe, tmp_path / "out"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def main() -> None:

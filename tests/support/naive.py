@@ -6,11 +6,14 @@ Shares no code with the package, so that agreement means something.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+
+from tests.conftest import Family
 
 PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
@@ -176,3 +179,52 @@ def grow(
                 values = torch.from_numpy(child + origin).view(base[name].shape)
                 output[target] = values.to(dtype)
     return output
+
+
+# ---- a folder that a run wrote -------------------------------------------------------------
+
+
+def unlike(written: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Names that only one of the two has, or whose tensors are not the same bits."""
+
+    def same(name: str) -> bool:
+        ours, theirs = written[name], expected[name].contiguous()
+        return ours.dtype == theirs.dtype and torch.equal(
+            ours.view(torch.uint8), theirs.view(torch.uint8)
+        )
+
+    shared = written.keys() & expected.keys()
+    return sorted((written.keys() ^ expected.keys()) | {n for n in shared if not same(n)})
+
+
+def unlike_grown(family: Family, out: Path, density: float, mutation: str) -> list[str]:
+    """Names of the expert tensors that are not, bit for bit, the naive ones."""
+    report = json.loads((out / "upit_report.json").read_text())
+    expected = grow(
+        load_model(family.base),
+        [load_model(path) for path in family.checkpoints],
+        report["lineage"],
+        density,
+        report["seed"],
+        mutation,
+        getattr(torch, report["dtype"]),
+    )
+    return unlike({n: t for n, t in load_model(out).items() if ".experts." in n}, expected)
+
+
+def unlike_copies(family: Family, out: Path, models: list[int]) -> list[str]:
+    """Names of all tensors but the gates that are not, bit for bit, those of naive copies."""
+    report = json.loads((out / "upit_report.json").read_text())
+    sources = [load_model(family.checkpoints[index]) for index in models]
+    dtype, settings = getattr(torch, report["dtype"]), report["parameters"]
+    expected = copies(
+        sources,
+        len(report["lineage"]["experts"]),
+        report["seed"],
+        settings["noise"],
+        settings["reinitialise"],
+        dtype,
+    )
+    expected |= {n: t.to(dtype) for n, t in sources[-1].items() if ".mlp." not in n}
+    written = {n: t for n, t in load_model(out).items() if not n.endswith("gate.weight")}
+    return unlike(written, expected)

@@ -1,9 +1,12 @@
-"""Seed data for tests of its reader: a conversation, and tokenizers of one token per byte."""
+"""Seed data: conversations, samples of random tokens, held-out texts of two kinds; tokenizers."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -37,3 +40,27 @@ def tokenized(example: SeedExample, tokenizer: Any, **limits: int) -> TokenizedS
     """The one sample that an example comes to."""
     (sample,) = tokenize_seed_data([example], tokenizer, **{**BIG, **limits}).samples
     return sample
+
+
+def some_samples(count: int = 9) -> list[TokenizedSample]:
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for index in range(count):
+        length = int(torch.randint(4, 40, (), generator=generator))
+        ids = torch.randint(3, 259, (length,), generator=generator).tolist()
+        samples.append(TokenizedSample(ids, 1 if index % 3 else length // 2, f"sample {index}"))
+    return samples
+
+
+KINDS = {"letters": "abcdefgh", "digits": "0123456789"}
+
+
+def held_out(root: Path, count: int = 10) -> Path:
+    path = root / "held-out.jsonl"
+    rows = [
+        {"text": letters[i % 5 :] * (1 + i % 3), "kind": kind, "number": i % 2}
+        for i in range(count)
+        for kind, letters in KINDS.items()
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
