@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.spoilt import refusal
 from upit_merge.config.recipe import FilteredDensity, parse_recipe, parse_recipe_text
-from upit_merge.config.references import expand_models
 
 Document = dict[str, Any]
 
@@ -119,54 +116,3 @@ def test_the_paper_s_rates_and_stream_come_with_its_objective() -> None:
     assert parse_recipe(router(objective="upit")).router.router_stream == "expert"
     assert parse_recipe(router()).router.router_stream == "mean"
     assert parse_recipe(router(objective="upit", stream="mean")).router.router_stream == "mean"
-
-
-# ---- globs ---------------------------------------------------------------------------------
-
-
-def expanded(*models: str) -> list[str]:
-    entries = parse_recipe(document(models=[{"model": model} for model in models])).models
-    return [entry.model for entry in expand_models(entries)]
-
-
-@pytest.fixture
-def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("checkpoint-500", "checkpoint-1000", "checkpoint-1500", "checkpoint-90", "best"):
-        (tmp_path / "sft" / name).mkdir(parents=True)
-    (tmp_path / "sft" / "checkpoint-7.txt").touch()
-
-
-@pytest.mark.usefixtures("steps")
-def test_globs_give_folders_in_step_order() -> None:
-    steps = [f"sft/checkpoint-{step}" for step in (90, 500, 1000, 1500)]
-    assert expanded("sft/checkpoint-*") == steps
-    assert expanded("sft/checkpoint-?000", "sft/best") == ["sft/checkpoint-1000", "sft/best"]
-    assert expanded("org/model", "**/checkpoint-[59]*") == [
-        "org/model",
-        "sft/checkpoint-90",
-        "sft/checkpoint-500",
-    ]
-
-
-@pytest.mark.usefixtures("steps")
-def test_an_entry_s_parameters_hold_for_all_its_folders() -> None:
-    models = [{"model": "sft/checkpoint-1*", "parameters": {"density": 0.3}}]
-    entries = expand_models(parse_recipe(document(models=models)).models)
-    assert [entry.parameters.density for entry in entries] == [0.3, 0.3]
-
-
-@pytest.mark.usefixtures("steps")
-def test_a_folder_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
-    (tmp_path / "run[1]").mkdir()
-    assert expanded("run[1]") == ["run[1]"]
-
-
-@pytest.mark.usefixtures("steps")
-def test_a_glob_without_a_match(tmp_path: Path) -> None:
-    for pattern in ("sft/ckpt-*", "sft/*.txt"):
-        message = refusal(expanded, "sft/best", pattern)
-        assert message == (
-            f"models: {pattern} matches no folder (looked in {tmp_path}); correct the pattern or "
-            "the working directory."
-        )

@@ -31,6 +31,11 @@ BASE, FIRST, SECOND, LAST = "base", *(f"sft/checkpoint-{step}" for step in (500,
 UP = "model.layers.1.mlp.up_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
+# Of a family whose checkpoints are adapters.
+ADAPTER = "lora/checkpoint-1500"
+ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
+ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
+
 Document = dict[str, Any]
 Spoil = Callable[[Family], Document | None]  # None: the recipe stays as it is
 
@@ -96,6 +101,10 @@ def json_file(path: str, **changes: Any) -> Spoil:
 
 def config(folder: str, **changes: Any) -> Spoil:
     return json_file(f"{folder}/config.json", **changes)
+
+
+def adapter_settings(**changes: Any) -> Spoil:
+    return json_file(ADAPTER_CONFIG, **changes)
 
 
 def without(*paths: str) -> Spoil:
