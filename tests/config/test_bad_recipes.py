@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.recipes import Document, document, parameters, router
 from tests.support.spoilt import assert_sentence, refusal
 from upit_merge.config.recipe import (
     Parameters,
@@ -22,8 +23,6 @@ from upit_merge.config.recipe import (
 )
 from upit_merge.config.router import ByColumn, Refinement, RouterSettings, UpitObjective
 
-Document = dict[str, Any]
-
 BLOCKS = {
     "parameters": Parameters,
     "router": RouterSettings,
@@ -31,19 +30,6 @@ BLOCKS = {
     "router.upit": UpitObjective,
     "router.refine": Refinement,
 }
-
-
-def document(**keys: Any) -> Document:
-    listed = [{"model": "one"}, {"model": "two"}]
-    return {"merge_method": "upit", "base_model": "base", "models": listed, **keys}
-
-
-def parameters(**settings: Any) -> Document:
-    return document(parameters=settings)
-
-
-def router(**settings: Any) -> Document:
-    return document(router={"data": "seed.jsonl", **settings})
 
 
 def entry(**keys: Any) -> Document:

@@ -7,22 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.recipes import Document, document, parameters, router
 from upit_merge.config.recipe import FilteredDensity, parse_recipe, parse_recipe_text
-
-Document = dict[str, Any]
-
-
-def document(**keys: Any) -> Document:
-    listed = [{"model": "one"}, {"model": "two"}]
-    return {"merge_method": "upit", "base_model": "base", "models": listed, **keys}
-
-
-def parameters(**settings: Any) -> Document:
-    return document(parameters=settings)
-
-
-def router(**settings: Any) -> Document:
-    return document(router={"data": "seed.jsonl", **settings})
 
 
 def upit(**settings: Any) -> Document:

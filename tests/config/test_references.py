@@ -7,18 +7,15 @@ from typing import Any
 
 import pytest
 
+from tests.support.recipes import document
 from tests.support.spoilt import refusal
 from upit_merge.config.recipe import parse_recipe
 from upit_merge.config.references import expand_models
 from upit_merge.io.hub import split_reference
 
 
-def document(models: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"merge_method": "upit", "base_model": "base", "models": models}
-
-
 def expanded(*models: str) -> list[str]:
-    entries = parse_recipe(document([{"model": model} for model in models])).models
+    entries = parse_recipe(document(models=[{"model": model} for model in models])).models
     return [entry.model for entry in expand_models(entries)]
 
 
@@ -45,7 +42,7 @@ def test_globs_give_folders_in_step_order() -> None:
 @pytest.mark.usefixtures("steps")
 def test_an_entry_s_parameters_hold_for_all_its_folders() -> None:
     models = [{"model": "sft/checkpoint-1*", "parameters": {"density": 0.3}}]
-    entries = expand_models(parse_recipe(document(models)).models)
+    entries = expand_models(parse_recipe(document(models=models)).models)
     assert [entry.parameters.density for entry in entries] == [0.3, 0.3]
 
 

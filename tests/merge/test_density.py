@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.recipes import document
 from upit_merge.config.recipe import parse_recipe
 from upit_merge.errors import UpitError
 from upit_merge.merge.density import resolve_densities
@@ -22,14 +23,7 @@ def densities(layers: int, shared: Any, *per_model: Any) -> list[list[float]]:
     models = [
         {"model": "m", "parameters": {} if own is None else {"density": own}} for own in settings
     ]
-    recipe = parse_recipe(
-        {
-            "merge_method": "upit",
-            "base_model": "base",
-            "models": models,
-            "parameters": {"density": shared},
-        }
-    )
+    recipe = parse_recipe(document(models=models, parameters={"density": shared}))
     architecture = DenseArchitecture(FORMATS["mixtral"], {"num_hidden_layers": layers}, {})
     assert [p for _, p, _ in architecture.ffn_names()] == [*GATE_DOWN_UP] * layers
     resolved = resolve_densities(
