@@ -35,8 +35,8 @@ import json, resource, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(2)
-from upit_merge.pipeline import RunOptions, run_recipe
-from upit_merge.recipe import load_recipe
+from upit_merge.commands.run import RunOptions, run_recipe
+from upit_merge.config.recipe import load_recipe
 tiny, recipe, out = map(Path, sys.argv[1:4])
 options = RunOptions(quiet=True)
 run_recipe(*load_recipe(tiny), out / "tiny", options)  # imports everything
