@@ -105,7 +105,7 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
     ):
         with processes.together():
             run = _prepared(recipe, source, out, options, processes, stack)
-        complete = processes.gather(run.staging.complete)[0]
+        complete = processes.gather(run.staging.is_moving)[0]
         if not complete:
             merged = merge(run.merger, run.staging, run.shards, processes, run.clock)
             with processes.together():
@@ -146,7 +146,7 @@ def _prepared(
         samples = seeds.digest() if seeds else None
         identity = run_identity(recipe, inputs.models, options.max_shard_bytes, samples)
         staging = stack.enter_context(staged_output(out, identity, overwrite=options.overwrite))
-        if not staging.complete:
+        if not staging.is_moving:
             needs(merger, seeds, shards).check(out, staging.size())
     return _Run(merger, shards, seeds, staging, out, source, options, Clock())
 

@@ -13,6 +13,14 @@ def write_json(path: Path, content: Any) -> None:
     replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of our own; an empty one if there is none, or half of one."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file by renaming a finished one into its place."""
     draft = path.with_name(f".{path.name}.draft")

@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.errors import ResumableError, UpitError
-from upit_merge.io.text_file import sync_folder, write_json
 from upit_merge.output.lock import exclusive, release
 from upit_merge.output.staging import (
     EDIT_STAGING,
-    STATE,
     Staging,
     check_not_half_edited,
     check_output_exists,
-    is_moving,
     move_into_place,
-    read_state,
     remove_scratch,
 )
 from upit_merge.runtime.interrupt import ends_at_once
@@ -46,16 +42,16 @@ class Edit:
         self.out = out
         self.command = command
         self.processes = processes
-        self.root = out / EDIT_STAGING[command]
+        self.staging = Staging(out / EDIT_STAGING[command])
         self.finished: dict[str, Any] | None = None
 
     @property
     def model(self) -> Path:
         """The files that will take the place of the model's own."""
-        return self.root / "model"
+        return self.staging.model
 
     def emptied(self) -> Path:
-        """`model`, without what a call that was killed has left in it."""
+        """Return `model`, without what a call that was killed has left in it."""
         shutil.rmtree(self.model, ignore_errors=True)
         self.model.mkdir(parents=True)
         return self.model
@@ -63,7 +59,7 @@ class Edit:
     @property
     def progress(self) -> Path:
         """What is done of the work, for a call that was cut off."""
-        return self.root / "progress"
+        return self.staging.root / "progress"
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
@@ -79,7 +75,7 @@ class Edit:
             yield
 
     def was_finished(self, identity: Mapping[str, Any]) -> bool:
-        """Whether the earlier call that was all but finished is this one; says so."""
+        """Return whether the earlier call that was all but finished is this one; says so."""
         same = self.processes.gather(self.finished)[0] == identity
         if same and self.processes.is_first:
             print("The earlier call was complete but for the last files, now in place.")
@@ -99,11 +95,11 @@ class Edit:
             if not self.processes.is_first:
                 return ""
             release(self.out)
-            if is_moving(self.root):
+            if self.staging.is_moving:
                 return "Interrupted; the same command goes on from there."
             if has_begun(self.progress):
                 return f"Interrupted; {unchanged}. The same command goes on."
-            shutil.rmtree(self.root, ignore_errors=True)
+            shutil.rmtree(self.staging.root, ignore_errors=True)
             return f"Interrupted; {unchanged}."
 
         try:
@@ -112,9 +108,9 @@ class Edit:
         except Exception as error:
             # A mistake would be made again by the same command; else it goes on, if it has begun.
             mistake = isinstance(error, UpitError) and not isinstance(error, ResumableError)
-            if not is_moving(self.root):
+            if not self.staging.is_moving:
                 if mistake or not has_begun(self.progress):
-                    shutil.rmtree(self.root, ignore_errors=True)
+                    shutil.rmtree(self.staging.root, ignore_errors=True)
                 elif not keeps_files:
                     shutil.rmtree(self.model, ignore_errors=True)
             raise
@@ -128,19 +124,17 @@ class Edit:
             identity: What made them, for `finished` to tell.
             obsolete: Names of the model's files that go.
         """
-        sync_folder(self.model)
-        moving = {"obsolete": list(obsolete)}
-        write_json(self.root / STATE, {"identity": identity, "moving": moving})
+        self.staging.begin_moving(identity, obsolete)
         self._moved()
 
     def _moved(self) -> dict[str, Any] | None:
-        if not is_moving(self.root):
+        if not self.staging.is_moving:
             return None
-        identity = (read_state(self.root) or {}).get("identity")
-        move_into_place(Staging(self.root, complete=True), self.out)
+        identity: dict[str, Any] = self.staging.state["identity"]
+        move_into_place(self.staging, self.out)
         return identity
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether anything is kept there that a stage could go on with."""
+    """Return whether anything is kept there that a stage could go on with."""
     return folder.is_dir() and any(path.name != IDENTITY for path in folder.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 
 def file_states(files: Iterable[Path], seed_data: str) -> dict[str, str]:
-    """Size and time of change of files, and of the seed data's unless it is a dataset id."""
+    """Return size and time of change of files, and of the seed data's unless that is a dataset id."""
     paths = {path.resolve() for path in files}
     seeds = Path(os.path.expanduser(seed_data))
     if seed_data and seeds.is_dir():
@@ -21,19 +22,32 @@ def file_states(files: Iterable[Path], seed_data: str) -> dict[str, str]:
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """What differs between two identities, in words; None if nothing does."""
+    """Return what differs between two identities, in words; None if nothing does.
+
+    Args:
+        before: As it was read back from a file.
+        now: As it would be: JSON has texts for keys, and lists only.
+    """
+    return next(_differences(before, json.loads(json.dumps(now))), None)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
-        if old == new:
-            continue
-        if name != "file":
-            return next(_changes(name, old, new))
-        for path in {**(old or {}), **(new or {})}:
-            was, is_now = (old or {}).get(path), (new or {}).get(path)
-            if was != is_now:
-                how = "was not part of it" if was is None else "changed since"
-                return f"{path} {'is no longer part of it' if is_now is None else how}"
-    return None
+        if name == "file":
+            yield from _file_changes(old or {}, new or {})
+        elif old != new:
+            yield from _changes(name, old, new)
+
+
+def _file_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    for path in {**before, **now}:
+        if path not in now:
+            yield f"{path} is no longer part of it"
+        elif path not in before:
+            yield f"{path} was not part of it"
+        elif before[path] != now[path]:
+            yield f"{path} changed since"
 
 
 def _changes(name: str, old: Any, new: Any) -> Iterator[str]:

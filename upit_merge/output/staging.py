@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from upit_merge.errors import ResumableError, UpitError
 from upit_merge.io.disk import explained
-from upit_merge.io.text_file import sync_folder, write_json
+from upit_merge.io.text_file import read_record, sync_folder, write_json
 from upit_merge.io.untrusted import is_file_name, read_json
 from upit_merge.output.identity import first_difference
 from upit_merge.output.journal import has_progress
@@ -28,7 +27,7 @@ STAGING = ".upit-staging"
 _EDITS = ("router", "extend", "shrink", "evaluate", "page")
 EDIT_STAGING = {name: f".upit-{name}" for name in _EDITS}
 REPORT = "upit_report.json"
-STATE = "run.json"
+_STATE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,39 @@ class Staging:
 
     Attributes:
         root: Holds the state of the run and its journals.
-        complete: An earlier run finished the output and was killed while moving it into place.
     """
 
     root: Path
-    complete: bool = False
 
     @property
     def model(self) -> Path:
         """The files that will be the output."""
         return self.root / "model"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What decides the output, and the move once it has begun; empty if nothing is staged."""
+        return read_record(self.root / _STATE)
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether all is done but for moving the files into place."""
+        return bool(self.state.get("moving"))
+
+    def begin(self, identity: Mapping[str, Any] | None = None) -> None:
+        """Make the folder for the output of this identity."""
+        self.model.mkdir(parents=True)
+        write_json(self.root / _STATE, {"identity": identity, "moving": None})
+
+    def begin_moving(self, identity: Mapping[str, Any] | None, obsolete: Sequence[str]) -> None:
+        """Record that the output is complete; from now on its files are moved, whatever happens.
+
+        Args:
+            obsolete: Names of files that go from the output's folder.
+        """
+        sync_folder(self.model)
+        moving = {"obsolete": list(obsolete)}
+        write_json(self.root / _STATE, {"identity": identity, "moving": moving})
 
     def size(self) -> int:
         """Bytes of the output that are on the disk already; shards have holes until filled."""
@@ -90,7 +112,7 @@ def staged_output(
             root = staging.root
 
             def on_exit() -> str:
-                if is_moving(root) or has_progress(root):
+                if staging.is_moving or has_progress(root):
                     return "Interrupted; the same command goes on from there."
                 shutil.rmtree(root, ignore_errors=True)
                 release(out)
@@ -105,11 +127,11 @@ def staged_output(
                 leave = True
             except BaseException as error:
                 may_go_on = not isinstance(error, UpitError) or isinstance(error, ResumableError)
-                leave = is_moving(root) or (may_go_on and has_progress(root))
+                leave = staging.is_moving or (may_go_on and has_progress(root))
                 raise
             finally:
                 if not leave:
-                    shutil.rmtree(staging.root, ignore_errors=True)
+                    shutil.rmtree(root, ignore_errors=True)
     finally:
         if not leave:
             for folder in created:
@@ -160,45 +182,29 @@ def remove_scratch(out: Path, rank: int = 0) -> None:
 
 def _open_staging(out: Path, identity: Mapping[str, Any]) -> Staging:
     """The staging folder of an unfinished run with this identity, or a new one."""
-    root = out / STAGING
-    state = read_state(root)
-    moving = is_moving(root)
+    staging = Staging(out / STAGING)
+    root, state, moving = staging.root, staging.state, staging.is_moving
     if state and (moving or has_progress(root)):
-        change = first_difference(state["identity"], json.loads(json.dumps(identity)))
-        if change:
+        if change := first_difference(state["identity"] or {}, identity):
             raise UpitError(
                 f"The output folder {out} holds an unfinished run, but {change}; undo that to "
                 f"finish it, or delete {root} to start over."
             )
         LOG.info("Going on with the unfinished run in %s.", out)
-        for path in (root / "model").iterdir():
+        for path in staging.model.iterdir():
             # Small files are made again; a draft of one must not become part of the output.
             if not moving and path.suffix != ".safetensors":
                 path.unlink()
-        return Staging(root, complete=moving)
+        return staging
     try:
         # Without a record of what is done, nothing there is of use; the lock says that nobody
         # else is using it.
         shutil.rmtree(root, ignore_errors=True)
-        (root / "model").mkdir(parents=True)
-        write_json(root / STATE, {"identity": identity, "moving": None})
+        staging.begin(identity)
     except OSError as error:
         shutil.rmtree(root, ignore_errors=True)
         raise explained(error, out) from error
-    return Staging(root)
-
-
-def read_state(root: Path) -> dict[str, Any] | None:
-    """What a staging folder says of itself; None if it is none."""
-    try:
-        return dict(json.loads((root / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
-
-
-def is_moving(root: Path) -> bool:
-    """Whether files of this staging folder are being moved into place, or were when it ended."""
-    return bool((read_state(root) or {}).get("moving"))
+    return staging
 
 
 def check_output_is_free(out: Path, *, overwrite: bool = False) -> None:
@@ -211,7 +217,7 @@ def check_output_is_free(out: Path, *, overwrite: bool = False) -> None:
         raise UpitError(f"The output {out} is a file; give a folder.")
     if not out.is_dir():
         return
-    if is_moving(out / STAGING):  # a complete output, in part here and in part still there
+    if Staging(out / STAGING).is_moving:  # a complete output, in part here and in part still there
         return
     check_not_half_edited(out)
     ours = (STAGING, *EDIT_STAGING.values(), LOCK)
@@ -240,7 +246,7 @@ def check_not_half_edited(out: Path, but: str | None = None) -> None:
         UpitError: naming that command.
     """
     for command, folder in EDIT_STAGING.items():
-        if command != but and is_moving(out / folder):
+        if command != but and Staging(out / folder).is_moving:
             raise UpitError(
                 f"What `upit-merge {command}` makes is half-way into the model in {out}; give the "
                 "command that was interrupted again first."
@@ -257,13 +263,10 @@ def remove_if_empty(folder: Path) -> None:
 
 def move_into_place(staging: Staging, out: Path) -> None:
     """Rename every file into `out`; does what is left of it if it was begun before."""
-    state = read_state(staging.root) or {}
-    if not staging.complete:
-        sync_folder(staging.model)
+    if not staging.is_moving:
         new = {path.name for path in staging.model.iterdir()}
         old = [name for name in _files_of(out / REPORT) if name not in new]
-        state["moving"] = {"obsolete": old}
-        write_json(staging.root / STATE, state)
+        staging.begin_moving(staging.state["identity"], old)
     names = sorted(path.name for path in staging.model.iterdir())
     last = "config.json"
     if last in names:
@@ -273,7 +276,7 @@ def move_into_place(staging: Staging, out: Path) -> None:
             for folder in EDIT_STAGING.values():
                 shutil.rmtree(out / folder, ignore_errors=True)
     # The state of a folder from elsewhere must not make us remove anything anywhere else.
-    for name in filter(is_file_name, state["moving"]["obsolete"]):
+    for name in filter(is_file_name, staging.state["moving"]["obsolete"]):
         (out / name).unlink(missing_ok=True)
     for name in sorted(names, key=lambda name: name == last):
         os.replace(staging.model / name, out / name)
@@ -282,7 +285,7 @@ def move_into_place(staging: Staging, out: Path) -> None:
     for path in staging.root.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name != STATE:
+        elif path.name != _STATE:
             path.unlink()
     shutil.rmtree(staging.root, ignore_errors=True)
 

@@ -74,7 +74,7 @@ class Record:
         entry = self._content.stages.get(stage)
         if entry is None or not entry.done:
             return False
-        if change := self._change(entry, identity):
+        if change := first_difference(entry.identity, identity):
             raise UpitError(
                 f"The stage {stage} is done in {self._path.parent}, but {change}; undo that, or "
                 f"give --redo {stage} to do it and what follows again."
@@ -84,7 +84,7 @@ class Record:
     def was_begun(self, stage: str, identity: Mapping[str, Any]) -> bool:
         """Whether a stage was begun with these settings."""
         entry = self._content.stages.get(stage)
-        return entry is not None and self._change(entry, identity) is None
+        return entry is not None and first_difference(entry.identity, identity) is None
 
     def seconds(self, stage: str) -> float | None:
         """What a stage took; None if it is not done."""
@@ -106,9 +106,6 @@ class Record:
         """A stage is to be done again; to be called when what it made is gone."""
         self._content.stages.pop(stage, None)
         self._write()
-
-    def _change(self, entry: _Entry, identity: Mapping[str, Any]) -> str | None:
-        return first_difference(entry.identity, json.loads(json.dumps(identity)))
 
     def _write(self) -> None:
         write_json(self._path, self._content.model_dump(mode="json"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import logging
 import os
 import shutil
@@ -21,8 +19,9 @@ from upit_merge.engine.hidden_states import PackedStates
 from upit_merge.errors import first_line
 from upit_merge.io.disk import free_bytes
 from upit_merge.io.tensor_file import tensor_memory
-from upit_merge.io.text_file import write_json
+from upit_merge.io.text_file import read_record, write_json
 from upit_merge.output.edit import IDENTITY
+from upit_merge.output.identity import first_difference
 from upit_merge.runtime.processes import ALONE, Processes
 
 LOG = logging.getLogger(__name__)
@@ -56,12 +55,12 @@ class Progress:
         self._seconds = 0.0
         if folder is None:
             return
-        whole = json.loads(json.dumps(identity or {}))
-        known = folder / IDENTITY
-        if processes.is_first and not (known.is_file() and _read_json(known) == whole):
+        record = folder / IDENTITY
+        same = record.is_file() and not first_difference(read_record(record), identity or {})
+        if processes.is_first and not same:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            write_json(known, whole)
+            write_json(record, identity or {})
         processes.gather(None)  # nobody looks before the first has tidied up
 
     # ---- small results ---------------------------------------------------------------------
@@ -140,7 +139,7 @@ class Progress:
             self._kept_at = time.monotonic()
             return
         started = time.monotonic()
-        old = _read_json(record).get("file")
+        old = read_record(record).get("file")
         path = self._folder / f"states-{rank}-{'b' if old == f'states-{rank}-a.bin' else 'a'}.bin"
         with path.open("wb") as file:
             file.write(tensor_memory(states.rows) if size else b"")
@@ -171,7 +170,7 @@ class Progress:
         """
         if self._folder is None:
             return 0, []
-        record = _read_json(self._folder / f"sweep-{self._processes.rank}.json")
+        record = read_record(self._folder / f"sweep-{self._processes.rank}.json")
         size = into.rows.numel() * into.rows.element_size()
         path = self._folder / str(record.get("file"))
         wanted = self._record(name, into)
@@ -197,12 +196,6 @@ class Progress:
         (self._folder / f"sweep-{rank}.json").unlink(missing_ok=True)
         for path in self._folder.glob(f"states-{rank}-*.bin"):
             path.unlink(missing_ok=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    return {}
 
 
 def _flush(path: Path) -> None:

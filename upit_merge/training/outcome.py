@@ -13,7 +13,7 @@ from upit_merge.io.text_file import write_json
 from upit_merge.io.untrusted import own_file, read_json
 from upit_merge.models.dense import is_derived
 from upit_merge.models.mixture import inspect_mixture, opened_mixture
-from upit_merge.output.staging import REPORT, STAGING, STATE, Staging, is_moving, move_into_place
+from upit_merge.output.staging import REPORT, STAGING, Staging, move_into_place
 from upit_merge.report.read import read_report
 from upit_merge.report.write import card_is_ours, recipe_of, write_card
 from upit_merge.training.settings import FinetuneJob
@@ -35,11 +35,11 @@ _HISTORY = ("loss", "aux_loss", "routing_entropy", "load_entropy", "dead_experts
 
 def finish_move(out: Path) -> None:
     """Move what an earlier call had not moved into place when it was killed."""
-    root = out / STAGING
-    if is_moving(root):
-        move_into_place(Staging(root, complete=True), out)
+    staging = Staging(out / STAGING)
+    if staging.is_moving:
+        move_into_place(staging, out)
     else:
-        shutil.rmtree(root, ignore_errors=True)
+        shutil.rmtree(staging.root, ignore_errors=True)
 
 
 def write_mixture(
@@ -71,8 +71,7 @@ def write_mixture(
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.accelerator.is_main_process:
         return
-    staging.model.mkdir(parents=True)
-    write_json(staging.root / STATE, {"identity": None, "moving": None})
+    staging.begin()
     names, dtype = kind
     if state is None:
         model = _merged(source, adapter)

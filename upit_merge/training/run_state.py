@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.errors import UpitError
-from upit_merge.io.text_file import write_json
+from upit_merge.io.text_file import read_record, write_json
 from upit_merge.output.identity import first_difference
 from upit_merge.output.lock import LOCK
 
@@ -74,16 +74,14 @@ class RunState:
 
     def _read(self) -> dict[str, Any]:
         new = {"identity": self._identity, "saved": [], "seconds": 0.0, "finished": False}
-        try:
-            content = dict(json.loads(self._path.read_text(encoding="utf-8")))
-            content = {key: content[key] for key in new}
-        except (OSError, ValueError, TypeError, KeyError):
+        content = read_record(self._path)
+        if not content.keys() >= new.keys():
             others = sorted(p.name for p in self.folder.iterdir() if p.name != LOCK)
             if others:
                 raise UpitError(
                     f"The output folder {self.folder} is not empty (it holds {others[0]}); choose "
                     "a new one."
-                ) from None
+                )
             return new
         if not (content["finished"] or content["saved"]):
             return new  # nothing is lost by starting over
