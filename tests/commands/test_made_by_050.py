@@ -13,14 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from upit_merge.cli.main import main as upit_merge
+from upit_merge.errors import UpitError
 from upit_merge.io.shards import ShardWriter
 from upit_merge.output.journal import Journal
 from upit_merge.output.staging import STAGING
+from upit_merge.pipeline.record import Record
 from upit_merge.report.facts import Facts
 from upit_merge.report.read import read_report
+from upit_merge.router.progress import Progress
+from upit_merge.training.run_state import RunState
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "made_by_050"
 SHARD_SIZE = ("--out-shard-size", "60000")
@@ -192,3 +196,39 @@ def test_another_run_does_not_go_on_with_it(
     result = invoke("run", "recipe.yml", "unfinished/moe", *SHARD_SIZE, *options)
     assert result.exit_code == 1
     assert f"unfinished/moe holds an unfinished run, but {change}; undo that" in result.stderr
+
+
+# ---- records of what was begun -----------------------------------------------------------------
+
+
+def test_a_training_that_was_begun_goes_on(tmp_path: Path) -> None:
+    identity = {"upit-merge": "0.5.0", "training": {"learning_rate": 0.01}, "file": {"/x": "1 2"}}
+    record = {"identity": identity, "saved": [4, 8], "seconds": 3.5, "finished": False}
+    (tmp_path / ".upit-finetune.json").write_text(json.dumps(record, indent=2))
+    (tmp_path / "checkpoint-8").mkdir()
+    state = RunState(tmp_path, identity)
+    assert (state.newest, state.seconds) == (tmp_path / "checkpoint-8", 3.5)
+    with pytest.raises(UpitError, match=r"but training.learning_rate was 0.01 and is 0.02; undo"):
+        RunState(tmp_path, identity | {"training": {"learning_rate": 0.02}})
+
+
+def test_stages_that_were_done_stay_so(tmp_path: Path) -> None:
+    identity = {"settings": {"prepare": {"learning_rate": 0.01}}, "file": {"/x": "1 2"}}
+    entries = {
+        "prepare": {"identity": identity, "seconds": 12.3, "done": True},
+        "merge": {"identity": {"recipe": {"dtype": None}}, "seconds": None, "done": False},
+    }
+    (tmp_path / "pipeline.json").write_text(json.dumps({"stages": entries}, indent=2))
+    record = Record(tmp_path)
+    assert record.is_done("prepare", identity)
+    assert record.seconds("prepare") == 12.3
+    assert record.was_begun("merge", {"recipe": {"dtype": None}})
+    assert not record.is_done("merge", {"recipe": {"dtype": None}})
+
+
+def test_gates_that_were_fitted_are_kept(tmp_path: Path) -> None:
+    identity = {"upit-merge": "0.5.0", "settings": {"steps": 2}, "files": {"/x": "1 2"}}
+    (tmp_path / "identity.json").write_text(json.dumps(identity, indent=2))
+    save_file({"00000": torch.ones(2, 3)}, tmp_path / "gates.safetensors")
+    assert len(Progress(tmp_path, identity).kept_gates("gates")) == 1
+    assert not Progress(tmp_path, identity | {"settings": {"steps": 3}}).kept_gates("gates")

@@ -95,6 +95,8 @@ def test_saved_by_time_or_by_size(tmp_path: Path, monkeypatch, seconds: float, s
 def test_differences_are_named() -> None:
     before = {"upit-merge": "1", "recipe": {"a": {"b": 1}, "c": [1]}, "file": {"x": "1", "y": "2"}}
     assert first_difference(before, before) is None
+    # A key that an older record does not have is one that is not set.
+    assert first_difference(before, {**before, "recipe": {**before["recipe"], "d": None}}) is None
     for change, words in [
         ({"upit-merge": "2"}, "upit-merge was 1 and is 2"),
         ({"recipe": {"a": {"b": None}, "c": [1]}}, "a.b was 1 and is not set"),

@@ -174,11 +174,11 @@ def test_killed_while_the_model_is_moved_into_place(
 def test_a_disk_that_is_too_small_is_found_first(
     train: Finetune, moe: Path, four: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from upit_merge.output import staging
+    from upit_merge.io import disk
 
     weights_of_dense = 4 * sum(tensor.numel() for tensor in weights(four.base).values())
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "free_bytes", lambda folder: 8 * weights_of_dense)
+        patch.setattr(disk, "free_bytes", lambda folder: 8 * weights_of_dense)
         with pytest.raises(UpitError, match="8 checkpoints of the training"):
             train(four.base, save_steps=0.125)
         assert not (moe.parent / "trained").exists()

@@ -54,7 +54,7 @@ class Needs:
         return max(self.merge, self.router or 0)
 
     def shortages(self, out: Path | None, present: int = 0) -> Iterator[str]:
-        """What this machine cannot give, one sentence each.
+        """Yield what this machine cannot give, one sentence each.
 
         Args:
             out: The output folder, or where it will be.
@@ -97,7 +97,7 @@ class Needs:
             )
 
     def lines(self, out: Path | None) -> Iterator[str]:
-        """The same for people: what is needed beside what there is."""
+        """Yield the same for people: what is needed beside what there is."""
         if out is not None:
             yield f"Disk: {gb(self.disk)} needed, {gb(free_bytes(out))} free in {out}."
         limit, where = memory_limit()
@@ -111,7 +111,7 @@ class Needs:
 
 
 def needs(merger: Merger, seeds: SeedSet | None, shards: Sequence[Shard]) -> Needs:
-    """What a run takes; nothing is read but what is open already."""
+    """Return what a run takes; nothing is read but what is open already."""
     inputs, devices = merger.inputs, merger.devices
     merge = Needs(
         disk=sum(shard.num_bytes for shard in shards),
@@ -157,7 +157,7 @@ def check_router_memory(
 
 
 def router_needs(memory: RouterMemory, device: torch.device) -> Needs:
-    """What router pre-training, or an evaluation, takes by itself."""
+    """Return what router pre-training, or an evaluation, takes by itself."""
     cpu = device.type == "cpu"
     return Needs(
         disk=0,  # hidden states look for their room themselves
@@ -185,7 +185,7 @@ def _shape(inputs: Inputs) -> ModelShape:
 
 
 def memory_limit() -> tuple[int, str]:
-    """RAM this process may ever use, in bytes, and what sets the limit."""
+    """Return the RAM this process may ever use, in bytes, and what sets the limit."""
     total = psutil.virtual_memory().total
     for path in _CGROUPS:  # containers and notebooks: the machine's own memory is not theirs
         try:

@@ -165,7 +165,7 @@ class _Run:
     clock: Clock
 
     def settle(self, processes: Processes) -> None:
-        """What must be there before the router can be trained: a folder that can be opened."""
+        """Make a folder that can be opened of the weights, before the router can be trained."""
         if processes.is_first:
             copy = self.options.copy_tokenizer
             write_settings(self.staging.model, self.merger.inputs, self.shards, copy_tokenizer=copy)
@@ -201,7 +201,7 @@ class _Run:
         return router
 
     def finish(self, merged: Merged, router: RouterResult | None) -> None:
-        """Everything after weights and gates: report, card and configuration."""
+        """Write everything after weights and gates: report, card and configuration."""
         inputs, folder = self.merger.inputs, self.staging.model
         record = merge_record(
             inputs.recipe,
@@ -222,12 +222,12 @@ class _Run:
             inputs.experts_per_token,
         )
         record |= {"router": router.report if router else None, "seconds": self.clock.seconds}
-        self._write_papers(record)
+        self._write_report_and_card(record)
         # Last of all: without it no folder loads as a model.
         write_json(folder / "config.json", output_config(inputs))
 
     def tell(self, lineage: Lineage, router: RouterResult | None) -> None:
-        """What users should know of a finished model."""
+        """Say what users should know of a finished model."""
         if router is None:
             LOG.warning(
                 "The recipe has no router: block, so the gates are random: the model works, but "
@@ -243,8 +243,8 @@ class _Run:
             show_buckets(router.report)
         print(f"{lineage.summary[0].upper()}{lineage.summary[1:]}.")
 
-    def _write_papers(self, record: dict[str, Any]) -> None:
-        """The recipe, the page with its pictures, and the report."""
+    def _write_report_and_card(self, record: dict[str, Any]) -> None:
+        """Write the recipe, the card with its pictures, and the report."""
         folder = self.staging.model
         if self.options.write_card:
             (folder / RECIPE_COPY).write_text(self.source, encoding="utf-8")
@@ -255,7 +255,7 @@ class _Run:
 
 
 def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
-    """The router's seed data, read before the long work so that its mistakes show early."""
+    """Read the router's seed data, before the long work so that its mistakes show early."""
     settings = inputs.recipe.router
     if settings is None or inputs.tokenizer is None:
         return None
@@ -277,7 +277,7 @@ def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
 
 
 def output_config(inputs: Inputs) -> dict[str, Any]:
-    """The output's `config.json`."""
+    """Return the output's `config.json`."""
     return mixture_config(
         inputs.settings_donor,
         inputs.tokenizer or inputs.settings_donor,
@@ -290,7 +290,7 @@ def output_config(inputs: Inputs) -> dict[str, Any]:
 def write_settings(
     folder: Path, inputs: Inputs, shards: Sequence[Shard], *, copy_tokenizer: bool
 ) -> None:
-    """What a model folder has beside weights and `config.json`: shard index, tokenizer."""
+    """Write what a model has beside weights and `config.json`: shard index, tokenizer."""
     if len(shards) > 1:
         write_json(folder / WEIGHT_INDEX, shard_index(shards))
     copy_generation_config(inputs.tokenizer or inputs.settings_donor, folder)
@@ -308,7 +308,7 @@ def run_identity(
     max_shard_bytes: int,
     seed_samples: str | None = None,
 ) -> dict[str, Any]:
-    """What decides a run's bytes: a run that differs in any of it cannot be continued.
+    """Return what decides a run's bytes: one that differs in any of it cannot be continued.
 
     How much the router computes at a time is not among it: whoever ran out of memory may lower it.
 

@@ -60,10 +60,10 @@ class Comparison:
 
     def write(self, name: str, start: int, rows: torch.Tensor) -> None:
         """Compare rows beginning at row `start`, bit by bit."""
-        found = self._moe.rows(name, start, start + rows.shape[0])
-        expected = rows.to(device="cpu", dtype=found.dtype).contiguous()
+        stored = self._moe.rows(name, start, start + rows.shape[0])
+        expected = rows.to(device="cpu", dtype=stored.dtype).contiguous()
         # As integers: NaN would differ from itself, and zeros of both signs would be equal.
-        if not torch.equal(expected.view(torch.uint8), found.view(torch.uint8)):
+        if not torch.equal(expected.view(torch.uint8), stored.view(torch.uint8)):
             with self._lock:
                 self.differing.add(name)
 
@@ -143,19 +143,19 @@ def _findings(
         if report["router"] or extensions:
             names -= {spec.name for spec in gate_specs}
         trained = (report["router"] or {}).get("experts_sha256")
-        told = {extension["expert"]: extension["sha256"] for extension in extensions}
+        later_digests = {extension["expert"]: extension["sha256"] for extension in extensions}
         if trained:
-            told |= dict(enumerate(trained))
-        names -= set(architecture.format.expert_names(architecture.num_layers, told))
+            later_digests |= dict(enumerate(trained))
+        names -= {*architecture.format.expert_names(architecture.num_layers, later_digests)}
         comparison = Comparison(moe, names)
         with Saver(None) as saver:
             merger.write(comparison, lineage, saver, description="verifying")
         yield from _weight_findings(inputs, names, comparison.differing)
-        if told:
-            yield _recorded_finding(moe, told, inputs)
-        if gates_told := report["router"] or (extensions and extensions[-1]["router"]):
+        if later_digests:
+            yield _recorded_finding(moe, later_digests, inputs)
+        if router_record := report["router"] or (extensions and extensions[-1]["router"]):
             yield _gate_finding(
-                moe, gates_told, merger, options, refit=gates, extended=bool(extensions)
+                moe, router_record, merger, options, refit=gates, extended=bool(extensions)
             )
         yield _file_finding(out, replace(inputs, num_experts=present), options)
 
@@ -197,13 +197,13 @@ def _recipe(out: Path, recipe_path: Path | None, report: Mapping[str, Any]) -> R
 
 
 def _misfits(moe: Checkpoint, expected: Mapping[str, TensorSpec]) -> Iterator[tuple[str, str]]:
-    """(tensor name, what is wrong with it) where the output's tensors are not the planned ones."""
+    """Yield (tensor name, what is wrong with it) where tensors are not the planned ones."""
     for name, spec in expected.items():
-        found = moe.specs.get(name)
-        if found is None:
+        stored = moe.specs.get(name)
+        if stored is None:
             yield name, f"{name} is missing"
-        elif (found.shape, found.dtype) != (spec.shape, spec.dtype):
-            yield name, f"{name} is {_form(found)} instead of {_form(spec)}"
+        elif (stored.shape, stored.dtype) != (spec.shape, spec.dtype):
+            yield name, f"{name} is {_form(stored)} instead of {_form(spec)}"
     for name in moe.specs:
         if name not in expected:
             yield name, f"{name} should not be there"
@@ -214,18 +214,18 @@ def _form(spec: TensorSpec) -> str:
 
 
 def _lineage_faults(lineage: Lineage, report: Mapping[str, Any]) -> Iterator[str]:
-    told, now = report["lineage"], lineage.to_report()
-    if len(told["experts"]) != len(now["experts"]):
-        yield f"the report has {len(told['experts'])} experts, the recipe {len(now['experts'])}"
+    recorded, now = report["lineage"], lineage.to_report()
+    if len(recorded["experts"]) != len(now["experts"]):
+        yield f"the report has {len(recorded['experts'])} experts, the recipe {len(now['experts'])}"
         return
-    for index, (old, new) in enumerate(zip(told["experts"], now["experts"], strict=True)):
+    for index, (old, new) in enumerate(zip(recorded["experts"], now["experts"], strict=True)):
         if old != new:
             yield f"expert {index} is grown from other parents than the report says"
-    recorded, found = ([*(part.get("units") or ())] for part in (told, now))
-    if [unit["name"] for unit in recorded] != [unit["name"] for unit in found]:
+    old_units, new_units = ([*(part.get("units") or ())] for part in (recorded, now))
+    if [unit["name"] for unit in old_units] != [unit["name"] for unit in new_units]:
         yield "the report speaks of other layers or tensors than the recipe grows by themselves"
         return
-    for old, new in zip(recorded, found, strict=True):
+    for old, new in zip(old_units, new_units, strict=True):
         if old != new:
             yield f"the experts' {new['name']} is grown from other parents than the report says"
 
@@ -245,21 +245,21 @@ def _weight_findings(
             yield Finding(part, f"{len(compared)} tensors", tuple(faults))
 
 
-def _recorded_finding(moe: Checkpoint, told: Mapping[int, str], inputs: Inputs) -> Finding:
-    """Experts that were trained or added after the merge, against their recorded digests."""
+def _recorded_finding(moe: Checkpoint, digests: Mapping[int, str], inputs: Inputs) -> Finding:
+    """Compare experts that were trained or added after the merge with their recorded digests."""
     form, num_layers = inputs.architecture.format, inputs.architecture.num_layers
     faults = []
-    for expert, digest in told.items():
+    for expert, digest in digests.items():
         names = sorted(form.expert_names(num_layers, [expert]))
         if tensors_digest(moe.tensor(name) for name in names) != digest:
             faults.append(f"expert {expert} is not the one the report speaks of")
     note = "" if faults else "as recorded when they were trained or added"
-    return Finding("later experts", f"{len(told)} experts", tuple(faults), note)
+    return Finding("later experts", f"{len(digests)} experts", tuple(faults), note)
 
 
 def _gate_finding(
     moe: Checkpoint,
-    told: Mapping[str, Any],
+    router_record: Mapping[str, Any],
     merger: Merger,
     options: RunOptions,
     *,
@@ -270,18 +270,18 @@ def _gate_finding(
     gate_names = architecture.format.gate_names(architecture.num_layers)
     stored = [moe.tensor(name) for name in gate_names]
     looked_at = f"{len(stored)} tensors"
-    recorded = told.get("gates_sha256")
+    recorded = router_record.get("gates_sha256")
     if recorded is None:
         return Finding("gates", looked_at, note="the report has no digest of them")
     if gates_digest(stored, stored[0].dtype) != recorded:
         return Finding("gates", looked_at, ("the gates are not those the report speaks of",))
     if extended:
         return Finding("gates", looked_at, note="as recorded; an expert was added to them")
-    if told.get("experts_sha256"):
+    if router_record.get("experts_sha256"):
         return Finding("gates", looked_at, note="as recorded after the experts' training")
     if not refit:
         return Finding("gates", looked_at, note="as recorded; --gates fits them again")
-    fitted = _fitted_gates(moe, told, merger, options)
+    fitted = _fitted_gates(moe, router_record, merger, options)
     largest = max(
         float((new.to(old.dtype).double() - old.double()).abs().max())
         for new, old in zip(fitted, stored, strict=True)
@@ -298,9 +298,9 @@ def _gate_finding(
 
 
 def _fitted_gates(
-    moe: Checkpoint, told: Mapping[str, Any], merger: Merger, options: RunOptions
+    moe: Checkpoint, router_record: Mapping[str, Any], merger: Merger, options: RunOptions
 ) -> Sequence[torch.Tensor]:
-    recorded = recorded_router(told)
+    recorded = recorded_router(router_record)
     if recorded is None:
         raise UpitError(
             f"The report of {moe.label} does not say how its gates were fitted, or in another "
@@ -321,7 +321,7 @@ def _fitted_gates(
 
 
 def _file_finding(out: Path, inputs: Inputs, options: RunOptions) -> Finding:
-    """Configuration and tokenizer, made once more in a scratch folder."""
+    """Compare configuration and tokenizer with those made once more in a scratch folder."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         has_tokenizer = any((out / name).exists() for name in ("tokenizer.json", "tokenizer.model"))

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def file_states(files: Iterable[Path], seed_data: str) -> dict[str, str]:
-    """Return size and time of change of files, and of the seed data's unless that is a dataset id."""
+    """Return size and time of change of files, and of the seed data's unless it is a Hub id."""
     paths = {path.resolve() for path in files}
     seeds = Path(os.path.expanduser(seed_data))
     if seed_data and seeds.is_dir():

@@ -64,7 +64,7 @@ class Journal:
 
 
 def has_progress(folder: Path) -> bool:
-    """Whether a journal in this folder records anything."""
+    """Return whether a journal in this folder records anything."""
     return any(path.stat().st_size for path in folder.glob(_JOURNALS))
 
 

@@ -75,7 +75,7 @@ class PatchedCopies:
         return self.moe.specs
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor in its stored dtype, on the CPU."""
+        """Read a whole tensor in its stored dtype, on the CPU."""
         copy = self.folder / self.moe.file_of(name).name
         if not copy.exists():
             return self.moe.tensor(name)

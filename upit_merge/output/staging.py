@@ -71,7 +71,7 @@ class Staging:
         write_json(self.root / _STATE, {"identity": identity, "moving": moving})
 
     def size(self) -> int:
-        """Bytes of the output that are on the disk already; shards have holes until filled."""
+        """Return the bytes of the output that are on the disk; shards have holes until filled."""
         stats = [path.stat() for path in self.model.iterdir()]
         return sum(getattr(stat, "st_blocks", 0) * 512 for stat in stats)
 
@@ -89,7 +89,7 @@ def staged_output(
 
     Args:
         out: The output folder; created if needed.
-        identity: What decides the output, see `resume.run_identity`.
+        identity: What decides the output, see `commands.run.run_identity`.
         overwrite: Replace an earlier output of this program (a folder with a report in it).
 
     Raises:
@@ -158,7 +158,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(out: Path, rank: int = 0) -> Iterator[Path]:
-    """A hidden folder on the disk of `out` for files that are needed for a while.
+    """Give a hidden folder on the disk of `out` for files that are needed for a while.
 
     It does not touch an unfinished run there.
 
@@ -181,7 +181,7 @@ def remove_scratch(out: Path, rank: int = 0) -> None:
 
 
 def _open_staging(out: Path, identity: Mapping[str, Any]) -> Staging:
-    """The staging folder of an unfinished run with this identity, or a new one."""
+    """Return the staging folder of an unfinished run with this identity, or a new one."""
     staging = Staging(out / STAGING)
     root, state, moving = staging.root, staging.state, staging.is_moving
     if state and (moving or has_progress(root)):

@@ -72,7 +72,7 @@ def _check_training(pipeline: Pipeline, name: str, settings: dict[str, Any], fil
         job = load_job(file)
     except UpitError as error:  # the file it names is not one the user knows
         raise UpitError(error.message.replace(str(file), where)) from None
-    if name != "post_train" and job.own.train_modules == "router":
+    if name != "post_train" and job.extra.train_modules == "router":
         raise UpitError(
             f"{where}: train_modules is router, but a dense model has none; write {name}: "
             "{train_modules: ffn}."

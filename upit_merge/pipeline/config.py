@@ -174,19 +174,19 @@ class Pipeline:
         return shlex.split(self.config.launch)
 
     def prepare_settings(self) -> dict[str, Any]:
-        """Stage 1, as `upit-merge finetune` takes it."""
+        """Return stage 1, as `upit-merge finetune` takes it."""
         settings = self._training("prepare", self.config.prepare, _PREPARE)
         model = {"model_name_or_path": self.config.base_model, "output_dir": str(self.prepared)}
         return {**settings, **model}
 
     def post_train_settings(self) -> dict[str, Any]:
-        """Stage 4, likewise."""
+        """Return stage 4, likewise."""
         settings = self._training("post_train", self.config.post_train, _POST_TRAIN)
         model = {"model_name_or_path": str(self.merged), "output_dir": str(self.trained)}
         return {**settings, **model}
 
     def baseline_settings(self, checkpoint: str) -> dict[str, Any]:
-        """The dense model's: as stage 4, but for what only a mixture has."""
+        """Return the dense model's: as stage 4, but for what only a mixture has."""
         settings = self.post_train_settings()
         settings.pop("router_aux_loss_coef", None)
         if settings.pop("lora_target_parameters", None):  # experts; a dense model has modules
@@ -197,7 +197,7 @@ class Pipeline:
         return {**settings, "model_name_or_path": checkpoint, "output_dir": str(self.dense)}
 
     def recipe(self) -> dict[str, Any]:
-        """Stages 2 and 3, as `mergekit-yaml` takes them."""
+        """Return stages 2 and 3, as `mergekit-yaml` takes them."""
         merge = dict(self.config.merge)
         parameters = {"seed": self.config.seed, **(merge.pop("parameters", None) or {})}
         document = {
@@ -212,21 +212,21 @@ class Pipeline:
         return document
 
     def parsed_recipe(self) -> Recipe:
-        """The recipe, checked."""
+        """Return the recipe, checked."""
         return parse_recipe(self.recipe(), f"{self.source}: merge and router")
 
     def _training(
-        self, name: str, given: str | dict[str, Any] | None, defaults: Mapping[str, Any]
+        self, name: str, block: str | dict[str, Any] | None, defaults: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """A training block with what it leaves open filled in."""
-        settings = {**defaults, "seed": self.config.seed, **self._block(name, given)}
+        """Return a training block with what it leaves open filled in."""
+        settings = {**defaults, "seed": self.config.seed, **self._block(name, block)}
         if self.config.data and not any(settings.get(key) for key in _DATA):
             settings["data"] = self.config.data
         return settings
 
-    def _block(self, name: str, given: str | dict[str, Any] | None) -> dict[str, Any]:
-        """The keys of a training block, from the file it names if it is one."""
-        settings = given or {}
+    def _block(self, name: str, block: str | dict[str, Any] | None) -> dict[str, Any]:
+        """Return the keys of a training block, from the file if it names one."""
+        settings = block or {}
         if isinstance(settings, str):
             settings = load_mapping(Path(settings).expanduser(), "training configuration")
             for key in _FILLED_IN:  # a configuration that is run by itself has them
@@ -255,8 +255,8 @@ def load_pipeline(path: Path) -> Pipeline:
     try:
         config = PipelineConfig.model_validate(document)
     except ValidationError as error:
-        told = explain(error, document, {"": PipelineConfig, "evaluate": EvaluateBlock})
-        raise UpitError(f"{path}: {told}.") from None
+        reason = explain(error, document, {"": PipelineConfig, "evaluate": EvaluateBlock})
+        raise UpitError(f"{path}: {reason}.") from None
     trains = config.checkpoints is None or config.post_train is not None
     pipeline = Pipeline(config, path)
     if trains and config.data is None and not _name_their_data(pipeline):
@@ -269,7 +269,7 @@ def load_pipeline(path: Path) -> Pipeline:
 
 
 def _name_their_data(pipeline: Pipeline) -> bool:
-    """Whether every training stage says itself what it is trained on."""
+    """Return whether every training stage says itself what it is trained on."""
     config = pipeline.config
     stages = [pipeline.prepare_settings()] if config.checkpoints is None else []
     stages += [pipeline.post_train_settings()] if config.post_train is not None else []

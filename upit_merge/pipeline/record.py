@@ -62,11 +62,11 @@ class Record:
             ) from None
 
     def knows(self, stage: str) -> bool:
-        """Whether a stage was begun."""
+        """Return whether a stage was begun."""
         return stage in self._content.stages
 
     def is_done(self, stage: str, identity: Mapping[str, Any]) -> bool:
-        """Whether a stage is done, with these settings.
+        """Return whether a stage is done, with these settings.
 
         Raises:
             UpitError: it is, but with others.
@@ -82,28 +82,28 @@ class Record:
         return True
 
     def was_begun(self, stage: str, identity: Mapping[str, Any]) -> bool:
-        """Whether a stage was begun with these settings."""
+        """Return whether a stage was begun with these settings."""
         entry = self._content.stages.get(stage)
         return entry is not None and first_difference(entry.identity, identity) is None
 
     def seconds(self, stage: str) -> float | None:
-        """What a stage took; None if it is not done."""
+        """Return what a stage took; None if it is not done."""
         entry = self._content.stages.get(stage)
         return entry.seconds if entry else None
 
     def begin(self, stage: str, identity: Mapping[str, Any]) -> None:
-        """What a stage makes is the pipeline's from now on."""
+        """Record that what a stage makes is the pipeline's from now on."""
         self._content.stages[stage] = _Entry(identity=dict(identity))
         self._write()
 
     def done(self, stage: str, identity: Mapping[str, Any], seconds: float) -> None:
-        """A stage is done."""
+        """Record that a stage is done."""
         entry = _Entry(identity=dict(identity), seconds=round(seconds, 1), done=True)
         self._content.stages[stage] = entry
         self._write()
 
     def forget(self, stage: str) -> None:
-        """A stage is to be done again; to be called when what it made is gone."""
+        """Let a stage be done again; to be called when what it made is gone."""
         self._content.stages.pop(stage, None)
         self._write()
 

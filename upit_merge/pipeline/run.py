@@ -50,8 +50,8 @@ def run_pipeline(
             _go_back(stages, record, redo)
             for number, stage in enumerate(stages, 1):
                 done = record.is_done(stage.name, stage.identity)
-                told = "done" if done else stage.does
-                print(f"[{number}/{len(stages)}] {stage.name}: {told}", flush=True)
+                activity = "done" if done else stage.does
+                print(f"[{number}/{len(stages)}] {stage.name}: {activity}", flush=True)
                 if not done:
                     _do(stage, record)
                 if stage.name == until:

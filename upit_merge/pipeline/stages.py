@@ -26,6 +26,7 @@ from upit_merge.io.untrusted import read_json
 from upit_merge.output.identity import file_states
 from upit_merge.output.staging import whole_folder
 from upit_merge.pipeline.config import Pipeline, write_yaml
+from upit_merge.training.outcome import merged_adapter
 from upit_merge.training.parent import VARIABLE, kill_with_parent
 from upit_merge.training.settings import data_files
 
@@ -56,7 +57,7 @@ class Stage:
 
 
 def stages_of(pipeline: Pipeline, *, quiet: bool) -> list[Stage]:
-    """All stages of a pipeline, in order."""
+    """Return all stages of a pipeline, in order."""
     config = pipeline.config
     stages = []
     if config.checkpoints is None:
@@ -80,16 +81,16 @@ def stages_of(pipeline: Pipeline, *, quiet: bool) -> list[Stage]:
 def _training_stage(
     pipeline: Pipeline, name: str, settings: dict[str, Any], does: str, *, quiet: bool
 ) -> Stage:
-    """A stage that `upit-merge finetune` does, in a process of its own, or in several."""
+    """Return a stage that `upit-merge finetune` does, in one process of its own or in several."""
     file = pipeline.out / f"{name}.yml"
 
     def run(_begun: bool) -> None:
-        given = settings
+        arguments = settings
         if name == "baseline":
             # The file is written when the model it names is whole. That one stays: training would
             # not go on from another, be it with the same weights.
-            given = pipeline.baseline_settings(_dense_start(pipeline, made=file.is_file()))
-        write_yaml(file, given)
+            arguments = pipeline.baseline_settings(_dense_start(pipeline, made=file.is_file()))
+        write_yaml(file, arguments)
         launcher = pipeline.launcher or [sys.executable]
         command = [*launcher, "-m", "upit_merge", "finetune", str(file)]
         print(f"$ upit-merge finetune {file}", flush=True)
@@ -108,7 +109,7 @@ def _training_stage(
 
 
 def _wait(command: list[str]) -> int:
-    """Run a command that ends when this process does; its exit status."""
+    """Run a command that ends when this process does; return its exit status."""
     linux = sys.platform == "linux"
     try:
         process = subprocess.Popen(
@@ -147,12 +148,10 @@ def _dense_start(pipeline: Pipeline, *, made: bool) -> str:
         return base
     if made and pipeline.last.is_dir():
         return str(pipeline.last)
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = resolve(base, OpenOptions(), role="base model")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged = merged_adapter(folder, adapter)
     with whole_folder(pipeline.last) as draft:
         merged.save_pretrained(draft)
         AutoTokenizer.from_pretrained(folder).save_pretrained(draft)
@@ -160,7 +159,7 @@ def _dense_start(pipeline: Pipeline, *, made: bool) -> str:
 
 
 def _merge_stage(pipeline: Pipeline, *, quiet: bool) -> Stage:
-    """Stages 2 and 3 of the paper: experts, then their router."""
+    """Return stages 2 and 3 of the paper as one: experts, then their router."""
     document = pipeline.recipe()
     file = pipeline.out / "recipe.yml"
 
@@ -194,10 +193,8 @@ def _evaluate_stage(pipeline: Pipeline, *, quiet: bool) -> Stage:
     block, config = pipeline.config.evaluate, pipeline.config
     assert block is not None
     product = pipeline.out / "evaluation.json"
-    given = {key: getattr(block, key) for key in ("sample", "max_length")}
-    settings = RouterSettings(
-        data=block.data, **{key: value for key, value in given.items() if value is not None}
-    )
+    sizes = block.model_dump(include={"sample", "max_length"}, exclude_none=True)
+    settings = RouterSettings(data=block.data, **sizes)
 
     def run(_begun: bool) -> None:
         options = EvaluateOptions(
@@ -222,7 +219,7 @@ def _evaluate_stage(pipeline: Pipeline, *, quiet: bool) -> Stage:
 
 
 def _rivals(pipeline: Pipeline) -> tuple[Rival, ...]:
-    """What the result is measured beside: where it came from, and what else the tokens could do."""
+    """Return what is measured beside the result: its origins, and what else the tokens could do."""
     config = pipeline.config
     rivals = [
         Rival("base model", config.base_model),
@@ -251,13 +248,13 @@ def _vocabulary(reference: str) -> Any:
 
 
 def _complete(pipeline: Pipeline, checkpoint: str) -> str:
-    """A checkpoint that may be an adapter of the base model."""
+    """Return the reference of a checkpoint that may be an adapter of the base model."""
     return (
         f"{pipeline.config.base_model}+{checkpoint}" if is_adapter(Path(checkpoint)) else checkpoint
     )
 
 
 def _free_device() -> None:
-    """The next stage may be another process on the same GPU."""
+    """Give memory back: the next stage may be another process on the same GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

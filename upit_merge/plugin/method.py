@@ -68,9 +68,9 @@ def extend_run_merge(merge: ModuleType) -> None:
 
     @functools.wraps(original)
     def run_merge(*args: Any, **kwargs: Any) -> None:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        values = given.arguments
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        values = call.arguments
         if values["merge_config"].merge_method != METHOD:
             return original(*args, **kwargs)
         return _run_upit(
@@ -108,7 +108,7 @@ def _extend_configuration() -> None:
 
 
 def _as_written(value: Any) -> Any:
-    """A document as its author wrote it: mergekit-multi validates again what it has parsed.
+    """Return a document as its author wrote it: mergekit-multi validates again what it has parsed.
 
     There, keys that were not set are None and model references are spelled out.
     """
@@ -137,7 +137,7 @@ def _run_upit(merge_config: Any, out_path: str, options: Any, config_source: str
 
 
 def run_options(options: Any, *, overwrite: bool = False) -> Any:
-    """Our `RunOptions` for a mergekit `MergeOptions`; says which options have no effect.
+    """Return our `RunOptions` for a mergekit `MergeOptions`; say which options have no effect.
 
     Raises:
         UpitError: pickled output is asked for.

@@ -88,7 +88,7 @@ class Progress:
         self._kept_at = time.monotonic()
 
     def kept(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """What was kept under a name, with its facts."""
+        """Return what was kept under a name, with its facts."""
         if self._folder is None:
             return None
         path = self._folder / f"{name}.safetensors"
@@ -104,12 +104,12 @@ class Progress:
         self.keep(name, {f"{layer:05}": gate for layer, gate in enumerate(gates)})
 
     def kept_gates(self, name: str) -> list[Tensor]:
-        """The gates that were kept under a name; none if there are none."""
+        """Return the gates that were kept under a name; none if there are none."""
         kept = self.kept(name)
         return [] if kept is None else [kept[0][layer] for layer in sorted(kept[0])]
 
     def has(self, prefix: str) -> bool:
-        """Whether any process has kept something under a name that begins so."""
+        """Return whether any process has kept something under a name that begins so."""
         return self._folder is not None and any(self._folder.glob(f"{prefix}*.safetensors"))
 
     @property
@@ -153,7 +153,7 @@ class Progress:
         self._seconds = self._kept_at - started
 
     def _record(self, name: str, states: PackedStates) -> dict[str, Any]:
-        """What hidden states must agree in to be of use."""
+        """Return what hidden states must agree in to be of use."""
         dtype = str(states.rows.dtype)
         size = states.rows.numel() * states.rows.element_size()
         return {"name": name, "processes": self._processes.size, "dtype": dtype, "size": size}
@@ -189,7 +189,7 @@ class Progress:
         return layer, gates
 
     def drop_states(self) -> None:
-        """The sweep is done; its hidden states are of no more use."""
+        """Remove the hidden states of a sweep that is done."""
         if self._folder is None:
             return
         rank = self._processes.rank

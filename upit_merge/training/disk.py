@@ -35,12 +35,12 @@ def check_training_space(
     present = count if keep_checkpoints else min(count, 2)
     needed = present * saved + min(count, 2) * _ADAM_BYTES * sum(w.numel() for w in trained)
     needed += 0 if keep_checkpoints else whole
-    there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    check_space(out, max(0, needed - there), f"up to {present} checkpoints of the training")
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    check_space(out, max(0, needed - written), f"up to {present} checkpoints of the training")
 
 
 def _checkpoints(trainer: Any, limit: int | None) -> int:
-    """How many there are at most at a time, as far as the settings tell."""
+    """Return how many there are at most at a time, as far as the settings tell."""
     args = trainer.args
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps

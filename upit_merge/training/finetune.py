@@ -61,7 +61,7 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
     check_own_files(str(job.model.model_name_or_path), folder)
     config = read_json(folder / "config.json", "the model")
     is_mixture = config.get("model_type") in FORMATS
-    keep = not is_mixture if job.own.keep_checkpoints is None else job.own.keep_checkpoints
+    keep = not is_mixture if job.extra.keep_checkpoints is None else job.extra.keep_checkpoints
     if not (is_mixture or keep):
         raise UpitError(
             "keep_checkpoints: false would leave nothing, as a dense model's checkpoints are the "
@@ -129,11 +129,11 @@ def _owned(out: Path) -> Iterator[None]:
 
 
 def _identity(job: FinetuneJob, folder: Path, processes: Processes) -> dict[str, Any]:
-    """What decides the result: a call that differs in any of it cannot go on with another's."""
+    """Return what decides the result: a call that differs in any of it cannot go on with it."""
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json")]
     # A report changes when a model is measured, and with it nothing that is trained.
     files = [path for path in files if path.name != REPORT]
-    files += data_files(job.own.data, job.data.datasets, job.script.dataset_name)
+    files += data_files(job.extra.data, job.data.datasets, job.script.dataset_name)
     return {
         "upit-merge": __version__,
         **job.identity(),
@@ -153,7 +153,7 @@ def _check_untied(job: FinetuneJob, config: Mapping[str, Any]) -> None:
 
 
 def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrainer:
-    """TRL's trainer, as `trl sft` sets it up, with only some weights trainable.
+    """Return TRL's trainer, as `trl sft` sets it up, with only some weights trainable.
 
     Args:
         folder: Of the model that is trained.
@@ -195,8 +195,8 @@ def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrain
         shown_name = name if Path(name).expanduser().is_dir() else name.partition("@")[0]
         for config in trainer.model.peft_config.values():
             config.base_model_name_or_path = shown_name
-    if job.own.train_modules != "all":
-        freeze_others(trainer.model, job.own.train_modules)
+    if job.extra.train_modules != "all":
+        freeze_others(trainer.model, job.extra.train_modules)
     return trainer
 
 
@@ -207,20 +207,20 @@ def _dataset(job: FinetuneJob) -> Any:
     script = job.script
     try:
         if job.data.datasets:
-            found = get_dataset(job.data)
+            splits = get_dataset(job.data)
         else:
-            found = load_dataset(script.dataset_name, name=script.dataset_config)
+            splits = load_dataset(script.dataset_name, name=script.dataset_config)
     except Exception as error:  # a reader of files from elsewhere raises whatever comes up
         raise UpitError(
             f"The training data cannot be read ({one_line(first_line(error))}); check the file, or "
             "the name of the dataset."
         ) from error
-    if script.dataset_train_split not in found:
+    if script.dataset_train_split not in splits:
         raise UpitError(
             f"The training data has no split {one_line(script.dataset_train_split)} (it has "
-            f"{', '.join(map(one_line, found))}); correct dataset_train_split."
+            f"{', '.join(map(one_line, splits))}); correct dataset_train_split."
         )
-    return found[script.dataset_train_split]
+    return splits[script.dataset_train_split]
 
 
 def _check_new_tokens(job: FinetuneJob, config: Mapping[str, Any], trainer: Any) -> None:
@@ -241,14 +241,14 @@ def _train(
     *,
     quiet: bool,
 ) -> float:
-    """Train to the end, from the last checkpoint of an earlier call; seconds over all calls."""
+    """Train to the end, from an earlier call's last checkpoint; return seconds over all calls."""
     started, before = time.perf_counter(), state.seconds
 
     def seconds() -> float:
         return before + time.perf_counter() - started
 
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(f"train {job.own.train_modules}", quiet=quiet))
+    trainer.add_callback(Progress(f"train {job.extra.train_modules}", quiet=quiet))
     trainer.add_callback(
         SaveWatch(
             trainer.accelerator.wait_for_everyone,
@@ -267,7 +267,6 @@ def _tell(out: Path, seconds: float, *, is_mixture: bool) -> None:
         print(f"Trained in {seconds / 60:.1f} minutes; the model is in {out}.")
         return
     count = len(list(out.glob("checkpoint-*")))
-    found = "1 checkpoint is" if count == 1 else f"{count} checkpoints are"
-    print(
-        f"Trained in {seconds / 60:.1f} minutes; {found} in {out}, {out}/checkpoint-* in a recipe."
-    )
+    subject = "1 checkpoint is" if count == 1 else f"{count} checkpoints are"
+    minutes = seconds / 60
+    print(f"Trained in {minutes:.1f} minutes; {subject} in {out}, {out}/checkpoint-* in a recipe.")

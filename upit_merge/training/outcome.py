@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,7 +20,7 @@ from upit_merge.training.settings import FinetuneJob
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 # Of TRL's settings, those that say what was done.
-_TOLD = (
+_RECORDED = (
     "learning_rate",
     "num_train_epochs",
     "lr_scheduler_type",
@@ -74,7 +74,7 @@ def write_mixture(
     staging.begin()
     names, dtype = kind
     if state is None:
-        model = _merged(source, adapter)
+        model = merged_adapter(source, adapter, torch.float32)
         state = model.state_dict()
     else:
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -101,7 +101,7 @@ def write_mixture(
 
 
 def tensors_of(folder: Path) -> tuple[set[str], torch.dtype]:
-    """The names of a mixture's tensors, and the dtype of its weights.
+    """Return the names of a mixture's tensors, and the dtype of its weights.
 
     Raises:
         UpitError: it is no mixture that we write.
@@ -111,12 +111,18 @@ def tensors_of(folder: Path) -> tuple[set[str], torch.dtype]:
         return {name for name in moe.specs if not is_derived(name)}, moe.specs[gate].dtype
 
 
-def _merged(source: Path, adapter: Path) -> Any:
-    """The mixture with what LoRA learned added to its weights."""
+def merged_adapter(
+    folder: Path, adapter: str | Path, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> Any:
+    """Load a model, dense or a mixture, and add to its weights what LoRA learned.
+
+    Args:
+        dtype: In which it is loaded and added to; the stored one if `auto`.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
@@ -134,7 +140,7 @@ def files_besides_weights(folder: Path) -> list[Path]:
 
 
 def _adapt_settings(trainer: Any, job: FinetuneJob, config: Any, folder: Path) -> None:
-    """What a new chat template or end token changes, if one was given."""
+    """Write what a new chat template or end token changes, if one was given."""
     if not (job.training.chat_template_path or job.training.eos_token):
         return
     trainer.processing_class.save_pretrained(folder)
@@ -165,11 +171,11 @@ def _write_report(
 
 
 def _record(trainer: Any, job: FinetuneJob, seconds: float) -> dict[str, Any]:
-    """What was done, for the report."""
+    """Return what was done, for the report."""
     training, state = job.training, trainer.state
-    settings = {name: getattr(training, name) for name in _TOLD}
+    settings = {name: getattr(training, name) for name in _RECORDED}
     settings["lr_scheduler_type"] = str(getattr(training.lr_scheduler_type, "value", ""))
-    settings["train_modules"] = "lora" if job.model.use_peft else job.own.train_modules
+    settings["train_modules"] = "lora" if job.model.use_peft else job.extra.train_modules
     settings["router_aux_loss_coef"] = float(trainer.router_aux_loss_coef)
     history = [
         {"step": entry["step"], **{key: entry[key] for key in _HISTORY if key in entry}}
@@ -188,8 +194,8 @@ def _record(trainer: Any, job: FinetuneJob, seconds: float) -> dict[str, Any]:
 
 
 def _data_name(job: FinetuneJob) -> str:
-    """Files by their last part: where they are on this machine is nobody's business."""
-    if job.own.data:
-        return Path(job.own.data).name
+    """Return files by their last part: where they are on this machine is nobody's business."""
+    if job.extra.data:
+        return Path(job.extra.data).name
     named = ", ".join(source.path for source in job.data.datasets or [])
     return named or str(job.script.dataset_name)

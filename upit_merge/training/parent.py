@@ -12,11 +12,11 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent() -> None:
-    """On Linux, be killed as soon as the process that started this one is gone.
+    """Be killed, on Linux, as soon as the process that started this one is gone.
 
     Else a pipeline that was killed would leave its training behind, which would go on writing
     while the same command, given again, wants to. Also behind a launcher, which is killed with the
-    pipeline: each of the processes it has started asks for itself. Elsewhere the folder's lock tells.
+    pipeline: each of the processes it started asks for itself. Elsewhere the folder's lock tells.
     """
     if sys.platform != "linux" or VARIABLE not in os.environ:
         return
@@ -26,5 +26,5 @@ def die_with_parent() -> None:
 
 
 def kill_with_parent() -> None:
-    """The same, for `subprocess` to call in a new process whatever will run in it."""
+    """Do the same; for `subprocess` to call in a new process, whatever will run in it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

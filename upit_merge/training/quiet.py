@@ -15,7 +15,7 @@ _LOGGERS = ("transformers.trainer", "transformers.trainer_utils")
 
 
 def quieten() -> None:
-    """One progress bar is enough, and advice for those who call TRL is not for those who use us."""
+    """Silence other progress bars, and advice that is for those who call TRL."""
     import datasets
     from transformers.utils import logging as transformers_logging
 

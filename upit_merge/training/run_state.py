@@ -107,12 +107,12 @@ class RunState:
                 shutil.rmtree(path)
 
     def abandon(self) -> None:
-        """The run ended early: leave nothing, unless there is a checkpoint to go on from."""
+        """Leave nothing of a run that ended early, unless it has a checkpoint to go on from."""
         if not (self._content["saved"] or self.is_finished):
             self._path.unlink(missing_ok=True)
 
     def saved(self, step: int, seconds: float, limit: int | None = None) -> None:
-        """A checkpoint is complete: only it needs what training goes on from.
+        """Record a complete checkpoint: only it needs what training goes on from.
 
         Args:
             seconds: Since the run began, earlier calls included.
@@ -130,7 +130,7 @@ class RunState:
                 self._strip(old)
 
     def finish(self, *, keep_checkpoints: bool) -> None:
-        """The result is in place; what is left is for other people to see."""
+        """Record that the result is in place; what is left is for other people to see."""
         # Without the identity itself, which names folders of this machine.
         self._content |= {"finished": True, "identity": self._digest()}
         write_json(self._path, self._content)
@@ -148,7 +148,7 @@ class RunState:
         return self.folder / f"checkpoint-{step}"
 
     def _remove(self, step: int) -> None:
-        """Out of sight first: half a checkpoint looks like one."""
+        """Remove a checkpoint; out of sight first, as half of one looks like one."""
         path, gone = self._checkpoint(step), self.folder / f"{_GONE}{step}"
         if path.is_dir():
             path.rename(gone)

@@ -51,26 +51,26 @@ class FinetuneJob:
     """Everything a training run is made from.
 
     Attributes:
-        own: Our own keys.
+        extra: The keys that are not TRL's.
         training: TRL's `SFTConfig`.
         model: TRL's `ModelConfig`: which model, and LoRA.
         data: TRL's `DatasetMixtureConfig`.
         script: TRL's `ScriptArguments`.
     """
 
-    own: FinetuneArguments
+    extra: FinetuneArguments
     training: Any
     model: Any
     data: Any
     script: Any
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what comes out, for a run that is cut off and goes on."""
-        blocks = {"": self.own, "model": self.model, "data": self.data, "script": self.script}
-        found = {name: dataclasses.asdict(block) for name, block in blocks.items()}
+        """Return the settings that decide what comes out, for a run that is cut off and goes on."""
+        blocks = {"": self.extra, "model": self.model, "data": self.data, "script": self.script}
+        identity = {name: dataclasses.asdict(block) for name, block in blocks.items()}
         settings = self.training.to_dict()
-        found["training"] = {key: settings[key] for key in settings if key not in _NO_MATTER}
-        return found
+        identity["training"] = {key: settings[key] for key in settings if key not in _NO_MATTER}
+        return identity
 
 
 # Of SFTConfig: how a run is shown and where it goes, not what it computes.
@@ -136,15 +136,15 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> FinetuneJob:
     if "loss_type" not in document:
         # The default of TRL below 1.15 replaces the mixture's forward, and its balance with it.
         overrides = ["--loss_type", "nll", *overrides]
-    own, training, model, data, script = _parsed(blocks, path, overrides)
-    job = FinetuneJob(own=own, training=training, model=model, data=data, script=script)
+    extra, training, model, data, script = _parsed(blocks, path, overrides)
+    job = FinetuneJob(extra=extra, training=training, model=model, data=data, script=script)
     modules = model.lora_target_modules
     if isinstance(modules, str) and modules != "all-linear":
         # TRL makes a text of a list of one, which PEFT then takes for a pattern of whole names.
         model.lora_target_modules = [modules]
     _check(job, path)
-    given = {option.partition("=")[0].replace("-", "_") for option in overrides}
-    if "output_dir" not in document and "__output_dir" not in given:
+    overridden = {option.partition("=")[0].replace("-", "_") for option in overrides}
+    if "output_dir" not in document and "__output_dir" not in overridden:
         raise UpitError(f"{path}: output_dir is missing; add the folder that receives the result.")
     return job
 
@@ -173,17 +173,17 @@ def _parsed(blocks: Sequence[Any], path: Path, overrides: Sequence[str]) -> Any:
 
 
 def _check(job: FinetuneJob, path: Path) -> None:
-    """What would come out as an obscure error much later."""
-    own, training, model = job.own, job.training, job.model
+    """Refuse what would come out as an obscure error much later."""
+    extra, training, model = job.extra, job.training, job.model
     if not model.model_name_or_path:
         raise UpitError(f"{path}: model_name_or_path is missing; add the model to train.")
-    if own.train_modules not in ("all", "ffn", "router"):
+    if extra.train_modules not in ("all", "ffn", "router"):
         raise UpitError(
-            f"{path}: train_modules is {shown(own.train_modules)}, expected all, ffn or router."
+            f"{path}: train_modules is {shown(extra.train_modules)}, expected all, ffn or router."
         )
-    if model.use_peft and own.train_modules != "all":
+    if model.use_peft and extra.train_modules != "all":
         raise UpitError(
-            f"{path}: train_modules: {own.train_modules} has no meaning with use_peft, where "
+            f"{path}: train_modules: {extra.train_modules} has no meaning with use_peft, where "
             "lora_target_modules says what is trained; remove one of them."
         )
     if training.save_only_model:
@@ -211,20 +211,20 @@ def _check(job: FinetuneJob, path: Path) -> None:
             f"{path}: streaming has no meaning here, as a run that is cut off could not find its "
             "place again; remove it."
         )
-    sources = [own.data, job.script.dataset_name, *(job.data.datasets or [])]
+    sources = [extra.data, job.script.dataset_name, *(job.data.datasets or [])]
     if not any(sources):
         raise UpitError(f"{path}: data is missing; add the file with the training data.")
-    if own.data and any(sources[1:]):
+    if extra.data and any(sources[1:]):
         raise UpitError(f"{path}: data and TRL's own dataset keys are both given; remove one.")
-    if own.data:
+    if extra.data:
         _add_file(job, path)
 
 
 def data_files(data: str | None, datasets: Any, dataset_name: str | None) -> list[Path]:
-    """The files on this machine that a model is trained on, as far as settings name them.
+    """Return the files on this machine that a model is trained on, as far as settings name them.
 
     Args:
-        data: Our own key.
+        data: The key that is not TRL's.
         datasets: TRL's: mappings, or its `DatasetConfig`.
         dataset_name: TRL's.
     """
@@ -237,20 +237,22 @@ def data_files(data: str | None, datasets: Any, dataset_name: str | None) -> lis
         named += [values.get("path"), values.get("data_dir")]
         for file in [files] if isinstance(files, str) else files:
             named += [file, str(folder / str(file))]
-    found: list[Path] = []
+    files_on_disk: list[Path] = []
     for name in named:
         if not isinstance(name, str):
             continue
         for path in map(Path, glob.glob(os.path.expanduser(name), recursive=True)):
-            found += [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    return found
+            files_on_disk += (
+                [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+            )
+    return files_on_disk
 
 
 def _add_file(job: FinetuneJob, path: Path) -> None:
     """Name our `data:` as TRL wants it named."""
     from trl.scripts.utils import DatasetConfig
 
-    file = Path(str(job.own.data)).expanduser()
+    file = Path(str(job.extra.data)).expanduser()
     if not file.is_file():
         raise UpitError(f"{path}: data is {file}, but there is no such file; correct the path.")
     if file.suffix not in _READERS:

@@ -40,7 +40,7 @@ def freeze_others(model: nn.Module, train_modules: str) -> int:
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
-    """The routers of a mixture in the order of its layers; empty for a dense model.
+    """Return the routers of a mixture in the order of its layers; none for a dense model.
 
     Each returns its logits, (tokens, num_experts), first and the chosen experts,
     (tokens, experts_per_token), last.

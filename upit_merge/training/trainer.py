@@ -30,13 +30,13 @@ class ExpertTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        found = routers(self.model)
-        self.monitor = RoutingMonitor(found) if found else None
-        if found:
+        gates = routers(self.model)
+        self.monitor = RoutingMonitor(gates) if gates else None
+        if gates:
             mixture = (
                 self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             )
-            balance_each_layer(mixture, found, mixture.config.num_experts_per_tok)
+            balance_each_layer(mixture, gates, mixture.config.num_experts_per_tok)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.monitor is not None:
@@ -44,7 +44,7 @@ class ExpertTrainer(SFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """All processes call this together; the sums are those of all of them."""
+        """Log routing too; all processes call this together, and the sums are those of all."""
         sums = self.monitor.take() if self.monitor is not None and "loss" in logs else None
         if sums is not None:
             total = self.accelerator.reduce(sums.float(), "sum")
@@ -52,7 +52,7 @@ class ExpertTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Not here: a mixture has a page, rendered from its report, and checkpoints need none."""
+        """Write none: a mixture has a card, rendered from its report, and checkpoints need none."""
 
 
 class SaveWatch(TrainerCallback):
@@ -99,9 +99,9 @@ class Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        told = [text.format(logs[key]) for key, text in _SHOWN.items() if logs and key in logs]
-        if told and self._bar is not None:
-            self._bar.set_postfix_str(", ".join(told))
+        parts = [text.format(logs[key]) for key, text in _SHOWN.items() if logs and key in logs]
+        if parts and self._bar is not None:
+            self._bar.set_postfix_str(", ".join(parts))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
