@@ -29,11 +29,11 @@ from transformers.utils import logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.perplexity import perplexity, set_gates  # noqa: E402
 from benchmarks.router_fits import CPU, FITS, SETTINGS, samples_of  # noqa: E402
 from benchmarks.router_models import build  # noqa: E402
 from upit_merge.config.router import RouterSettings  # noqa: E402
 from upit_merge.demo.corpus import load_domains  # noqa: E402
-from upit_merge.demo.evaluation import perplexity, set_gates  # noqa: E402
 from upit_merge.demo.run import average_model  # noqa: E402
 from upit_merge.demo.training import learning_rate_cycle, pack, sequences  # noqa: E402
 from upit_merge.engine.layerwise import LayerwiseMixture  # noqa: E402

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.paper.data import last_number
+from benchmarks.perplexity import perplexity
 from upit_merge.data.tokens import TokenizedSample
-from upit_merge.demo.evaluation import perplexity
 from upit_merge.demo.training import pack
 from upit_merge.router.evaluation import Evaluation, Groups, Routing
 

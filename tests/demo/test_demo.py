@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.perplexity import document_losses, perplexity
 from upit_merge.demo.corpus import Domain, load_domains
-from upit_merge.demo.evaluation import document_losses, perplexity
 from upit_merge.demo.run import Row, _verdicts, run_demo
 from upit_merge.demo.training import TrainingBudget, train_demo_models
 

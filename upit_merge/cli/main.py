@@ -11,7 +11,7 @@ import click
 from upit_merge import __version__
 from upit_merge.cli.options import (
     DATA_SETTINGS,
-    Program,
+    Command,
     common_options,
     gate_options,
     merge_options,
@@ -20,14 +20,13 @@ from upit_merge.cli.options import (
 )
 
 
-@click.group(
-    cls=Program,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="upit-merge")
 def main() -> None:
     """Grow the checkpoints of an instruction-tuning run into a mixture of experts (UpIT)."""
 
+
+main.command_class = Command  # of all below
 
 _PATH = click.Path(path_type=Path)
 _FILE = click.Path(path_type=Path, dir_okay=False)

@@ -47,12 +47,6 @@ class Command(click.Command):
                     formatter.write(f"  {line}\n")
 
 
-class Program(click.Group):
-    """A group of such commands."""
-
-    command_class = Command
-
-
 # ---- of all commands that run data through a mixture -------------------------------------------
 
 

@@ -10,11 +10,12 @@ held-out perplexity cannot come from a document whose other half was trained on.
 """
 
 import ast
+import json
 import random
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -86,6 +87,14 @@ def load_domains(seed: int = 0) -> list[Domain]:
         split_by_source("docs", docs_sources, rng),
         arithmetic_domain(rng),
     ]
+
+
+def write_texts(path: Path, domains: Sequence[Domain], texts: Iterable[Iterable[str]]) -> None:
+    """Write documents of every domain, one domain after the other, each with its name, as jsonl."""
+    with path.open("w", encoding="utf-8") as file:
+        for domain, documents in zip(domains, texts, strict=True):
+            for text in documents:
+                file.write(json.dumps({"text": text, "domain": domain.name}) + "\n")
 
 
 def split_by_source(name: str, sources: list[list[str]], rng: random.Random) -> Domain:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,25 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+import torch
 from rich.table import Table
+from torch import Tensor
 
-from upit_merge.demo.corpus import Domain, load_domains
-from upit_merge.demo.evaluation import perplexity, set_gates
+from upit_merge.commands.compare import Rival, rival_losses
+from upit_merge.config.router import RouterSettings
+from upit_merge.demo.corpus import Domain, load_domains, write_texts
 from upit_merge.demo.training import DemoModels, TrainingBudget, train_demo_models
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
+from upit_merge.io.hub import OpenOptions
 from upit_merge.io.text_file import write_json
 from upit_merge.models.gates import training_free_gates
 from upit_merge.models.mixture import opened_mixture
+from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.report.tables import show
+from upit_merge.router.evaluation import Evaluation, Groups, run_mixture
+from upit_merge.router.pretrain import load_seed_set
+from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.parallel import progress_bar
 
 RECIPE = """\
@@ -44,6 +53,7 @@ router:
 """
 
 _SEED_SAMPLES_PER_DOMAIN = 200
+_MEASURED_TOKENS = 128  # of a held-out document
 _RANDOM_GATES = 3
 
 
@@ -82,7 +92,7 @@ def run_demo(
 
     domains = load_domains()
     models = train_demo_models(folder, domains, seed=seed, budget=budget, quiet=quiet)
-    _write_seed_data(folder / "seed.jsonl", domains, seed)
+    write_texts(folder / "seed.jsonl", domains, _seed_texts(domains, seed))
     (folder / "demo.yml").write_text(RECIPE, encoding="utf-8")
     _merge(folder, seed, quiet=quiet)
     rows = _measure(folder, models, domains, quiet=quiet)
@@ -119,14 +129,13 @@ def _silence_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def _write_seed_data(path: Path, domains: Sequence[Domain], seed: int) -> None:
-    """Training text of every domain, in equal shares; the held-out text stays out."""
+def _seed_texts(domains: Sequence[Domain], seed: int) -> list[list[str]]:
+    """Draw training text of every domain, in equal shares; the held-out text stays out."""
     generator = random.Random(seed)
-    with path.open("w", encoding="utf-8") as file:
-        for domain in domains:
-            count = min(_SEED_SAMPLES_PER_DOMAIN, len(domain.train))
-            for text in generator.sample(domain.train, count):
-                file.write(json.dumps({"text": text, "domain": domain.name}) + "\n")
+    return [
+        generator.sample(domain.train, min(_SEED_SAMPLES_PER_DOMAIN, len(domain.train)))
+        for domain in domains
+    ]
 
 
 def _merge(folder: Path, seed: int, *, quiet: bool) -> None:
@@ -141,31 +150,55 @@ def _merge(folder: Path, seed: int, *, quiet: bool) -> None:
 def _measure(
     folder: Path, models: DemoModels, domains: Sequence[Domain], *, quiet: bool
 ) -> list[Row]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "moe")
-
-    def row(name: str, model: Any) -> Row:
-        values = (perplexity(model, tokenizer, domain.heldout) for domain in domains)
-        result = Row(name, tuple(values))
-        bar.update()
-        return result
-
+    """Measure every model on the held-out text, as `upit-merge evaluate --against` does."""
+    mixture = folder / "moe"
     total = len(models.checkpoints) + 3 + _RANDOM_GATES
-    with progress_bar(total, "held-out perplexity", quiet=quiet, unit="model") as bar:
-        rows = [row("base", AutoModelForCausalLM.from_pretrained(models.base))]
-        for path in models.checkpoints:
-            rows.append(row(path.name, AutoModelForCausalLM.from_pretrained(path)))
-        rows.append(row("average of checkpoints", average_model(models.checkpoints)))
-        moe = AutoModelForCausalLM.from_pretrained(folder / "moe")
-        built = row("MoE as built", moe)
-        rows.append(_mean_row("MoE, random gate", _with_random_gates(moe, folder, row)))
-        rows.append(built)
-    return rows
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        opened_mixture(mixture) as moe,
+        progress_bar(total, "held-out perplexity", quiet=quiet, unit="model") as bar,
+    ):
+        scratch = Path(temporary)
+        write_texts(scratch / "held-out.jsonl", domains, [domain.heldout for domain in domains])
+        settings = RouterSettings(data=str(scratch / "held-out.jsonl"), max_length=_MEASURED_TOKENS)
+        model = LayerwiseMixture(moe, torch.device("cpu"))
+        seeds = load_seed_set(
+            settings,
+            load_tokenizer(mixture),
+            context=_MEASURED_TOKENS,
+            vocab_size=model.vocab_size,
+            seed=0,
+            column="domain",
+        )
+        stage = RouterStage(model, seeds, settings, 0, scratch, quiet=True)
+        groups = Groups.of(seeds.samples)
+
+        def row(name: str, sums: Tensor) -> Row:
+            bar.update()
+            measured = Evaluation(seeds.samples, groups, sums, routing)
+            members = (groups.members[domain.name] for domain in domains)
+            return Row(name, tuple(map(measured.perplexity, members)))
+
+        average = scratch / "average"
+        average_model(models.checkpoints).save_pretrained(average)
+        sums, routing = run_mixture(stage)
+        built = row("MoE as built", sums)
+        dense = {"base": models.base, **{path.name: path for path in models.checkpoints}}
+        rows = [
+            row(name, rival_losses(Rival(name, str(path)), stage, mixture, OpenOptions()))
+            for name, path in {**dense, "average of checkpoints": average}.items()
+        ]
+        # Those that a recipe without `router:` gets.
+        gates = (
+            training_free_gates(moe, model.num_layers, model.num_experts, seed)
+            for seed in range(_RANDOM_GATES)
+        )
+        random_rows = [row("", run_mixture(stage, random_gates)[0]) for random_gates in gates]
+        return [*rows, _mean_row("MoE, random gate", random_rows), built]
 
 
 def average_model(checkpoints: Sequence[Path]) -> Any:
-    """The checkpoint whose weights are the mean of all."""
+    """Return the checkpoint whose weights are the mean of all."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoints[0])
@@ -176,18 +209,6 @@ def average_model(checkpoints: Sequence[Path]) -> Any:
             tensor += other[name]
     model.load_state_dict({name: tensor / len(checkpoints) for name, tensor in state.items()})
     return model
-
-
-def _with_random_gates(moe: Any, folder: Path, row: Any) -> Iterable[Row]:
-    """The same experts behind several random gates, those a recipe without `router:` gets."""
-    config = moe.config
-    with opened_mixture(folder / "moe") as checkpoint:
-        for seed in range(_RANDOM_GATES):
-            gates = training_free_gates(
-                checkpoint, config.num_hidden_layers, config.num_local_experts, seed
-            )
-            set_gates(moe, gates)
-            yield row("", moe)
 
 
 def _mean_row(name: str, rows: Iterable[Row]) -> Row:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from upit_merge.demo.corpus import Domain, load_domains
+from upit_merge.demo.corpus import load_domains, write_texts
 from upit_merge.demo.run import new_folder
 from upit_merge.demo.training import TrainingBudget, train_demo_models
 from upit_merge.errors import UpitError
@@ -83,10 +81,10 @@ def run_all_stages(
     train_demo_models(folder, domains, seed=seed, budget=base_only, quiet=quiet)
     generator = random.Random(seed)
     documents = [d.train[:_DOCUMENTS] for d in domains]
-    _write(folder / "train.jsonl", domains, documents)
+    write_texts(folder / "train.jsonl", domains, documents)
     samples = [generator.sample(texts, min(_SEED_SAMPLES, len(texts))) for texts in documents]
-    _write(folder / "seed.jsonl", domains, samples)
-    _write(folder / "held-out.jsonl", domains, [d.heldout for d in domains])
+    write_texts(folder / "seed.jsonl", domains, samples)
+    write_texts(folder / "held-out.jsonl", domains, [d.heldout for d in domains])
     text = PIPELINE if not seed else f"{PIPELINE}seed: {seed}\n"
     (folder / "pipeline.yml").write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "upit_merge", "pipeline", "pipeline.yml"]
@@ -97,10 +95,3 @@ def run_all_stages(
             f"The pipeline ended early; see what it said above, then run `upit-merge pipeline "
             f"pipeline.yml` in {folder}, which goes on from there."
         )
-
-
-def _write(path: Path, domains: Sequence[Domain], texts: Sequence[Iterable[str]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for domain, documents in zip(domains, texts, strict=True):
-            for text in documents:
-                file.write(json.dumps({"text": text, "domain": domain.name}) + "\n")

@@ -1,4 +1,4 @@
-"""How well a causal language model predicts held-out documents."""
+"""How well a causal language model of transformers, in memory, predicts held-out documents."""
 
 import math
 from collections.abc import Sequence
