@@ -59,7 +59,7 @@ class Block:
         return str(getattr(self.model, "EXAMPLE", ""))
 
     def placed_example(self) -> str:
-        """The example as it stands in a document, below the keys that lead to it."""
+        """Place the example below the keys that lead to it, as it stands in a document."""
         text = self.example.rstrip("\n")
         for part in reversed(self.path):
             if part == "[]":
@@ -71,7 +71,7 @@ class Block:
 
 
 def blocks_of(model: type[BaseModel]) -> list[Block]:
-    """A model and all models in it, depth first; one that several keys share at its shortest."""
+    """List a model and all models in it, depth first; one that several keys share at its shortest."""
     found: dict[type[BaseModel], Block] = {}
 
     def visit(inner: type[BaseModel], path: tuple[str, ...]) -> None:
@@ -88,7 +88,7 @@ def blocks_of(model: type[BaseModel]) -> list[Block]:
 
 
 def models_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
-    """Models that an annotation names, and whether as entries of a list; outside of lists first."""
+    """Yield models that an annotation names, and whether as entries of a list, which come last."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, in_list
         return
@@ -107,7 +107,7 @@ _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def kind_of(annotation: Any, metadata: Sequence[Any], links: Links) -> str:
-    """What a value may be, in words, with the limits of numbers."""
+    """Say what a value may be, in words, with the limits of numbers."""
     words = list(dict.fromkeys(_kinds(annotation, metadata, links)))
     # A whole number is a number too: the same limits are said once.
     for limited in [word for word in words if word.startswith("whole number")]:
@@ -144,13 +144,13 @@ def _kinds(annotation: Any, metadata: Sequence[Any], links: Links) -> Iterator[s
 
 
 def _power(value: float) -> str:
-    """A large power of two as such."""
+    """Write a large power of two as such."""
     exponent = int(value).bit_length() - 1
     return f"2^{exponent}" if value == 2**exponent and exponent > 16 else f"{value}"
 
 
 def default_of(field: FieldInfo) -> str:
-    """As it would be written; empty where there is none."""
+    """Write the default as in YAML; empty where there is none."""
     if field.is_required():
         return "*required*"
     if field.default in (None, PydanticUndefined) or isinstance(field.default, BaseModel):
@@ -162,7 +162,7 @@ def default_of(field: FieldInfo) -> str:
 
 
 def anchor(heading: str) -> str:
-    """What GitHub makes of a heading."""
+    """Return what GitHub makes of a heading."""
     kept = re.sub(r"[^\w\- ]", "", heading.lower())
     return kept.replace(" ", "-")
 
@@ -190,7 +190,7 @@ class SettingsPage:
     introduction: str
 
     def text(self, elsewhere: Mapping[type[BaseModel], str]) -> str:
-        """Every key, block by block.
+        """Describe every key, block by block.
 
         Args:
             elsewhere: Where models of other pages are described, which are not described again.
@@ -233,7 +233,7 @@ SETTINGS = {
 
 
 def settings_pages() -> dict[str, str]:
-    """The text of every page of settings; a model is described on the first one it occurs on."""
+    """Write every page of settings; a model is described on the first one it occurs on."""
     texts: dict[str, str] = {}
     known: dict[type[BaseModel], str] = {}
     for name, page in SETTINGS.items():
@@ -243,7 +243,7 @@ def settings_pages() -> dict[str, str]:
 
 
 def commands_page() -> str:
-    """Every command with its arguments and options."""
+    """Describe every command with its arguments and options."""
     introduction = (
         "`upit-merge COMMAND --help` prints the same. The options of mergekit that several "
         "commands take are [at the end](#options-of-mergekit); those that can have no effect are "
@@ -273,7 +273,7 @@ def commands_page() -> str:
 
 
 def option_row(option: click.Option, *, mergekit: bool = False) -> list[str]:
-    """Spelling, kind of value, default and help."""
+    """Return spelling, kind of value, default and help."""
     spelling = ", ".join(f"`{word}`" for word in [*option.opts, *option.secondary_opts])
     value = ""
     if not option.is_flag:
@@ -322,7 +322,7 @@ _MERGEKIT = {
 
 
 def notebook() -> str:
-    """colab.sh as a Jupyter notebook without outputs: its blocks as cells of bash."""
+    """Turn colab.sh into a Jupyter notebook without outputs: its blocks as cells of bash."""
     cells: list[dict[str, Any]] = []
     text = (FOLDER / "colab.sh").read_text(encoding="utf-8")
     for block in re.split(r"^# %%", text, flags=re.MULTILINE)[1:]:
@@ -342,7 +342,7 @@ def notebook() -> str:
 
 
 def pages() -> dict[str, str]:
-    """Every generated file of this folder, by name."""
+    """Return every generated file of this folder, by name."""
     return {**settings_pages(), "commands.md": commands_page(), "colab.ipynb": notebook()}
 
 

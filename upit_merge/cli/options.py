@@ -144,7 +144,7 @@ def gate_options() -> list[click.Option]:
 
 
 def _router_option(name: str, field: Any, *, optional: bool = False) -> click.Option:
-    """An option of that name.
+    """Make an option of that name.
 
     Args:
         optional: Not given, it is not a setting at all: its block may not be wanted.

@@ -120,7 +120,7 @@ def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
 
 
 def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[str, Any]:
-    """What the report keeps of an evaluation: `to_report` without what is per sample.
+    """Return what the report keeps of an evaluation: `to_report` without what is per sample.
 
     Args:
         data: Where the samples are from; of a file only its name is kept.

@@ -40,7 +40,7 @@ _DEFAULTS = {key: RouterSettings.model_fields[key].default for key in ("subset",
 
 
 def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """Settings in which the data, if none is named, is what the gates of `out` were trained on.
+    """Fill in the data, if none is named: what the gates of `out` were trained on.
 
     Raises:
         UpitError: that is not known.
@@ -165,7 +165,7 @@ def _report(
     *,
     all_gates: bool,
 ) -> dict[str, Any]:
-    """What changes in the report."""
+    """Return what changes in the report."""
     names = sorted(model.format.expert_names(model.num_layers, [extended.expert]))
     extension = {
         "expert": extended.expert,

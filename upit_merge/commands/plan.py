@@ -82,14 +82,14 @@ def plan_recipe(
 
 
 def _with_data(recipe: Recipe, data: str) -> Recipe:
-    """The same recipe with this seed data; which experts get it is not the question here."""
+    """Return the recipe with this seed data; which experts get it is not the question here."""
     router = recipe.router or RouterSettings(data=data)
     router = router.model_copy(update={"data": data, "assign": "lowest"})
     return recipe.model_copy(update={"router": router})
 
 
 def _hardly_best(losses: SampleLosses) -> list[int]:
-    """Checkpoints that are best for less than a tenth of an even share of the samples."""
+    """Return the checkpoints that are best for less than a tenth of an even share of the samples."""
     best = torch.bincount(losses.means.argmin(1), minlength=losses.sums.shape[1])
     return [i for i, count in enumerate(best.tolist()) if count * len(best) < 0.1 * best.sum()]
 

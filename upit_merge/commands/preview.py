@@ -45,7 +45,7 @@ class PlannedMixture:
         )
 
     def tensor(self, name: str) -> torch.Tensor:
-        """What the run would write under this name; gates there are none."""
+        """Return what the run would write under this name; gates there are none."""
         dtype = self.specs[name].dtype
         if name in self._ffn:
             expert, dense = self._ffn[name]
@@ -64,7 +64,7 @@ def checkpoint_losses(
     *,
     quiet: bool,
 ) -> SampleLosses:
-    """Every sample's loss under every checkpoint's FFN on the shared backbone."""
+    """Compute every sample's loss under every checkpoint's FFN on the shared backbone."""
     with tempfile.TemporaryDirectory() as scratch:
         model = LayerwiseMixture(PlannedMixture(inputs), device)
         stage = RouterStage(model, seeds, settings, inputs.recipe.seed, Path(scratch), quiet=quiet)

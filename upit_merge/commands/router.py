@@ -31,7 +31,7 @@ from upit_merge.runtime.processes import joined
 
 
 def parse_settings(values: Mapping[str, Any]) -> RouterSettings:
-    """Router settings from command line values, by option name (`refine_steps` is in `refine`).
+    """Read router settings from command line values, by option name (`refine_steps` is in `refine`).
 
     Raises:
         UpitError: naming the option and what would work.
@@ -61,7 +61,7 @@ _TEXTS = ("data", "subset", "split", "assign", "objective", "stream")
 
 
 def _number(value: Any) -> Any:
-    """Text as the number it is: `sample` takes a count (500) or a fraction (0.01)."""
+    """Read text as the number it is: `sample` takes a count (500) or a fraction (0.01)."""
     if isinstance(value, str):
         for number in (int, float):
             with contextlib.suppress(ValueError):
@@ -132,7 +132,7 @@ def _prepare(copies: PatchedCopies, stage: RouterStage) -> None:
 def _write_report_and_card(
     edit: Edit, result: RouterResult, before: Mapping[str, Any]
 ) -> list[str]:
-    """Page and report that speak of the new gates; returns the names of files that go."""
+    """Write card and report that speak of the new gates; returns the names of files that go."""
     # Experts that were trained before are so still.
     earlier = (before.get("router") or {}).get("experts_sha256")
     kept = {"experts_sha256": earlier} if earlier else {}

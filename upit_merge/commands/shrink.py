@@ -112,7 +112,7 @@ def _groups(statistics: RoutingStatistics, num_experts: int) -> list[list[Group]
 
 
 def mean_gates(moe: Checkpoint, architecture: MixtureArchitecture, groups: Groups) -> list[Tensor]:
-    """Routing vectors of the groups: on a token, the mean of what the members' would say."""
+    """Return the groups' routing vectors: on a token, the mean of what the members' would say."""
     gates = []
     names = architecture.format.gate_names(architecture.num_layers)
     for name, row in zip(names, groups, strict=True):

@@ -62,7 +62,7 @@ class Domain:
 
 
 def load_domains(seed: int = 0) -> list[Domain]:
-    """The three domains, the same for the same ``seed`` and Python version.
+    """Load the three domains, the same for the same ``seed`` and Python version.
 
     Args:
         seed: decides which files and topics are held out, and the arithmetic problems.
@@ -128,12 +128,12 @@ def chunks(text: str) -> list[str]:
 
 
 def prose_chunks(text: str) -> list[str]:
-    """The documents of ``text`` that are sentences, not tables, grammar or example sessions."""
+    """Return the documents of ``text`` that are sentences, not tables, grammar or sessions."""
     return [chunk for chunk in chunks(text) if letter_share(chunk) >= PROSE_LETTER_SHARE]
 
 
 def letter_share(text: str) -> float:
-    """Share of letters and single spaces; indentation does not count."""
+    """Return the share of letters and single spaces; indentation does not count."""
     text = " ".join(text.split())
     return sum(character.isalpha() or character == " " for character in text) / len(text)
 
@@ -142,7 +142,7 @@ def letter_share(text: str) -> float:
 
 
 def library_files() -> list[Path]:
-    """The standard library's Python files that are its own, readable code, in sorted order."""
+    """List the standard library's Python files that are its own, readable code, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return [path for path in sorted(root.rglob("*.py")) if is_library_code(path, root)]
 
@@ -162,7 +162,7 @@ def is_library_code(path: Path, root: Path) -> bool:
 
 
 def separate_docstrings(source: str) -> tuple[str, list[str]]:
-    """A module's source without docstrings and comment lines; the longer docstrings in order.
+    """Split a module: source without docstrings and comment lines; longer docstrings in order.
 
     Left in place they would make ``code`` partly ``docs``, which no router could tell apart.
     """
@@ -190,7 +190,7 @@ def separate_docstrings(source: str) -> tuple[str, list[str]]:
 
 
 def help_topics() -> list[str]:
-    """The texts behind ``help("topic")``; none where a distribution leaves the module out."""
+    """Return the texts behind ``help("topic")``; none where a distribution leaves them out."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -202,19 +202,19 @@ def help_topics() -> list[str]:
 
 
 def arithmetic_domain(rng: random.Random) -> Domain:
-    """Worked problems, several to a document; held-out first operands never occur in training."""
+    """Make worked problems, several a document; held-out first operands are never trained on."""
     train = documents_of(problems(rng, heldout=False), TRAIN_DOCUMENTS)
     heldout = documents_of(problems(rng, heldout=True), HELDOUT_DOCUMENTS)
     return Domain("arithmetic", train, heldout)
 
 
 def documents_of(stream: Iterator[str], count: int) -> list[str]:
-    """``count`` documents of four consecutive problems each."""
+    """Make ``count`` documents of four consecutive problems each."""
     return ["\n".join(islice(stream, 4)) for _ in range(count)]
 
 
 def problems(rng: random.Random, *, heldout: bool) -> Iterator[str]:
-    """Endless worked problems with a > b; every a belongs to one part of a fixed 9 : 1 split."""
+    """Yield worked problems with a > b; every a belongs to one part of a fixed 9 : 1 split."""
     kinds = [column_sum, column_sum, purchase, gift, product]
     while True:
         a, b = rng.randint(100, 999), rng.randint(2, 99)

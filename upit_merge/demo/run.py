@@ -212,7 +212,7 @@ def average_model(checkpoints: Sequence[Path]) -> Any:
 
 
 def _mean_row(name: str, rows: Iterable[Row]) -> Row:
-    """Geometric means, domain by domain."""
+    """Return geometric means, domain by domain."""
     columns = zip(*(row.perplexities for row in rows), strict=True)
     return Row(f"{name} (mean of {_RANDOM_GATES})", tuple(map(geometric_mean, columns)))
 
@@ -231,7 +231,7 @@ def _table(rows: Sequence[Row], domains: Sequence[Domain]) -> Table:
 
 
 def _verdicts(rows: Sequence[Row]) -> list[str]:
-    """The MoE as built, the last row, against the rows that it should beat."""
+    """Compare the MoE as built, the last row, with the rows that it should beat."""
     built = rows[-1]
     sentences = []
     checkpoints = [row for row in rows if row.model.startswith("checkpoint-")]

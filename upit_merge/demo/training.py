@@ -101,7 +101,7 @@ def train_demo_models(
         model = LlamaForCausalLM(model_config(budget, tokenizer)).train()
 
     def train(steps: int, shares: list[float], optimizer: Optimizer, peaks: list[float]) -> None:
-        """One learning-rate cycle; each row's domain is drawn with probability ``shares``."""
+        """Train for one learning-rate cycle; a row's domain is drawn with probability ``shares``."""
         weights = torch.tensor(shares)
         for step in range(steps):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -138,7 +138,7 @@ def train_demo_models(
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE without unknown tokens; puts BOS before every text; digits stay single."""
+    """Train byte-level BPE without unknown tokens; BOS before every text; digits stay single."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -185,21 +185,21 @@ def model_config(budget: TrainingBudget, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def pack(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context: int) -> Tensor:
-    """All texts as BOS-separated tokens, cut into rows: [rows, context]; the remainder is lost."""
+    """Cut all texts, BOS-separated, into rows of tokens: [rows, context]; the remainder is lost."""
     ids = torch.tensor([token for row in tokenizer(list(texts))["input_ids"] for token in row])
     rows = len(ids) // context
     return ids[: rows * context].view(rows, context)
 
 
 def sequences(rows: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless rows [context], every one once in each reshuffled epoch."""
+    """Yield rows [context] without end, every one once in each reshuffled epoch."""
     while True:
         for index in torch.randperm(len(rows), generator=generator).tolist():
             yield rows[index]
 
 
 def adamw(model: LlamaForCausalLM) -> Optimizer:
-    """AdamW with two groups whose rates the caller sets: FFN weights first, then all others."""
+    """Make AdamW with two groups whose rates the caller sets: FFN weights first, then all others."""
     ffn = [weight for name, weight in model.named_parameters() if ".mlp." in name]
     backbone = [weight for name, weight in model.named_parameters() if ".mlp." not in name]
     groups = [{"params": ffn}, {"params": backbone}]

@@ -55,7 +55,7 @@ def extended_layout(
     stem: str,
     max_shard_bytes: int,
 ) -> Layout:
-    """Files of a model with one more expert: those without gates are not touched.
+    """Plan the files of a model with one more expert: those without gates are not touched.
 
     Args:
         gates: Names of the gates, whose shape changes.
@@ -84,7 +84,7 @@ def extended_layout(
 def shrunk_layout(
     moe: Checkpoint, shrunk: ResizedMixture, gates: Collection[str], max_shard_bytes: int
 ) -> Layout:
-    """Files of a model with fewer experts: all are new, as its experts have other numbers."""
+    """Plan the files of a model with fewer experts: all are new, its experts have other numbers."""
     body = [spec for name, spec in shrunk.specs.items() if name not in gates]
     written = plan_shards([body, [shrunk.specs[name] for name in gates]], max_shard_bytes)
     names = {shard.filename for shard in written}
@@ -136,7 +136,7 @@ def write_model(
 def resized(
     before: Mapping[str, Any], architecture: MixtureArchitecture, num_experts: int
 ) -> dict[str, Any]:
-    """The report's `model` with another number of experts; nothing in one of an older version."""
+    """Return the report's `model` with another number of experts; {} for one of an older version."""
     if not isinstance(before.get("model"), Mapping):
         return {}
     chosen = int(architecture.config.num_experts_per_tok)

@@ -44,11 +44,11 @@ class ResizedMixture:
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, in its dtype, on the CPU."""
+        """Return rows [start, stop) of a tensor, in its dtype, on the CPU."""
         return self._moe.rows(name, start, stop)
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor in its dtype, on the CPU."""
+        """Return a whole tensor in its dtype, on the CPU."""
         return self.rows(name, 0, self.specs[name].shape[0])
 
 
@@ -72,7 +72,7 @@ class ExtendedMixture(ResizedMixture):
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, in its dtype, on the CPU.
+        """Return rows [start, stop) of a tensor, in its dtype, on the CPU.
 
         Raises:
             UpitError: values of the new expert are NaN or infinite, or overflow its dtype.
@@ -135,7 +135,7 @@ class ShrunkMixture(ResizedMixture):
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, in its dtype, on the CPU."""
+        """Return rows [start, stop) of a tensor, in its dtype, on the CPU."""
         if name in self._gates:
             return self._gates[name][start:stop].to(self.specs[name].dtype)
         parts = self._parts.get(name)

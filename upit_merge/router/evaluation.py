@@ -39,7 +39,7 @@ class Routing:
         self.entropy = torch.zeros(shape[:2], dtype=torch.float64)
 
     def counter(self, samples: Sequence[TokenizedSample]) -> RoutingCallback:
-        """To be told of every batch, see `AssembledMixture.sweep`."""
+        """Return what is to be told of every batch, see `AssembledMixture.sweep`."""
 
         def count(layer: int, batch: Batch, logits: Tensor, chosen: Tensor) -> None:
             lengths = torch.tensor([len(samples[index].input_ids) for index in batch])
@@ -116,21 +116,21 @@ class Evaluation:
     rivals: Mapping[str, Tensor] = field(default_factory=dict)
 
     def perplexity(self, members: Sequence[int], sums: Tensor | None = None) -> float:
-        """exp of the mean over all target tokens of some samples."""
+        """Return exp of the mean over all target tokens of some samples."""
         targets = sum(self.samples[index].num_targets for index in members)
         total = (self.sums if sums is None else sums)[list(members)].sum()
         return math.exp(min(float(total) / targets, 700.0))
 
     def shares(self, members: Sequence[int]) -> Tensor:
-        """Share of the routed places each expert has, (num_layers, num_experts); rows sum to 1."""
+        """Return every expert's share of the routed places, (num_layers, num_experts)."""
         return self.routing.counts(members).shares
 
     def dead(self) -> list[tuple[int, int]]:
-        """(layer, expert) where an expert gets less than a tenth of an even share."""
+        """Return (layer, expert) where an expert gets less than a tenth of an even share."""
         return self.routing.counts(range(len(self.samples))).dead()
 
     def agreement(self) -> dict[str, float] | None:
-        """How often the router's choice is the expert that predicts the sample best.
+        """Measure how often the router's choice is the expert that predicts the sample best.
 
         `first`: share of tokens whose first choice it is; `chosen`: … that it is among the chosen
         of; `chance`: of `first`, if routing had nothing to do with the sample.
@@ -151,11 +151,11 @@ class Evaluation:
         }
 
     def entropy(self, members: Sequence[int]) -> dict[str, float]:
-        """Normalised to 0 … 1, mean over layers: of a token's probabilities, and of the shares."""
+        """Return the entropies of a token's probabilities and of the shares, 0 … 1, see `RoutingCounts`."""
         return self.routing.counts(members).mean_entropy()
 
     def experts_alone(self, members: Sequence[int]) -> list[float] | None:
-        """Every expert's perplexity as a dense model."""
+        """Return every expert's perplexity as a dense model; None if not asked for."""
         losses = None if self.buckets is None else self.buckets.losses
         if losses is None:
             return None
@@ -163,7 +163,7 @@ class Evaluation:
         return [self.perplexity(members, sums[:, expert]) for expert in range(sums.shape[1])]
 
     def group_report(self, members: Sequence[int]) -> dict[str, Any]:
-        """All there is to say of a group, as plain numbers."""
+        """Return all there is to say of a group, as plain numbers."""
         found: dict[str, Any] = {
             "samples": len(members),
             "targets": sum(self.samples[index].num_targets for index in members),
@@ -184,7 +184,7 @@ class Evaluation:
         return found
 
     def to_report(self) -> dict[str, Any]:
-        """The whole evaluation as plain numbers."""
+        """Return the whole evaluation as plain numbers."""
         report: dict[str, Any] = {
             "groups": {name: self.group_report(m) for name, m in self.groups.members.items()},
             "dead": [{"layer": layer, "expert": expert} for layer, expert in self.dead()],
@@ -265,6 +265,6 @@ def run_mixture(
 
 
 def rows(evaluation: Evaluation) -> Iterator[tuple[str, list[float]]]:
-    """Every group with its routing shares, mean over layers, (num_experts,)."""
+    """Yield every group with its routing shares, mean over layers, (num_experts,)."""
     for name, members in evaluation.groups.members.items():
         yield name, evaluation.shares(members).mean(0).tolist()

@@ -14,7 +14,7 @@ from upit_merge.router.counts import RoutingCounts
 def load_balancing_loss(
     logits: Sequence[Tensor], experts_per_token: int, mask: Tensor | None = None
 ) -> Tensor:
-    """`n · Σ_i f_i · P_i`, mean over the layers (arXiv 2410.01610, stage 4; from 2101.03961).
+    """Return `n · Σ_i f_i · P_i`, mean over the layers (arXiv 2410.01610, stage 4; 2101.03961).
 
     f_i is the share of a layer's tokens that are sent to expert i (the shares sum to
     `experts_per_token`, which is the smallest value of the loss), P_i the mean of its routing
@@ -118,7 +118,7 @@ class RoutingMonitor:
         return self.mask.reshape(-1).to(like)
 
     def take(self) -> Tensor | None:
-        """The sums since the last call, (layers, num_experts + 2); None if there are none."""
+        """Return the sums since the last call, (layers, num_experts + 2); None if there are none."""
         sums, self._sums = self._sums, None
         return sums
 
