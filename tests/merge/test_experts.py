@@ -42,7 +42,7 @@ def test_experts_in_several_blocks_equal_the_naive_ones(shared_family, merge, mo
 def test_threads_and_shard_sizes_do_not_change_a_byte(shared_family, merge) -> None:
     document = shared_family.recipe(
         parameters={"num_experts": 6, "seed": 5},
-        router={"data": str(shared_family.seed_file(400, "many.jsonl"))},
+        router={"data": str(shared_family.seed_file(100, "many.jsonl"))},
     )
     threads = torch.get_num_threads()
     try:

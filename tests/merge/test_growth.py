@@ -15,7 +15,7 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from tests.conftest import Family, build_family
-from tests.support.commands import done, refused
+from tests.support.commands import done, invoke
 from tests.support.grams import plan, random_gram
 from tests.support.naive import PROJECTIONS, load_model, unlike_grown
 from upit_merge.config.recipe import Parameters
@@ -359,6 +359,6 @@ def test_verify_knows_the_units(family: Family) -> None:
     report = json.loads((out / "upit_report.json").read_text())
     report["lineage"]["units"][1]["experts"][4]["alpha"] = 0.99
     (out / "upit_report.json").write_text(json.dumps(report))
-    assert "model.layers.1.mlp is grown from other parents than the report says" in refused(
-        "verify", out
-    )
+    wrong = invoke("verify", out)
+    assert wrong.exit_code == 1
+    assert "model.layers.1.mlp is grown from other parents than the report says" in wrong.output
