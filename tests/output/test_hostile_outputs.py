@@ -18,8 +18,10 @@ from upit_merge.errors import UpitError
 from upit_merge.io.text_file import replace_text
 from upit_merge.output.edit import Edit
 from upit_merge.output.lock import LOCK
-from upit_merge.output.staging import REPORT, STAGING, STATE, staged_output
+from upit_merge.output.staging import REPORT, STAGING, staged_output
 from upit_merge.report.write import RECIPE_COPY, recipe_of
+
+STATE = "run.json"
 
 ROOTS = (STAGING, ".upit-router")
 
