@@ -22,48 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from tests.conftest import Family
 from tests.support.crash import forked, wait
 from tests.support.lora import save_adapter, with_adapters
+from tests.support.pipelines import TRAINING, Written, writer
 from upit_merge.errors import UpitError
 from upit_merge.output.identity import file_states
 from upit_merge.pipeline.config import load_pipeline
 from upit_merge.pipeline.run import run_pipeline
 from upit_merge.pipeline.stages import stages_of
-
-TRAINING = {"per_device_train_batch_size": 8, "max_length": 32, "learning_rate": 1e-2}
-Written = Callable[..., Path]
-
-
-def writer(tmp_path: Path, four: Family) -> Written:
-    """Writes a pipeline's file; keyword arguments replace its keys, None removes one."""
-    data = tmp_path / "train.jsonl"
-    kinds = ("letters", "digits")
-    rows = [
-        {"text": f"sample {i}: " + ("abcdef", "123456")[i % 2][i % 6] * 9, "kind": kinds[i % 2]}
-        for i in range(32)
-    ]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def write(out: str = "run", **keys: Any) -> Path:
-        document = {
-            "base_model": str(four.base),
-            "output": str(tmp_path / out),
-            "data": str(data),
-            "prepare": {**TRAINING, "save_steps": 0.25, "train_modules": "ffn"},
-            "merge": {"parameters": {"num_experts": 5}},
-            "router": {"sample": 24},
-            "post_train": TRAINING,
-            "evaluate": {"data": str(data), "group_by": "kind"},
-            **keys,
-        }
-        path = tmp_path / f"{out}.yml"
-        path.write_text(yaml.safe_dump({k: v for k, v in document.items() if v is not None}))
-        return path
-
-    return write
-
-
-@pytest.fixture
-def written(tmp_path: Path, four: Family) -> Written:
-    return writer(tmp_path, four)
 
 
 def model_files(run: Path) -> dict[str, bytes]:
@@ -210,60 +174,6 @@ def test_killed_in_every_stage_it_ends_with_the_same_model(
 # ---- mistakes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"post_tain": {}}, r"unknown key post_tain \(did you mean post_train\?\)"),
-        ({"base_model": None}, "base_model is missing"),
-        ({"data": None}, "data is missing"),
-        ({"checkpoints": "x/*"}, "checkpoints and prepare are both given"),
-        ({"post_train": None, "baseline": True}, "baseline has no meaning without post_train"),
-        ({"merge": {"router": {}}}, "merge: router is at the top level"),
-        ({"merge": {"models": []}}, "merge: models is filled in"),
-        ({"device": "gpu"}, "device is 'gpu', expected cpu, cuda or auto"),
-        ({"evaluate": {"data": "x", "groupby": "y"}}, r"evaluate.groupby \(did you mean group_by"),
-        ({"prepare": {"output_dir": "x"}}, "prepare.output_dir is filled in by the pipeline"),
-        ({"prepare": "nowhere.yml"}, "training configuration nowhere.yml does not exist"),
-        ({"prepare": {"learning_rat": 1}}, r"unknown key learning_rat"),
-        ({"post_train": {"train_modules": "x"}}, "train_modules"),
-        ({"merge": {"parameters": {"num_expert": 4}}}, "merge and router: unknown key"),
-        ({"router": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
-        ({"evaluate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
-        ({"base_model": "./nowhere"}, "nowhere"),
-        ({"launch": "'"}, "launch"),
-        ({"baseline": {"output_dir": "x"}}, "baseline.output_dir is filled in"),
-        ({"baseline": True, "post_train": {"train_modules": "router"}}, "baseline: train_modules"),
-        (
-            {"prepare": {"use_peft": True, "lora_target_modules": ["q_proj"]}},
-            "lora_target_modules has no part of the FFN",
-        ),
-        ({"device": "cuda:7"}, "cuda"),
-    ],
-)
-def test_mistakes_are_found_before_anything_is_trained(
-    written: Written, tmp_path: Path, keys: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UpitError, match=message) as caught:
-        run_pipeline(written(**keys), quiet=True)
-    assert "\n" not in caught.value.message
-    assert not (tmp_path / "run" / "prepare").exists()
-
-
-def test_a_base_in_bin_files_is_refused_before_anything_is_trained(
-    written: Written, four: Family, tmp_path: Path
-) -> None:
-    """Training would read it, and the merge after that would not."""
-    base = tmp_path / "pickled"
-    shutil.copytree(four.base, base)
-    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
-    (base / "model.safetensors").unlink()
-    with pytest.raises(
-        UpitError, match=r"run.yml: base_model is .*pickled', whose weights are in "
-    ):
-        run_pipeline(written(base_model=str(base)), quiet=True)
-    assert not (tmp_path / "run").exists()
-
-
 def test_nothing_but_its_own_is_removed(written: Written, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "model").mkdir(parents=True)
@@ -382,24 +292,6 @@ def test_the_last_checkpoint_is_made_whole_or_not_at_all(
     stage.run(True)
     assert file_states((run / "last").iterdir(), "") == before  # else training would not go on
     assert commands[0] == commands[1]
-
-
-def test_a_stage_that_is_not_there(written: Written) -> None:
-    with pytest.raises(UpitError, match="--redo is router, but the stages are prepare, merge"):
-        run_pipeline(written(), redo="router")
-
-
-def test_a_launcher_that_is_not_there(written: Written) -> None:
-    with pytest.raises(UpitError, match="no-such-launcher cannot be started"):
-        run_pipeline(written(launch="no-such-launcher --x"), quiet=True)
-
-
-def test_a_stage_that_fails_says_how_to_go_on(written: Written, tmp_path: Path) -> None:
-    path = written(launch=f"{sys.executable} -c 'import_nothing' ")
-    with pytest.raises(UpitError, match="The stage prepare ended early"):
-        run_pipeline(path, quiet=True)
-    run_pipeline(written(), until="prepare", quiet=True)
-    assert len(list((tmp_path / "run" / "prepare").glob("checkpoint-*"))) == 4
 
 
 # ---- what the stages are told ------------------------------------------------------------------
