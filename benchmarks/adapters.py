@@ -28,7 +28,7 @@ from upit_merge.commands.run import RunOptions, run_recipe
 from upit_merge.config.recipe import parse_recipe
 from upit_merge.io.hub import OpenOptions
 from upit_merge.merge.inputs import opened
-from upit_merge.merge.passes import Merger, measure_similarity
+from upit_merge.merge.passes import measure_similarity
 
 ALPHA = 32
 TARGETS = {"mlp": ("gate_proj", "up_proj", "down_proj"), "self_attn": ("q_proj", "v_proj")}
@@ -118,7 +118,7 @@ def similarity(document: dict[str, Any]) -> tuple[float, torch.Tensor]:
     """Seconds the pass takes, models opened and closed, and its Gram matrices."""
     started = time.perf_counter()
     with opened(parse_recipe(document), OpenOptions()) as inputs:
-        gram = measure_similarity(Merger(inputs, (torch.device("cpu"),), quiet=True))
+        gram = measure_similarity(inputs, (torch.device("cpu"),), quiet=True)
     return time.perf_counter() - started, gram
 
 

@@ -34,7 +34,6 @@ from upit_merge.config.recipe import parse_recipe
 from upit_merge.data.tokens import SeedSet, TokenizedSample
 from upit_merge.io.hub import OpenOptions
 from upit_merge.merge.inputs import Inputs, opened
-from upit_merge.merge.passes import Merger
 from upit_merge.models.dense import dense_shapes
 from upit_merge.models.formats import format_of_dense
 
@@ -157,8 +156,8 @@ def row_of(
     seeds = SeedSet([TokenizedSample(ids, 1, f"{i}") for i in range(samples)], tokens)
     with opened(parse_recipe(document), OpenOptions()) as inputs:
         shards = inputs.shards(5_000_000_000)
-        cpu = needs(Merger(inputs, (torch.device("cpu"),)), seeds, shards)
-        gpu = needs(Merger(inputs, (torch.device("cuda", 0),)), seeds, shards)
+        cpu = needs(inputs, (torch.device("cpu"),), seeds, shards)
+        gpu = needs(inputs, (torch.device("cuda", 0),), seeds, shards)
         stored = sum(shard.num_bytes for shard in shards)
         row = {"model": name, "experts": experts} | sizes(inputs, stored)
     return row | {

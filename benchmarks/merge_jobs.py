@@ -233,7 +233,7 @@ def prepare_planning() -> Work:
     from upit_merge.config.recipe import parse_recipe
     from upit_merge.io.hub import OpenOptions
     from upit_merge.merge.inputs import opened
-    from upit_merge.merge.passes import Merger, measure_similarity
+    from upit_merge.merge.passes import find_lineage, measure_similarity
 
     def work(job: dict[str, Any]) -> dict[str, Any]:
         times: dict[str, Any] = {str(n): {"plan": [], "lineage": []} for n in PLANNED}
@@ -242,10 +242,9 @@ def prepare_planning() -> Work:
                 recipe = parse_recipe(recipe_document(job | {"experts": experts}))
                 started = time.perf_counter()
                 with opened(recipe, OpenOptions()) as inputs:
-                    merger = Merger(inputs, (torch.device("cpu"),), quiet=True)
-                    gram = measure_similarity(merger)
+                    gram = measure_similarity(inputs, (torch.device("cpu"),), quiet=True)
                     compared = time.perf_counter()
-                    merger.lineage(gram)
+                    find_lineage(inputs, gram)
                     ended = time.perf_counter()
                 times[str(experts)]["plan"].append(ended - started)
                 times[str(experts)]["lineage"].append(ended - compared)

@@ -19,7 +19,6 @@ from upit_merge.config.recipe import parse_recipe
 from upit_merge.config.router import RouterSettings
 from upit_merge.io.hub import OpenOptions
 from upit_merge.merge.inputs import opened
-from upit_merge.merge.passes import Merger
 from upit_merge.router.memory import ModelShape, router_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,8 +73,8 @@ def test_needs_are_those_of_the_recipe(shared_family) -> None:
         listed = [str(path) for path in shared_family.checkpoints] * models
         document = shared_family.recipe(models=listed, parameters=parameters)
         with opened(parse_recipe(document), OpenOptions()) as inputs:
-            merger = Merger(inputs, (torch.device("cpu"),))
-            return needs(merger, None, inputs.shards(1 << 30)).merge
+            devices = (torch.device("cpu"),)
+            return needs(inputs, devices, None, inputs.shards(1 << 30)).merge
 
     assert merge_bytes(models=4) > merge_bytes()
     assert merge_bytes(num_experts=64) == merge_bytes(num_experts=4)

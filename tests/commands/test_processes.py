@@ -19,9 +19,10 @@ from upit_merge.io.hub import OpenOptions
 from upit_merge.io.shards import Shard, ShardWriter
 from upit_merge.io.tensor_file import TensorSpec
 from upit_merge.merge.inputs import opened
-from upit_merge.merge.passes import Clock, Merger, merge, share_of
+from upit_merge.merge.passes import merge, share_of
 from upit_merge.output.journal import Journal
 from upit_merge.output.staging import Staging
+from upit_merge.runtime.clock import Clock
 from upit_merge.runtime.device import merge_workers
 from upit_merge.runtime.processes import Processes
 
@@ -198,14 +199,14 @@ def test_work_of_another_number_of_processes_is_gone_on_with(
     staging = Staging(tmp_path)
     staging.model.mkdir()
     with opened(recipe, OpenOptions()) as inputs:
-        merger = Merger(inputs, (torch.device("cpu"),), quiet=True)
         shards = inputs.shards(SHARD_BYTES)
         body = shards[:-1]  # the last one holds the gates, which are always made again
         done = [spec.name for shard in body[len(body) // 2 :] for spec in shard.tensors]
         # Said to be written, but nothing but zeros: so one sees that they are left alone.
         ShardWriter(staging.model, shards).close()
         Journal(tmp_path, rank=1).append({}, done)
-        merge(merger, staging, shards, Processes(), Clock())
+        devices = (torch.device("cpu"),)
+        merge(inputs, staging, shards, Processes(), Clock(), devices=devices, quiet=True)
     assert done
     for name, tensor in load_model(staging.model).items():
         assert bool(tensor.any()) != (name in done)

@@ -180,7 +180,7 @@ def test_another_run_does_not_go_on_with_it(unfinished, change, reason: str) -> 
 
 def test_a_mistake_in_the_models_leaves_nothing(family: Family, monkeypatch) -> None:
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr("upit_merge.merge.experts._BLOCK_ELEMENTS", {"cpu": 1 << 10})
+    monkeypatch.setattr("upit_merge.merge.blocks._BLOCK_ELEMENTS", {"cpu": 1 << 10})
     from safetensors.torch import load_file, save_file
 
     path = family.checkpoints[-1] / "model.safetensors"

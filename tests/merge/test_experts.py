@@ -33,7 +33,7 @@ def test_experts_equal_the_naive_ones(tmp_path, merge, mutation: str, dtype: str
 
 
 def test_experts_in_several_blocks_equal_the_naive_ones(shared_family, merge, monkeypatch) -> None:
-    monkeypatch.setattr("upit_merge.merge.experts._BLOCK_ELEMENTS", {"cpu": 100})
+    monkeypatch.setattr("upit_merge.merge.blocks._BLOCK_ELEMENTS", {"cpu": 100})
     out = merge(shared_family.recipe(parameters={"num_experts": 5, "density": 0.3}))
     assert unlike_grown(shared_family, out, 0.3, "once") == []
     assert unlike_grown(shared_family, out, 0.4, "once") != []

@@ -16,7 +16,7 @@ from upit_merge.config.recipe import parse_recipe
 from upit_merge.errors import UpitError
 from upit_merge.io.hub import OpenOptions
 from upit_merge.merge.inputs import opened
-from upit_merge.merge.passes import Merger, measure_similarity
+from upit_merge.merge.passes import measure_similarity
 from upit_merge.merge.selection import keep_diverse
 from upit_merge.merge.similarity import cosine, squared_distance
 
@@ -36,7 +36,7 @@ def brute_deltas(family: Family) -> torch.Tensor:
 def test_gram_equals_brute_force(tmp_path, dtype) -> None:
     family = build_family(tmp_path, count=4, dtype=dtype)
     with opened(parse_recipe(family.recipe()), OpenOptions()) as inputs:
-        gram = measure_similarity(Merger(inputs, (torch.device("cpu"),), quiet=True))
+        gram = measure_similarity(inputs, (torch.device("cpu"),), quiet=True)
     deltas = brute_deltas(family)
     torch.testing.assert_close(gram.sum(0), deltas @ deltas.T, rtol=1e-12, atol=0)
 

@@ -20,7 +20,7 @@ from upit_merge.config.recipe import parse_recipe
 from upit_merge.io.hub import OpenOptions
 from upit_merge.merge.counter_rng import index_hash, mask_key, normals
 from upit_merge.merge.inputs import opened
-from upit_merge.merge.passes import Merger
+from upit_merge.merge.passes import is_one_pass
 from upit_merge.merge.upcycle import chosen_dimensions, measure_moments
 
 COUNT = 1 << 20
@@ -128,7 +128,7 @@ def test_choices_of_experts_and_layers_are_independent() -> None:
 
 @pytest.mark.parametrize("projection", ["gate_proj", "down_proj"])
 def test_moments_of_any_subset(shared_family, monkeypatch, projection: str) -> None:
-    monkeypatch.setattr("upit_merge.merge.upcycle._BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("upit_merge.merge.upcycle.SUM_BLOCK_ELEMENTS", 100)
     name = f"model.layers.1.mlp.{projection}.weight"
     weights = load_model(shared_family.checkpoints[0])[name].double().numpy()
     weights = weights.T if projection == "down_proj" else weights
@@ -164,9 +164,9 @@ def test_copies_equal_the_naive_ones(tmp_path, merge, alteration, dtype: str) ->
 
 def test_blocks_and_threads_do_not_change_a_byte(shared_family, merge, monkeypatch) -> None:
     document = copied(shared_family, [0, 1], num_experts=5, noise=0.1, reinitialise=0.5)
-    monkeypatch.setattr("upit_merge.merge.experts._BLOCK_ELEMENTS", {"cpu": 100})
+    monkeypatch.setattr("upit_merge.merge.blocks._BLOCK_ELEMENTS", {"cpu": 100})
     monkeypatch.setattr("upit_merge.merge.upcycle._MOST_KEPT", -7)  # one is kept
-    monkeypatch.setattr("upit_merge.merge.passes.merge_workers", lambda _devices, _bytes: 4)
+    monkeypatch.setattr("upit_merge.merge.blocks.merge_workers", lambda _devices, _bytes: 4)
     assert unlike_copies(shared_family, merge(document, max_shard_bytes=20_000), [0, 1]) == []
 
 
@@ -267,4 +267,4 @@ def test_cuda_writes_the_same_copies(tmp_path, merge, options: dict[str, Any]) -
 def test_one_pass_suffices(shared_family) -> None:
     document = copied(shared_family, [0, 1], num_experts=5)
     with opened(parse_recipe(document), OpenOptions()) as inputs:
-        assert Merger(inputs, (torch.device("cpu"),)).one_pass
+        assert is_one_pass(inputs)

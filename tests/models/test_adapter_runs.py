@@ -31,7 +31,7 @@ from tests.support.lora import (
     with_adapters,
 )
 from tests.support.naive import PROJECTIONS, load_model
-from upit_merge.merge.passes import Merger, measure_similarity
+from upit_merge.merge.passes import measure_similarity
 from upit_merge.output import journal as resume
 from upit_merge.output.journal import has_progress
 from upit_merge.output.staging import STAGING
@@ -74,7 +74,7 @@ def test_adapters_and_checkpoints_in_one_list(lora: Any, merge: Any) -> None:
     document = family.recipe(models=list(map(str, models)))
     assert_experts(merge(document), [*tensors, merged[0]], rtol=0, atol=1e-6)
     with opened_inputs(document) as inputs:
-        gram = measure_similarity(Merger(inputs, CPU, quiet=True))
+        gram = measure_similarity(inputs, CPU, quiet=True)
     assert_grams(gram, dense_grams(load_model(family.base), [*tensors, merged[0]]))
 
 
@@ -86,7 +86,7 @@ def test_an_adapter_on_another_base(lora: Any, merge: Any) -> None:
     document = family.recipe(models=[f"{other}+{folder}", str(family.checkpoints[1])])
     assert_experts(merge(document), tensors, rtol=0, atol=1e-6)
     with opened_inputs(document) as inputs:
-        gram = measure_similarity(Merger(inputs, CPU, quiet=True))
+        gram = measure_similarity(inputs, CPU, quiet=True)
     assert_grams(gram, dense_grams(load_model(family.base), tensors))
 
 
@@ -100,7 +100,7 @@ def test_threads_files_and_blocks_do_not_change_a_byte(lora: Any, merge: Any) ->
         torch.set_num_threads(4)
         four = load_model(merge(document, "four", max_shard_bytes=20_000))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("upit_merge.merge.experts._BLOCK_ELEMENTS", {"cpu": 100})
+            patch.setattr("upit_merge.merge.blocks._BLOCK_ELEMENTS", {"cpu": 100})
             small = load_model(merge(document, "small"))
     finally:
         torch.set_num_threads(threads)

@@ -26,7 +26,7 @@ from tests.support.lora import (
 from tests.support.naive import load_model
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
-from upit_merge.merge.passes import Merger, measure_similarity
+from upit_merge.merge.passes import measure_similarity
 from upit_merge.models.lora.adapter import Adapter, open_model
 from upit_merge.models.lora.low_rank import LowRank, factor_gram
 from upit_merge.output import journal as resume
@@ -115,7 +115,7 @@ def test_comparing_adapters_does_not_read_the_base(lora: Any, monkeypatch: Any) 
     with opened_inputs(adapters(family)) as inputs:
         monkeypatch.setattr(Checkpoint, "rows", None)
         monkeypatch.setattr(Adapter, "rows", None)
-        gram = measure_similarity(Merger(inputs, CPU, quiet=True))
+        gram = measure_similarity(inputs, CPU, quiet=True)
     assert_grams(gram, dense_grams(load_model(family.base), merged))
 
 
@@ -123,7 +123,7 @@ def test_comparing_adapters_does_not_read_the_base(lora: Any, monkeypatch: Any) 
 def test_gram_of_other_kinds(family: Family, kind: str) -> None:
     merged = with_adapters(family, 2, **KINDS[kind])
     with opened_inputs(adapters(family)) as inputs:
-        gram = measure_similarity(Merger(inputs, CPU, quiet=True))
+        gram = measure_similarity(inputs, CPU, quiet=True)
     assert_grams(gram, dense_grams(load_model(family.base), merged))
 
 
@@ -142,7 +142,7 @@ def test_one_pass_finds_the_same_gram(lora: Any, tmp_path: Path, merge: Any) -> 
         patch.setattr(resume.Journal, "append", spy)
         merge(document)
     with opened_inputs(document) as inputs:
-        gram = measure_similarity(Merger(inputs, CPU, quiet=True))
+        gram = measure_similarity(inputs, CPU, quiet=True)
     assert torch.equal(torch.stack([journal[i] for i in range(len(journal))]), gram)
 
 

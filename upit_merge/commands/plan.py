@@ -14,7 +14,7 @@ from upit_merge.config.recipe import Recipe
 from upit_merge.config.router import RouterSettings
 from upit_merge.errors import UpitError
 from upit_merge.merge.inputs import opened
-from upit_merge.merge.passes import Merger, measure_similarity
+from upit_merge.merge.passes import find_lineage, measure_similarity
 from upit_merge.merge.similarity import cosine
 from upit_merge.output.staging import check_output_is_free
 from upit_merge.report.tables import lineage_table, show
@@ -44,10 +44,9 @@ def plan_recipe(
     with ends_at_once(lambda: "Interrupted."), opened(recipe, options.open) as inputs:
         seeds = seed_set(inputs, options)
         shards = inputs.shards(options.max_shard_bytes)
-        merger = Merger(inputs, devices, quiet=options.quiet)
-        required = needs(merger, seeds, shards)
-        gram = measure_similarity(merger)
-        lineage = merger.lineage(gram)
+        required = needs(inputs, devices, seeds, shards)
+        gram = measure_similarity(inputs, devices, quiet=options.quiet)
+        lineage = find_lineage(inputs, gram)
         show(_cosine_table(inputs.labels, cosine(gram.sum(0)).tolist()))
         show(lineage_table(lineage, inputs.labels))
         total = sum(shard.num_bytes for shard in shards)

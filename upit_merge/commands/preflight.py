@@ -16,9 +16,9 @@ from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.disk import free_bytes, missing_space
 from upit_merge.io.shards import Shard
+from upit_merge.merge.blocks import merge_memory
 from upit_merge.merge.inputs import Inputs
-from upit_merge.merge.passes import Merger
-from upit_merge.router.memory import ModelShape, RouterMemory, router_memory, shape_of
+from upit_merge.router.memory import RouterMemory, router_memory, shape_of
 
 LOG = logging.getLogger(__name__)
 
@@ -110,21 +110,31 @@ class Needs:
             yield f"{device}: about {gib(self.device or 0)} needed; it has {gib(total)}."
 
 
-def needs(merger: Merger, seeds: SeedSet | None, shards: Sequence[Shard]) -> Needs:
+def needs(
+    inputs: Inputs,
+    devices: tuple[torch.device, ...],
+    seeds: SeedSet | None,
+    shards: Sequence[Shard],
+) -> Needs:
     """Return what a run takes; nothing is read but what is open already."""
-    inputs, devices = merger.inputs, merger.devices
+    cpu, peak = devices[0].type == "cpu", merge_memory(inputs, devices)
     merge = Needs(
         disk=sum(shard.num_bytes for shard in shards),
-        merge=_IMPORTS_BYTES + merger.memory,
+        merge=_IMPORTS_BYTES + peak,
         router=None,
-        device=_CUDA_BYTES + merger.memory if devices[0].type != "cpu" else None,
+        device=None if cpu else _CUDA_BYTES + peak,
         devices=devices,
     )
     if not seeds or not inputs.recipe.router:
         return merge
     lengths = [len(sample.input_ids) for sample in seeds.samples]
-    cpu = devices[0].type == "cpu"
-    memory = router_memory(_shape(inputs), lengths, inputs.recipe.router, cpu=cpu)
+    shape = shape_of(
+        inputs.architecture.format,
+        inputs.architecture.settings,
+        inputs.num_experts,
+        inputs.dtype,
+    )
+    memory = router_memory(shape, lengths, inputs.recipe.router, cpu=cpu)
     router = router_needs(memory, devices[0])
     return replace(
         merge,
@@ -152,7 +162,9 @@ def check_router_memory(
         UpitError: naming what is needed and what there is.
     """
     cpu = model.device.type == "cpu"
-    memory = router_memory(shape_of(model), lengths, settings, cpu=cpu, evaluated=evaluated)
+    dense = model.architecture.dense_settings()
+    shape = shape_of(model.format, dense, model.num_experts, model.stored_dtype)
+    memory = router_memory(shape, lengths, settings, cpu=cpu, evaluated=evaluated)
     router_needs(memory, model.device).check(out)
 
 
@@ -166,21 +178,6 @@ def router_needs(memory: RouterMemory, device: torch.device) -> Needs:
         router=_IMPORTS_BYTES + memory.states + (memory.compute if cpu else 0),
         device=None if cpu else _CUDA_BYTES + memory.compute,
         devices=(device,),
-    )
-
-
-def _shape(inputs: Inputs) -> ModelShape:
-    settings, specs = inputs.architecture.settings, inputs.architecture.specs
-    layer = [spec.numel for name, spec in specs.items() if name.startswith("model.layers.0.")]
-    ffn = 3 * settings["hidden_size"] * settings["intermediate_size"]
-    return ModelShape(
-        hidden_size=settings["hidden_size"],
-        intermediate_size=settings["intermediate_size"],
-        vocab_size=settings["vocab_size"],
-        num_layers=inputs.architecture.num_layers,
-        num_experts=inputs.num_experts,
-        attention=sum(layer) - ffn,
-        itemsize=inputs.dtype.itemsize,
     )
 
 

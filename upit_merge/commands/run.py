@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from upit_merge import __version__
 from upit_merge.commands.options import CommandOptions
 from upit_merge.commands.preflight import needs
@@ -23,7 +25,7 @@ from upit_merge.io.sources import DenseModel
 from upit_merge.io.text_file import write_json
 from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.merge.lineage import Lineage
-from upit_merge.merge.passes import Clock, Merged, Merger, merge
+from upit_merge.merge.passes import Merged, merge
 from upit_merge.models.dense import context_length
 from upit_merge.models.gates import named_gates
 from upit_merge.models.mixture import mixture_config, opened_mixture
@@ -50,6 +52,7 @@ from upit_merge.router.buckets import by_column
 from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
 from upit_merge.router.progress import Progress
 from upit_merge.router.stage import RouterStage
+from upit_merge.runtime.clock import Clock
 from upit_merge.runtime.device import resolve_devices
 from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.runtime.processes import Processes, joined
@@ -107,7 +110,15 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
             run = _prepared(recipe, source, out, options, processes, stack)
         complete = processes.gather(run.staging.is_moving)[0]
         if not complete:
-            merged = merge(run.merger, run.staging, run.shards, processes, run.clock)
+            merged = merge(
+                run.inputs,
+                run.staging,
+                run.shards,
+                processes,
+                run.clock,
+                devices=run.devices,
+                quiet=options.quiet or not processes.is_first,
+            )
             with processes.together():
                 run.settle(processes)
             router = run.train_router(processes)
@@ -138,7 +149,6 @@ def _prepared(
         check_output_is_free(out, overwrite=options.overwrite)
     # Opened first: a glob must not find the output folder that is about to be made.
     inputs = stack.enter_context(opened(recipe, options.open))
-    merger = Merger(inputs, devices, quiet=options.quiet or not first)
     shards = inputs.shards(options.max_shard_bytes)
     seeds = seed_set(inputs, options) if first else None
     staging = Staging(out / STAGING)
@@ -147,15 +157,16 @@ def _prepared(
         identity = run_identity(recipe, inputs.models, options.max_shard_bytes, samples)
         staging = stack.enter_context(staged_output(out, identity, overwrite=options.overwrite))
         if not staging.is_moving:
-            needs(merger, seeds, shards).check(out, staging.size())
-    return _Run(merger, shards, seeds, staging, out, source, options, Clock())
+            needs(inputs, devices, seeds, shards).check(out, staging.size())
+    return _Run(inputs, devices, shards, seeds, staging, out, source, options, Clock())
 
 
 @dataclass(frozen=True)
 class _Run:
     """A recipe that is being run; what is done after the merge stage."""
 
-    merger: Merger
+    inputs: Inputs
+    devices: tuple[torch.device, ...]
     shards: Sequence[Shard]
     seeds: SeedSet | None
     staging: Staging
@@ -168,15 +179,15 @@ class _Run:
         """Make a folder that can be opened of the weights, before the router can be trained."""
         if processes.is_first:
             copy = self.options.copy_tokenizer
-            write_settings(self.staging.model, self.merger.inputs, self.shards, copy_tokenizer=copy)
+            write_settings(self.staging.model, self.inputs, self.shards, copy_tokenizer=copy)
 
     def train_router(self, processes: Processes) -> RouterResult | None:
         """Fit the gates and write them; every process has the result."""
-        inputs, settings = self.merger.inputs, self.merger.inputs.recipe.router
+        inputs, settings = self.inputs, self.inputs.recipe.router
         seeds = processes.gather(self.seeds)[0]
         if settings is None or seeds is None:
             return None
-        device = self.merger.devices[0]
+        device = self.devices[0]
         with (
             self.clock.measure("router"),
             scratch_folder(self.out, processes.rank) as scratch,
@@ -202,7 +213,7 @@ class _Run:
 
     def finish(self, merged: Merged, router: RouterResult | None) -> None:
         """Write everything after weights and gates: report, card and configuration."""
-        inputs, folder = self.merger.inputs, self.staging.model
+        inputs, folder = self.inputs, self.staging.model
         record = merge_record(
             inputs.recipe,
             inputs.base,

@@ -20,9 +20,10 @@ from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.tensor_file import TensorSpec
 from upit_merge.io.text_file import write_json
+from upit_merge.merge.experts import write_experts
 from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.merge.lineage import Lineage
-from upit_merge.merge.passes import Merger, measure_similarity
+from upit_merge.merge.passes import find_lineage, is_one_pass, measure_similarity, write_gates
 from upit_merge.models.gates import gates_digest, tensors_digest
 from upit_merge.models.mixture import mixture_specs, opened_mixture
 from upit_merge.output.journal import Saver
@@ -132,12 +133,14 @@ def _findings(
             )
         architecture, extensions = inputs.architecture, report.get("extensions", [])
         present = inputs.num_experts + len(extensions)
-        merger = Merger(inputs, devices, quiet=options.quiet)
         body, gate_specs = mixture_specs(architecture, present, inputs.dtype)
         expected = {spec.name: spec for spec in [*body, *gate_specs]}
         misfits = dict(_misfits(moe, expected))
         yield Finding("tensors", f"{len(expected)} names and shapes", tuple(misfits.values()))
-        lineage = merger.lineage(None if merger.one_pass else measure_similarity(merger))
+        gram = None
+        if not is_one_pass(inputs):
+            gram = measure_similarity(inputs, devices, quiet=options.quiet)
+        lineage = find_lineage(inputs, gram)
         yield Finding("lineage", f"{len(lineage)} experts", tuple(_lineage_faults(lineage, report)))
         names = {name for name in expected if name not in misfits}
         if report["router"] or extensions:
@@ -149,13 +152,22 @@ def _findings(
         names -= {*architecture.format.expert_names(architecture.num_layers, later_digests)}
         comparison = Comparison(moe, names)
         with Saver(None) as saver:
-            merger.write(comparison, lineage, saver, description="verifying")
+            write_experts(
+                comparison,
+                inputs,
+                lineage,
+                saver,
+                devices=devices,
+                quiet=options.quiet,
+                description="verifying",
+            )
+        write_gates(comparison, inputs)
         yield from _weight_findings(inputs, names, comparison.differing)
         if later_digests:
             yield _recorded_finding(moe, later_digests, inputs)
         if router_record := report["router"] or (extensions and extensions[-1]["router"]):
             yield _gate_finding(
-                moe, router_record, merger, options, refit=gates, extended=bool(extensions)
+                moe, router_record, inputs, options, refit=gates, extended=bool(extensions)
             )
         yield _file_finding(out, replace(inputs, num_experts=present), options)
 
@@ -260,13 +272,13 @@ def _recorded_finding(moe: Checkpoint, digests: Mapping[int, str], inputs: Input
 def _gate_finding(
     moe: Checkpoint,
     router_record: Mapping[str, Any],
-    merger: Merger,
+    inputs: Inputs,
     options: RunOptions,
     *,
     refit: bool,
     extended: bool,
 ) -> Finding:
-    architecture = merger.inputs.architecture
+    architecture = inputs.architecture
     gate_names = architecture.format.gate_names(architecture.num_layers)
     stored = [moe.tensor(name) for name in gate_names]
     looked_at = f"{len(stored)} tensors"
@@ -281,7 +293,7 @@ def _gate_finding(
         return Finding("gates", looked_at, note="as recorded after the experts' training")
     if not refit:
         return Finding("gates", looked_at, note="as recorded; --gates fits them again")
-    fitted = _fitted_gates(moe, router_record, merger, options)
+    fitted = _fitted_gates(moe, router_record, options)
     largest = max(
         float((new.to(old.dtype).double() - old.double()).abs().max())
         for new, old in zip(fitted, stored, strict=True)
@@ -298,7 +310,7 @@ def _gate_finding(
 
 
 def _fitted_gates(
-    moe: Checkpoint, router_record: Mapping[str, Any], merger: Merger, options: RunOptions
+    moe: Checkpoint, router_record: Mapping[str, Any], options: RunOptions
 ) -> Sequence[torch.Tensor]:
     recorded = recorded_router(router_record)
     if recorded is None:
@@ -307,7 +319,7 @@ def _fitted_gates(
             "version's words; verify it without --gates."
         )
     settings, seed = recorded
-    model = LayerwiseMixture(moe, merger.devices[0])
+    model = LayerwiseMixture(moe, resolve_devices(options.device, multi_gpu=options.multi_gpu)[0])
     seeds = seed_set_for(
         model,
         moe.folder,

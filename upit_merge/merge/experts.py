@@ -11,38 +11,17 @@ import torch
 from upit_merge.errors import UpitError
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import TensorSpec, all_finite, row_blocks
+from upit_merge.merge.blocks import block_elements, count_workers
 from upit_merge.merge.counter_rng import index_hash, mask_key
 from upit_merge.merge.dare import dare
+from upit_merge.merge.inputs import Inputs
 from upit_merge.merge.lineage import Lineage
-from upit_merge.merge.similarity import block_gram, low_rank_deltas, low_rank_gram
+from upit_merge.merge.similarity import Grams, block_gram, low_rank_deltas, low_rank_gram
 from upit_merge.merge.upcycle import Perturbation
-from upit_merge.models.dense import DenseArchitecture
+from upit_merge.models.dense import diverged
 from upit_merge.models.lora.adapter import Adapter
 from upit_merge.output.journal import Saver
 from upit_merge.runtime.parallel import map_in_order, progress_bar
-
-# Small enough that the dozen passes over a block run in the processor's cache, large enough that
-# Python's part does not show; a GPU wants more work at a time. Results do not depend on it.
-_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
-
-
-def block_elements(device: torch.device, mutation: str, num_experts: int) -> int:
-    """Elements of a block; smaller where all experts' deltas of it are alive at once."""
-    size = _BLOCK_ELEMENTS[device.type]
-    return max(1 << 14, size * 16 // (16 + num_experts)) if mutation == "compound" else size
-
-
-def block_bytes(device: torch.device, mutation: str, num_experts: int, num_models: int) -> int:
-    """Bytes of RAM a block takes while it is worked on, with both passes' arithmetic in one.
-
-    The stored values of all models, their deltas in float32, and a handful of temporaries; the
-    Gram matrix of the same block, in float64, is over by the time the experts begin.
-    """
-    elements = block_elements(device, mutation, num_experts)
-    if device.type != "cpu":  # the arithmetic is elsewhere; values come and go
-        return elements * (4 * num_models + 8)
-    deltas = num_models + (num_experts if mutation == "compound" else 0)
-    return elements * (4 * num_models + max(4 * deltas + 24, 8 * (num_models + 1)))
 
 
 class Sink(Protocol):
@@ -69,13 +48,13 @@ class ExpertBuilder:
         lineage: Who the experts are.
         densities: (num_ffn_tensors, num_checkpoints), float64.
         seed: Of the DARE masks.
-        alteration: What makes copies unlike; None keeps their bytes.
+        perturbation: What makes copies unlike; None keeps their bytes.
     """
 
     lineage: Lineage
     densities: torch.Tensor
     seed: int
-    alteration: Perturbation | None = None
+    perturbation: Perturbation | None = None
 
     def block(
         self,
@@ -101,9 +80,9 @@ class ExpertBuilder:
             is computed is overwritten by the next one's values.
         """
         experts, mixed = self.lineage.unit_of(tensor).experts, []
-        if self.alteration is not None:
+        if self.perturbation is not None:
             copies = {i: own for i in wanted if (own := experts[i].checkpoint) is not None}
-            yield from self.alteration.block(tensor, first_element, checkpoints, copies)
+            yield from self.perturbation.block(tensor, first_element, checkpoints, copies)
             return
         for index in wanted:
             own = experts[index].checkpoint
@@ -193,60 +172,52 @@ class _Job:
 
 def write_experts(
     sink: Sink,
-    base: DenseModel,
-    checkpoints: Sequence[DenseModel],
-    backbone: Sequence[DenseModel],
-    architecture: DenseArchitecture,
-    builder: ExpertBuilder,
+    inputs: Inputs,
+    lineage: Lineage,
     saver: Saver,
     *,
     grams: Collection[int] = (),
     devices: Sequence[torch.device],
-    workers: int,
     quiet: bool,
     description: str = "writing experts",
-) -> dict[int, torch.Tensor]:
+) -> Grams:
     """Make all experts and the backbone that the sink wants; every input tensor is read once.
 
     Args:
-        backbone: The models whose attention, norms and embeddings are averaged; usually one.
         saver: Told of every tensor that is complete.
         grams: Indices of the FFN tensors whose Gram matrix is computed on the way.
         devices: Blocks take turns on them.
 
     Returns:
-        The Gram matrices asked for, by tensor, as `delta_gram` gives them.
+        The Gram matrices asked for, as `delta_gram` gives them.
 
     Raises:
         UpitError: a backbone weight is NaN or infinite, or an expert overflows float16.
     """
-    needed = {t: unit.checkpoints for unit in builder.lineage.units for t in unit.tensors}
-    models = (base, *checkpoints)
-    low_rank = {
-        index: low_rank_deltas(base, checkpoints, name)
-        for index, (_layer, _projection, name) in enumerate(architecture.ffn_names())
-        if index in grams
-    }
-    jobs = list(_jobs(sink, architecture, builder.lineage, low_rank, devices))
+    checkpoints, parameters = inputs.checkpoints, inputs.recipe.parameters
+    perturbation = Perturbation.of(checkpoints, inputs.architecture, parameters)
+    builder = ExpertBuilder(lineage, inputs.densities, inputs.recipe.seed, perturbation)
+    needed = {t: unit.checkpoints for unit in lineage.units for t in unit.tensors}
+    jobs = list(_jobs(sink, inputs, lineage, grams, devices))
 
     def run(job: _Job) -> torch.Tensor | None:
         name, start, stop = job.spec.name, job.start, job.stop
         if job.ffn is None:
             target = job.targets[0]
-            rows = _mean_rows(backbone, name, start, stop)
+            rows = _mean_rows(inputs.backbone, name, start, stop)
             sink.write(target, start, _cast(rows, sink.dtype(target), f"The backbone's {name}"))
             return None
         tensor = job.ffn[0]
         by_rows = job.with_gram and not job.low_rank
         read = range(len(checkpoints)) if by_rows else needed[tensor]
-        origin = base.rows(name, start, stop).to(job.device)
+        origin = inputs.base.rows(name, start, stop).to(job.device)
         values = {i: checkpoints[i].rows(name, start, stop).to(job.device) for i in read}
-        gram = block_gram(name, models, [origin, *values.values()]) if by_rows else None
+        gram = block_gram(name, inputs.models, [origin, *values.values()]) if by_rows else None
         if job.low_rank and start == 0:
             gram = low_rank_gram(job.low_rank, name)
         first = start * (job.spec.numel // job.spec.shape[0])
-        inputs = {i: values[i] for i in needed[tensor]}
-        for expert, rows in builder.block(tensor, name, first, origin, inputs, job.targets):
+        parents = {i: values[i] for i in needed[tensor]}
+        for expert, rows in builder.block(tensor, name, first, origin, parents, job.targets):
             target = job.targets[expert]
             sink.write(target, start, _cast(rows, sink.dtype(target), f"Expert {expert}'s {name}"))
         return gram
@@ -258,7 +229,8 @@ def write_experts(
             for target in job.targets.values()
         )
 
-    total: dict[int, torch.Tensor] = {}
+    total: Grams = {}
+    workers = count_workers(inputs, devices)
     with progress_bar(sum(map(bytes_of, jobs)), description, quiet=quiet) as bar:
         for job, gram in zip(jobs, map_in_order(run, jobs, workers), strict=True):
             if job.ffn and gram is not None:
@@ -273,17 +245,18 @@ def write_experts(
 
 def _jobs(
     sink: Sink,
-    architecture: DenseArchitecture,
+    inputs: Inputs,
     lineage: Lineage,
-    grams: Mapping[int, Sequence[Adapter] | None],
+    grams: Collection[int],
     devices: Sequence[torch.device],
 ) -> Iterator[_Job]:
+    architecture = inputs.architecture
     ffn = {
         name: (index, layer, projection)
         for index, (layer, projection, name) in enumerate(architecture.ffn_names())
     }
     name_of = architecture.format.expert_tensor
-    size = block_elements(devices[0], lineage.mutation, len(lineage))
+    size = block_elements(inputs, devices[0])
     for count, (name, spec) in enumerate(architecture.specs.items()):
         index, layer, projection = ffn.get(name, (None, 0, ""))
         targets = {0: name}
@@ -294,7 +267,7 @@ def _jobs(
         if not targets and not with_gram:
             continue
         tensor = None if index is None else (index, name)
-        low_rank = None if index is None else grams.get(index)
+        low_rank = low_rank_deltas(inputs, name) if with_gram else None
         device = devices[count % len(devices)]
         for start, stop in row_blocks(spec, size):
             yield _Job(spec, start, stop, targets, tensor, with_gram, low_rank, device)
@@ -314,10 +287,7 @@ def _mean_rows(models: Sequence[DenseModel], name: str, start: int, stop: int) -
     for model in models:
         rows = model.rows(name, start, stop)
         if not all_finite(rows):
-            raise UpitError(
-                f"Checkpoint {model.label} has NaN or infinite weights in {name}; use a checkpoint "
-                "from before the training diverged."
-            )
+            raise diverged(model, name)
         if len(models) == 1:
             return rows
         total = rows.float() if total is None else total.add_(rows.float())

@@ -10,23 +10,20 @@ import torch
 from upit_merge.errors import UpitError
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import all_finite, row_blocks
-from upit_merge.models.dense import DenseArchitecture
+from upit_merge.merge.blocks import count_workers, gram_block_elements
+from upit_merge.merge.inputs import Inputs
+from upit_merge.models.dense import diverged
 from upit_merge.models.lora.adapter import Adapter
 from upit_merge.models.lora.low_rank import factor_gram
 from upit_merge.output.journal import Saver
 from upit_merge.runtime.parallel import map_in_order, progress_bar
 
-# Sums are taken block by block, so the size must not depend on the machine.
-_BLOCK_ELEMENTS = 1 << 18
+# By index of the FFN tensor: inner products of the checkpoints' deltas, float64, (m, m).
+Grams = dict[int, torch.Tensor]
 
 # Likenesses are compared to this many digits, so that rounding differences between machines
 # cannot decide who becomes a parent; true ties go to the lower index.
 DECIDING_DIGITS = 10
-
-
-def gram_block_elements(num_checkpoints: int) -> int:
-    """Elements of a block in pass 1: fewer with more checkpoints, so that memory stays the same."""
-    return max(1 << 12, min(_BLOCK_ELEMENTS, 8 * _BLOCK_ELEMENTS // num_checkpoints))
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class _Block:
 def block_gram(
     name: str, models: Sequence[DenseModel], rows: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Inner products of the deltas of one block; differences, products and sums are float64.
+    """Compute the inner products of the deltas of one block; differences, products and sums are float64.
 
     Args:
         name: Of the tensor, for messages.
@@ -63,27 +60,25 @@ def block_gram(
         torch.sub(values.double().flatten(), origin, out=delta)
     gram = (deltas @ deltas.T).cpu()
     if not gram.isfinite().all():
-        check_finite(models, rows, name)
+        raise not_finite(models, rows, name)
     return gram
 
 
-def low_rank_deltas(
-    base: DenseModel, checkpoints: Sequence[DenseModel], name: str
-) -> list[Adapter] | None:
-    """The checkpoints, if all their deltas of this tensor are products of factors (LoRA).
+def low_rank_deltas(inputs: Inputs, name: str) -> list[Adapter] | None:
+    """Return the checkpoints, if all their deltas of this tensor are products of factors (LoRA).
 
     Then how alike they are follows from the factors, and the base need not be read.
     """
     adapters = [
         model
-        for model in checkpoints
-        if isinstance(model, Adapter) and model.base is base and model.is_low_rank(name)
+        for model in inputs.checkpoints
+        if isinstance(model, Adapter) and model.base is inputs.base and model.is_low_rank(name)
     ]
-    return adapters if len(adapters) == len(checkpoints) else None
+    return adapters if len(adapters) == len(inputs.checkpoints) else None
 
 
 def low_rank_gram(adapters: Sequence[Adapter], name: str) -> torch.Tensor:
-    """What the sum of `block_gram` over a tensor's blocks would be, from the adapters' factors.
+    """Compute what `block_gram` sums to over a tensor's blocks, from the adapters' factors.
 
     Raises:
         UpitError: a factor is NaN or infinite.
@@ -95,17 +90,14 @@ def low_rank_gram(adapters: Sequence[Adapter], name: str) -> torch.Tensor:
 
 
 def delta_gram(
-    base: DenseModel,
-    checkpoints: Sequence[DenseModel],
-    architecture: DenseArchitecture,
+    inputs: Inputs,
     tensors: Collection[int],
     saver: Saver,
     *,
     devices: Sequence[torch.device],
-    workers: int,
     quiet: bool,
-) -> dict[int, torch.Tensor]:
-    """Inner products of the FFN deltas of all checkpoints, one Gram matrix per tensor.
+) -> Grams:
+    """Compute the inner products of the FFN deltas of all checkpoints.
 
     The deltas of neighbouring checkpoints are so alike that lower precision drowns what tells
     them apart. Where all are adapters of the base, their factors are compared instead.
@@ -113,6 +105,7 @@ def delta_gram(
     Args:
         tensors: Indices of the FFN tensors to do.
         saver: Told of every tensor that is done.
+        devices: Blocks take turns on them.
 
     Returns:
         By tensor, float64 on the CPU, (num_checkpoints, num_checkpoints).
@@ -120,17 +113,14 @@ def delta_gram(
     Raises:
         UpitError: a weight is NaN or infinite.
     """
-    models = (base, *checkpoints)
-    names = {
-        index: name
-        for index, (_layer, _projection, name) in enumerate(architecture.ffn_names())
-        if index in tensors
-    }
-    size = gram_block_elements(len(checkpoints))
+    models, specs = inputs.models, inputs.architecture.specs
+    size = gram_block_elements(len(inputs.checkpoints))
     blocks: list[_Block] = []
-    for index, name in names.items():
-        spec, device = architecture.specs[name], devices[index % len(devices)]
-        if adapters := low_rank_deltas(base, checkpoints, name):
+    for index, (_layer, _projection, name) in enumerate(inputs.architecture.ffn_names()):
+        if index not in tensors:
+            continue
+        spec, device = specs[name], devices[index % len(devices)]
+        if adapters := low_rank_deltas(inputs, name):
             blocks.append(_Block(index, name, 0, spec.shape[0], device, adapters))
             continue
         blocks += [_Block(index, name, *rows, device) for rows in row_blocks(spec, size)]
@@ -146,24 +136,23 @@ def delta_gram(
         rows = [m.rows(block.name, block.start, block.stop).to(block.device) for m in models]
         return block_gram(block.name, models, rows)
 
-    total: dict[int, torch.Tensor] = {}
+    total: Grams = {}
+    workers = count_workers(inputs, devices)
     with progress_bar(sum(map(bytes_of, blocks)), "comparing checkpoints", quiet=quiet) as bar:
         for block, gram in zip(blocks, map_in_order(run, blocks, workers), strict=True):
             total[block.tensor] = total.get(block.tensor, 0) + gram
-            if block.stop == architecture.specs[block.name].shape[0]:
+            if block.stop == specs[block.name].shape[0]:
                 saver.finished(grams={block.tensor: total[block.tensor]})
             bar.update(bytes_of(block))
     return total
 
 
-def check_finite(models: Sequence[DenseModel], rows: Sequence[torch.Tensor], name: str) -> None:
+def not_finite(models: Sequence[DenseModel], rows: Sequence[torch.Tensor], name: str) -> UpitError:
+    """Return the error for sums that are NaN or infinite: of the first broken model, if any is."""
     for model, values in zip(models, rows, strict=True):
         if not all_finite(values):
-            raise UpitError(
-                f"Checkpoint {model.label} has NaN or infinite weights in {name}; use a checkpoint "
-                "from before the training diverged."
-            )
-    raise _overflow(name)
+            return diverged(model, name)
+    return _overflow(name)
 
 
 def _overflow(name: str) -> UpitError:
@@ -171,7 +160,7 @@ def _overflow(name: str) -> UpitError:
 
 
 def cosine(gram: torch.Tensor) -> torch.Tensor:
-    """Cosine similarities from a Gram matrix (…, k, k).
+    """Return cosine similarities from a Gram matrix (…, k, k).
 
     A zero delta has no direction: it counts as orthogonal to everything but other zero deltas.
     """
@@ -184,7 +173,7 @@ def cosine(gram: torch.Tensor) -> torch.Tensor:
 
 
 def squared_distance(gram: torch.Tensor) -> torch.Tensor:
-    """‖a − b‖² from a Gram matrix (…, k, k): ⟨a,a⟩ + ⟨b,b⟩ − 2⟨a,b⟩, never negative."""
+    """Return ‖a − b‖² from a Gram matrix (…, k, k): ⟨a,a⟩ + ⟨b,b⟩ − 2⟨a,b⟩, never negative."""
     norms = gram.diagonal(dim1=-2, dim2=-1)
     result = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * gram).clamp(min=0)
     result.diagonal(dim1=-2, dim2=-1).zero_()
@@ -192,7 +181,7 @@ def squared_distance(gram: torch.Tensor) -> torch.Tensor:
 
 
 def dissimilarity(gram: torch.Tensor, similarity: str) -> torch.Tensor:
-    """How different the owners of a Gram matrix are, (k, k); larger is more different.
+    """Return how different the owners of a Gram matrix are, (k, k); larger is more different.
 
     Rounded to the digits that may decide: 1 - cosine, or for `l2` the squared distance as a share
     of the largest one.

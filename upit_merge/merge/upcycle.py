@@ -19,12 +19,10 @@ import torch
 from upit_merge.config.recipe import Parameters
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import row_blocks
+from upit_merge.merge.blocks import SUM_BLOCK_ELEMENTS
 from upit_merge.merge.counter_rng import index_hash, mask_key, normals
-from upit_merge.merge.similarity import check_finite
+from upit_merge.merge.similarity import not_finite
 from upit_merge.models.dense import DenseArchitecture
-
-# Sums are taken block by block, so the size must not depend on the machine.
-_BLOCK_ELEMENTS = 1 << 18
 
 # What is measured twice is read twice: as many as are worked on at a time, and not a model's.
 _MOST_KEPT = 64
@@ -82,14 +80,14 @@ def measure_moments(checkpoint: DenseModel, name: str, *, by_row: bool) -> Momen
     spec = checkpoint.specs[name]
     axis = 0 if by_row else 1
     sums, squares = (torch.zeros(spec.shape[axis], dtype=torch.float64) for _ in range(2))
-    for start, stop in row_blocks(spec, _BLOCK_ELEMENTS):
+    for start, stop in row_blocks(spec, SUM_BLOCK_ELEMENTS):
         rows = checkpoint.rows(name, start, stop)
         values = rows.double()
         part = slice(start, stop) if by_row else slice(None)
         sums[part] += values.sum(1 - axis)
         squares[part] += values.square().sum(1 - axis)
         if not squares[part].isfinite().all():
-            check_finite([checkpoint], [rows], name)
+            raise not_finite([checkpoint], [rows], name)
     return Moments(sums, squares, spec.shape[1 - axis])
 
 

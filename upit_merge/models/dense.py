@@ -39,6 +39,14 @@ _SHARED_FIELDS = (
 _CARRIED_FIELDS = ("initializer_range", "max_position_embeddings", "use_cache")
 
 
+def diverged(model: DenseModel, name: str) -> UpitError:
+    """Return the error for a model with NaN or infinite weights in a tensor."""
+    return UpitError(
+        f"Checkpoint {model.label} has NaN or infinite weights in {name}; use a checkpoint "
+        "from before the training diverged."
+    )
+
+
 def norm_tensor(layer: int) -> str:
     """Name of the norm before a layer's gate, shape (hidden_size,)."""
     return f"model.layers.{layer}.post_attention_layernorm.weight"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
 
 from upit_merge.config.router import RouterSettings
-from upit_merge.engine.layerwise import LOGIT_ROWS, LayerwiseMixture
+from upit_merge.engine.layerwise import LOGIT_ROWS
+from upit_merge.models.formats import MixtureFormat
+from upit_merge.models.mixture import mixture_shapes
 from upit_merge.router.objectives import CHUNK_BYTES
 
 # What the allocator loses, and Python's own objects; see benchmarks/router_memory.py.
@@ -42,19 +48,28 @@ class ModelShape:
         return self.vocab_size * self.hidden_size
 
 
-def shape_of(model: LayerwiseMixture) -> ModelShape:
-    """The sizes of a folder."""
-    specs = model.moe.specs
-    first = "model.layers.0."
-    own = (n for n in specs if n.startswith(first) and model.format.is_backbone(n))
+def shape_of(
+    form: MixtureFormat, settings: Mapping[str, Any], num_experts: int, dtype: torch.dtype
+) -> ModelShape:
+    """Return the sizes of a mixture that is there or will be.
+
+    Args:
+        settings: Those that its experts share as dense models, see `DenseArchitecture`.
+        dtype: In which it is stored.
+    """
+    layer = (
+        prod(shape)
+        for name, shape in mixture_shapes(form, settings, num_experts=1)
+        if name.startswith("model.layers.0.") and form.is_backbone(name)
+    )
     return ModelShape(
-        hidden_size=model.hidden_size,
-        intermediate_size=model.architecture.intermediate_size,
-        vocab_size=model.vocab_size,
-        num_layers=model.num_layers,
-        num_experts=model.num_experts,
-        attention=sum(specs[name].numel for name in own),
-        itemsize=model.stored_dtype.itemsize,
+        hidden_size=settings["hidden_size"],
+        intermediate_size=settings["intermediate_size"],
+        vocab_size=settings["vocab_size"],
+        num_layers=settings["num_hidden_layers"],
+        num_experts=num_experts,
+        attention=sum(layer),
+        itemsize=dtype.itemsize,
     )
 
 

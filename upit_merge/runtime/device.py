@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -13,7 +14,7 @@ _BLOCKS_BYTES = 384 << 20
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of that name.
+    """Return the torch device of that name.
 
     Raises:
         UpitError: there is no such device here.
@@ -40,7 +41,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_devices(name: str, *, multi_gpu: bool = False) -> tuple[torch.device, ...]:
-    """The devices of this process: with `multi_gpu` all CUDA devices, else the one of that name.
+    """Return the devices of this process: with `multi_gpu` all CUDA devices, else the one of that name.
 
     Of several processes on a machine, each takes a device of its own.
 
@@ -58,8 +59,8 @@ def resolve_devices(name: str, *, multi_gpu: bool = False) -> tuple[torch.device
     return tuple(torch.device("cuda", index) for index in range(count if multi_gpu else 1))
 
 
-def merge_workers(devices: tuple[torch.device, ...], block_bytes: int) -> int:
-    """Threads that read, compute and write blocks of tensors.
+def merge_workers(devices: Sequence[torch.device], block_bytes: int) -> int:
+    """Return how many threads read, compute and write blocks of tensors.
 
     Args:
         block_bytes: RAM that one block takes.

@@ -17,6 +17,7 @@ from upit_merge.io.hub import OpenOptions, resolve, split_reference
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import TensorSpec, all_finite
 from upit_merge.io.untrusted import check_own_files
+from upit_merge.models.dense import diverged
 from upit_merge.models.lora.config import (
     CONFIG,
     AdapterConfig,
@@ -120,7 +121,7 @@ class Adapter:
         else:  # an embedding's factors are those of its transpose
             up, down = self._whole(parts["embedding A"]).T, self._whole(parts["embedding B"]).T
         if not (all_finite(up) and all_finite(down)):
-            raise self._diverged(name, self)
+            raise diverged(self, name)
         return LowRank(change.scale, up, down)
 
     def _whole(self, part: str) -> torch.Tensor:
@@ -143,14 +144,8 @@ class Adapter:
             if "magnitudes" in parts:
                 rows = with_magnitudes(rows, self._file.rows(parts["magnitudes"], start, stop))
         if not all_finite(rows):
-            raise self._diverged(name, self if own or all_finite(stored) else self.base)
+            raise diverged(self if own or all_finite(stored) else self.base, name)
         return rows
-
-    def _diverged(self, name: str, model: DenseModel) -> UpitError:
-        return UpitError(
-            f"Checkpoint {model.label} has NaN or infinite weights in {name}; use a checkpoint "
-            "from before the training diverged."
-        )
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor on the CPU; float32 if it has factors."""
