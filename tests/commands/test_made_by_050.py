@@ -21,8 +21,7 @@ from upit_merge.io.shards import ShardWriter
 from upit_merge.output.journal import Journal
 from upit_merge.output.staging import STAGING
 from upit_merge.pipeline.record import Record
-from upit_merge.report.facts import Facts
-from upit_merge.report.read import read_report
+from upit_merge.report.document import Report, read_report
 from upit_merge.router.progress import Progress
 from upit_merge.training.run_state import RunState
 
@@ -83,9 +82,9 @@ def all_but_gates(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_its_report_is_read(made: Path) -> None:
     report = read_report(made / "moe")
-    assert report["versions"]["upit-merge"] == "0.5.0"
-    assert report["checkpoints"] == [f"./sft/checkpoint-{step}" for step in (500, 1000, 1500)]
-    assert Facts.of(report) is not None
+    assert report.versions["upit-merge"] == "0.5.0"
+    assert report.checkpoints == [f"./sft/checkpoint-{step}" for step in (500, 1000, 1500)]
+    assert isinstance(report, Report)
 
 
 def test_verify_agrees_with_it(made: Path) -> None:
@@ -100,7 +99,7 @@ def test_it_is_measured_and_its_page_made_anew(made: Path) -> None:
     succeed("page", moe)
     assert (moe / "README.md").read_text(encoding="utf-8") == before
     succeed("evaluate", moe, "--data", "seed.jsonl", "--card", "--quiet")
-    assert read_report(moe)["evaluation"]["groups"]["all"]["samples"] == 24
+    assert read_report(moe).document["evaluation"]["groups"]["all"]["samples"] == 24
     assert "## Evaluation" in (moe / "README.md").read_text(encoding="utf-8")
     assert digests(moe, SHA256) == SHA256
     succeed("verify", moe)
@@ -110,8 +109,8 @@ def test_its_router_is_trained_again(made: Path) -> None:
     moe = made / "moe"
     succeed("router", moe, "--data", "seed.jsonl", "--objective", "ridge", "--quiet")
     report = read_report(moe)
-    assert report["router"]["settings"]["objective"] == "ridge"
-    assert report["versions"]["upit-merge"] == "0.5.0"
+    assert report.document["router"]["settings"]["objective"] == "ridge"
+    assert report.versions["upit-merge"] == "0.5.0"
     assert digests(moe, SHA256) == SHA256
     assert "fitted again" in succeed("verify", moe, "--gates")
 

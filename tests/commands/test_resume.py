@@ -101,7 +101,7 @@ def test_finished_tensors_are_not_made_again(unfinished, monkeypatch) -> None:
     monkeypatch.setattr(Checkpoint, "rows", note)
     done("run", recipe, out)
     assert all(name.endswith("layernorm.weight") for name in read)  # of the training-free gates
-    again = out.with_name("again") / out.name  # which the page has as its title
+    again = out.with_name("again") / out.name  # which the card has as its title
     done("run", recipe, again)
     report = json.loads((out / "upit_report.json").read_text())
     del report["seconds"]

@@ -1,4 +1,4 @@
-"""The model page: what it says of every kind of model, and that it can be used as it is."""
+"""The model card: what it says of every kind of model, and that it can be used as it is."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 from tests.conftest import Family
-from tests.support.cards import card_of, evaluation, model, report_of
+from tests.support.cards import card_of, evaluation, model, render, report_of
 from tests.support.loading import load
-from upit_merge.report.card import render
-from upit_merge.report.facts import Facts
+from upit_merge.report.document import Report, describe
 from upit_merge.report.markdown import amount, escaped, fenced, table
 
 
@@ -27,7 +26,7 @@ def test_no_section_without_something_to_say() -> None:
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 2), (3, 4), (4, 16), (4, 17), (20, 64)])
-def test_pages_of_every_size(m: int, n: int) -> None:
+def test_cards_of_every_size(m: int, n: int) -> None:
     text = render(model(m, n), "a: 1\n")
     assert ("<details>" in text) == (n > 16)
     assert len(re.findall(r"^\| \d+ \| ", text, re.M)) == n
@@ -44,7 +43,7 @@ def test_code_can_be_copied_and_a_chat_model_is_asked_as_one() -> None:
     report = model()
     blocks = re.findall(r"```(\w+)\n(.*?)\n```", render(report, "a: 1\n"), re.S)
     assert [kind for kind, _ in blocks] == ["python", "bash", "bash", "yaml", "bash"]
-    compile(blocks[0][1], "page", "exec")
+    compile(blocks[0][1], "card", "exec")
     assert 'model="your-name/my-model"' in blocks[0][1]
     assert "/v1/completions" in blocks[1][1]
     body = re.search(r"-d '(.*)'", blocks[1][1])
@@ -52,14 +51,14 @@ def test_code_can_be_copied_and_a_chat_model_is_asked_as_one() -> None:
     assert json.loads(body[1])["model"] == "your-name/my-model"
     report["model"]["chat_template"] = True
     chat = re.findall(r"```(\w+)\n(.*?)\n```", render(report, ""), re.S)
-    compile(chat[0][1], "page", "exec")
+    compile(chat[0][1], "card", "exec")
     assert "/v1/chat/completions" in chat[1][1]
     report["model"]["tokenizer"] = False
     assert "vllm serve" not in render(report, "")
 
 
 def test_the_snippet_runs(shared_family: Family, merge) -> None:
-    """With the folder for the id, as the page says."""
+    """With the folder for the id, as the card says."""
     out = merge(shared_family.recipe())
     block = re.findall(r"```python\n(.*?)\n```", card_of(out), re.S)[0]
     block = block.replace("your-name/out", str(out)).replace(
@@ -183,8 +182,8 @@ def breaking(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         breaking("evaluation", evaluation(4) | {"by_layer": [[1.0]]}),
     ],
 )
-def test_reports_that_make_no_sense_make_no_page(change: Callable[[dict[str, Any]], None]) -> None:
+def test_reports_that_make_no_sense_make_no_card(change: Callable[[dict[str, Any]], None]) -> None:
     report = json.loads(json.dumps(model()))
-    assert Facts.of(report) is not None
+    assert isinstance(describe(report), Report)
     change(report)
-    assert Facts.of(report) is None
+    assert not isinstance(describe(report), Report)

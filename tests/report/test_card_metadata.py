@@ -1,4 +1,4 @@
-"""What the page tells the Hub: by its rules, and only what is certain."""
+"""What the card tells the Hub: by its rules, and only what is certain."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import Family
-from tests.support.cards import assert_valid_for_the_hub, card_of, model
-from upit_merge.report.card import render
-from upit_merge.report.facts import Facts
+from tests.support.cards import assert_valid_for_the_hub, card_of, described, model, render
 from upit_merge.report.metadata import metadata
-from upit_merge.report.sources import card_metadata, described, short_label
+from upit_merge.report.sources import card_metadata, describe_sources, short_label
 
 
 def stating(*licenses: dict[str, Any]) -> dict[str, Any]:
@@ -25,12 +23,10 @@ def stating(*licenses: dict[str, Any]) -> dict[str, Any]:
 
 
 def hub_metadata(report: dict[str, Any]) -> dict[str, Any]:
-    facts = Facts.of(report)
-    assert facts is not None
-    return metadata(facts)
+    return metadata(described(report))
 
 
-def test_the_hub_reads_the_page(family: Family, merge) -> None:
+def test_the_hub_reads_the_card(family: Family, merge) -> None:
     (family.base / "README.md").write_text("---\nlicense: mit\nlanguage: [en, no]\n---\n# Base\n")
     out = merge(family.recipe(parameters={"num_experts": 5}))
     card = assert_valid_for_the_hub(out / "README.md")
@@ -97,6 +93,7 @@ def test_an_expert_that_was_added_has_a_say() -> None:
     router = {"settings": {}, "data": {"samples": 3}}
     source = {"name": "new", "license": "gemma", "hub_ids": ["me/base", "me/new"]}
     report["extensions"] = [{"expert": 1, "gates": "its own", "source": source, "router": router}]
+    report["extensions"][0]["sha256"] = "0"
     found = hub_metadata(report)
     assert "license" not in found
     assert found["base_model"] == ["me/base", "me/new"]
@@ -151,7 +148,7 @@ def test_a_folder_of_the_hubs_cache_has_an_id(tmp_path: Path, monkeypatch) -> No
 
     monkeypatch.chdir(tmp_path)
     labels = [str(folder), "me/code@v1", "./me/code", "me/a--b", f"{folder}+me/lora"]
-    found = described([Model(label) for label in labels])
+    found = describe_sources([Model(label) for label in labels])
     assert [source["hub_ids"] for source in found] == [
         ["meta-llama/Llama-3"],
         ["me/code"],

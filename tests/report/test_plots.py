@@ -1,4 +1,4 @@
-"""The pictures of a model page: who is drawn where, and that they can be seen on any page."""
+"""The pictures of a model card: who is drawn where, and that they can be seen on any page."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from matplotlib import rc_context
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from tests.support.cards import evaluation, model
+from tests.support.cards import described, evaluation, model
 from upit_merge.report import figures
-from upit_merge.report.facts import Facts
+from upit_merge.report.document import Report
 from upit_merge.report.family_tree import _apart, checkpoint_colors, family_tree
 from upit_merge.report.figures import drawable
 from upit_merge.report.plots import draw_pictures
@@ -28,10 +28,8 @@ ROUTING, TRAINING = "upit_routing.png", "upit_post_training.png"
 PAGES = ("#ffffff", "#0d1117")
 
 
-def facts(*sizes: int, **changes: Any) -> Facts:
-    found = Facts.of(model(*sizes, **changes))
-    assert found is not None
-    return found
+def report(*sizes: int, **changes: Any) -> Report:
+    return described(model(*sizes, **changes))
 
 
 def history(length: int) -> dict[str, Any]:
@@ -50,19 +48,19 @@ def contrast(one: Any, other: Any) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_text_can_be_read_on_the_card_whatever_the_page() -> None:
+def test_text_can_be_read_whatever_the_page() -> None:
     assert contrast("white", "black") == pytest.approx(21)
     for color in (figures.INK, figures.FAINT, figures.ACCENT, figures.SECOND):
-        for background in (figures.CARD, figures.PANEL):
+        for background in (figures.BACKGROUND, figures.PANEL):
             assert contrast(color, background) >= 4.5
     for count in (1, 2, 8, 64):
         for color in checkpoint_colors(count):
-            assert contrast(color, figures.CARD) >= 1.5  # of areas, which are told by hue too
+            assert contrast(color, figures.BACKGROUND) >= 1.5  # of areas, which are told by hue too
 
 
 @pytest.mark.parametrize(("m", "n"), [(3, 4), (4, 8), (4, 16), (8, 64), (32, 64)])
 def test_pictures_are_opaque_small_and_not_empty(tmp_path: Path, m: int, n: int) -> None:
-    told = facts(m, n, evaluation=evaluation(n), post_training=history(50))
+    told = report(m, n, evaluation=evaluation(n), post_training=history(50))
     assert draw_pictures(tmp_path, told) == [TREE, SIMILARITY, ROUTING, TRAINING]
     for path in tmp_path.iterdir():
         assert path.stat().st_size < 150_000
@@ -72,8 +70,8 @@ def test_pictures_are_opaque_small_and_not_empty(tmp_path: Path, m: int, n: int)
         assert 150 <= image.height <= 1300
         pixels = image.convert("RGB")
         corner = [part / 255 for part in pixels.getpixel((1, 1))]
-        assert math.dist(corner, to_rgb(figures.CARD)) < 0.05
-        # The darkest of its text, as it is in the file, against the card as it is there.
+        assert math.dist(corner, to_rgb(figures.BACKGROUND)) < 0.05
+        # The darkest of its text, as it is in the file, against the background as it is there.
         darkest = min(color for _count, color in pixels.convert("L").getcolors())
         assert contrast([darkest / 255] * 3, corner) >= 4.5
         assert len(pixels.getcolors(1 << 20)) > 10
@@ -82,13 +80,13 @@ def test_pictures_are_opaque_small_and_not_empty(tmp_path: Path, m: int, n: int)
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        (lambda: facts(1, 1), []),
-        (lambda: facts(3, 3), [SIMILARITY]),
-        (lambda: facts(1, 1, evaluation=evaluation(2)), [ROUTING]),
-        (lambda: facts(3, 3, parameters={"expansion": "copy"}), [SIMILARITY]),
-        (lambda: facts(2, 2, checkpoint_cosine=[[1.0, 1.0], [1.0, 1.0]]), []),
-        (lambda: facts(1, 1, post_training=history(1)), []),
-        (lambda: facts(1, 1, post_training=history(2)), [TRAINING]),
+        (lambda: report(1, 1), []),
+        (lambda: report(3, 3), [SIMILARITY]),
+        (lambda: report(1, 1, evaluation=evaluation(2)), [ROUTING]),
+        (lambda: report(3, 3, parameters={"expansion": "copy"}), [SIMILARITY]),
+        (lambda: report(2, 2, checkpoint_cosine=[[1.0, 1.0], [1.0, 1.0]]), []),
+        (lambda: report(1, 1, post_training=history(1)), []),
+        (lambda: report(1, 1, post_training=history(2)), [TRAINING]),
     ],
 )
 def test_nothing_is_drawn_where_there_is_nothing_to_see(tmp_path: Path, told, expected) -> None:
@@ -96,8 +94,8 @@ def test_nothing_is_drawn_where_there_is_nothing_to_see(tmp_path: Path, told, ex
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(expected)
 
 
-def test_the_same_facts_make_the_same_files(tmp_path: Path) -> None:
-    told = facts(4, 8, evaluation=evaluation(8))
+def test_the_same_report_makes_the_same_files(tmp_path: Path) -> None:
+    told = report(4, 8, evaluation=evaluation(8))
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         with rc_context({"font.size": 30, "figure.facecolor": "black"} if name == "b" else {}):
@@ -113,9 +111,7 @@ def test_odd_names_can_be_drawn(tmp_path: Path, recwarn) -> None:
         source["name"] = name
     groups = told["evaluation"]["groups"]
     groups |= dict.fromkeys(names, groups["letters"])
-    found = Facts.of(told)
-    assert found is not None
-    assert draw_pictures(tmp_path, found) == [TREE, SIMILARITY, ROUTING]
+    assert draw_pictures(tmp_path, described(told)) == [TREE, SIMILARITY, ROUTING]
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
     assert drawable(names, "kind")[:3] == ["$x$ {", "kind 1", "kind 2"]
     assert len(drawable(names, "kind")[3]) <= 24
@@ -125,9 +121,9 @@ def test_without_matplotlib_there_are_no_pictures(tmp_path: Path, monkeypatch, c
     for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert draw_pictures(tmp_path, facts(3, 4)) == []
+    assert draw_pictures(tmp_path, report(3, 4)) == []
     assert not list(tmp_path.iterdir())
-    assert caplog.text.count("is left out of the model page") == 2
+    assert caplog.text.count("is left out of the model card") == 2
 
 
 # ---- the family tree ---------------------------------------------------------------------
@@ -135,7 +131,7 @@ def test_without_matplotlib_there_are_no_pictures(tmp_path: Path, monkeypatch, c
 
 def test_children_are_linked_to_their_parents() -> None:
     """Experts 3 and 4 of checkpoints; 5 is a child of 3: one generation later."""
-    told = facts(3, 5)
+    told = report(3, 5)
     lineage = told.lineage.model_copy(
         update={
             "experts": [
@@ -162,7 +158,7 @@ def test_children_are_linked_to_their_parents() -> None:
 
 def test_averages_are_linked_to_their_checkpoints() -> None:
     """Of three checkpoints one is an expert, and two are averaged into another."""
-    told = facts(3, 3)
+    told = report(3, 3)
     alone, other = told.lineage.experts[:2]
     average = other.model_copy(update={"checkpoint": None, "weights": [0.0, 0.5, 0.5]})
     lineage = told.lineage.model_copy(update={"experts": [alone, average]})

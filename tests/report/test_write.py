@@ -1,4 +1,4 @@
-"""Page and report when the model changes, and when its owner has changed the page."""
+"""Card and report when the model changes, and when its owner has changed the card."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import torch
 import yaml
 
 from tests.conftest import Family
-from tests.support.cards import REPORT, assert_valid_for_the_hub, card_of, report_of
+from tests.support.cards import REPORT, assert_valid_for_the_hub, card_of, render, report_of
 from tests.support.commands import done, refused
 from tests.support.commands import invoke as command
 from tests.support.loading import load
-from upit_merge.report.card import render
 
 
 def held_out(root: Path) -> Path:
@@ -75,7 +74,7 @@ def test_one_kind_of_text_is_all(moe: Path, tmp_path: Path) -> None:
     assert "| model | only |" in card_of(moe)
 
 
-def test_a_page_that_was_edited_is_left_alone(four: Family, moe: Path, caplog) -> None:
+def test_a_card_that_was_edited_is_left_alone(four: Family, moe: Path, caplog) -> None:
     own = card_of(moe) + "\nMy own words.\n"
     (moe / "README.md").write_text(own)
     pictures = {path: path.read_bytes() for path in moe.glob("*.png")}
@@ -93,7 +92,7 @@ def test_a_page_that_was_edited_is_left_alone(four: Family, moe: Path, caplog) -
     assert card_of(moe) == text
 
 
-def test_a_page_that_was_removed_is_not_missed(four: Family, moe: Path, caplog) -> None:
+def test_a_card_that_was_removed_is_not_missed(four: Family, moe: Path, caplog) -> None:
     (moe / "README.md").unlink()
     done("router", moe, "--data", four.seed_file(), "--quiet")
     assert not (moe / "README.md").exists()
@@ -106,7 +105,7 @@ def test_a_page_that_was_removed_is_not_missed(four: Family, moe: Path, caplog) 
 def test_models_of_older_versions_work_as_they_did(
     four: Family, moe: Path, tmp_path, caplog
 ) -> None:
-    """Their reports lack what the page needs: the page stays, all else is done."""
+    """Their reports lack what the card needs: the card stays, all else is done."""
     report = report_of(moe)
     for key in ("model", "sources", "page", "seed_option"):
         del report[key]
@@ -123,7 +122,7 @@ def test_models_of_older_versions_work_as_they_did(
     after = report_of(moe)
     assert "model" not in after
     assert after["evaluation"]["groups"]["all"]["samples"] == 8
-    assert "has not all that a model page says" in refused("page", moe)
+    assert "has not all that a model card says" in refused("page", moe)
 
 
 def test_a_report_from_elsewhere_removes_no_other_files(four: Family, moe: Path) -> None:
@@ -149,17 +148,17 @@ def test_without_a_report_there_is_nothing_to_keep_results_in(moe: Path, tmp_pat
 
 
 def test_an_interrupted_edit_is_finished_first(moe: Path, tmp_path: Path, monkeypatch) -> None:
-    """The page is half-way into place: other commands wait for the one that put it there."""
+    """The card is half-way into place: other commands wait for the one that put it there."""
     original = os.replace
 
-    def fail_on_the_page(source: Any, target: Any) -> None:
+    def fail_on_the_report(source: Any, target: Any) -> None:
         if Path(target) == moe / REPORT:
             raise KeyboardInterrupt
         original(source, target)
 
     evaluate = ("evaluate", moe, "--data", held_out(tmp_path), "--card", "--quiet")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail_on_the_page)
+        patch.setattr(os, "replace", fail_on_the_report)
         assert command(*evaluate).exit_code == 1
     assert "What `upit-merge evaluate` makes is half-way" in refused("page", moe)
     done(*evaluate)
@@ -176,7 +175,7 @@ def test_a_picture_that_cannot_be_drawn_is_left_out(
     monkeypatch.setattr("matplotlib.figure.Figure.subplots", broken)
     out = merge(shared_family.recipe(parameters={"num_experts": 5}))
     assert load(out).config.num_local_experts == 5
-    assert "upit_experts.png is left out of the model page (no fonts)." in caplog.text
+    assert "upit_experts.png is left out of the model card (no fonts)." in caplog.text
     assert "upit_experts.png" not in card_of(out)
     assert not (out / "upit_experts.png").exists()
     assert_valid_for_the_hub(out / "README.md")
@@ -190,7 +189,7 @@ def test_overwriting_leaves_no_picture_behind(shared_family, merge) -> None:
     assert report_of(out)["files"] == sorted(path.name for path in out.iterdir())
 
 
-def test_the_page_depends_on_report_and_recipe_alone(moe: Path, tmp_path: Path) -> None:
+def test_the_card_depends_on_report_and_recipe_alone(moe: Path, tmp_path: Path) -> None:
     recipe = (moe / "mergekit_config.yml").read_text()
     assert render(report_of(moe), recipe) == card_of(moe)
     elsewhere = shutil.copytree(moe, tmp_path / "renamed")

@@ -1,4 +1,4 @@
-"""What tests of the model page share: reports made up, and the Hub's rules."""
+"""What tests of the model card share: reports made up, and the Hub's rules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
+from upit_merge.report import card
+from upit_merge.report.document import Report, describe
 from upit_merge.report.metadata import LICENSES
 
 REPORT = "upit_report.json"
@@ -25,8 +27,20 @@ def card_of(out: Path) -> str:
     return (out / "README.md").read_text(encoding="utf-8")
 
 
+def described(document: dict[str, Any]) -> Report:
+    report = describe(document)
+    assert isinstance(report, Report)
+    return report
+
+
+def render(document: dict[str, Any], recipe: str) -> str:
+    """Return the card of a report, with the pictures it speaks of."""
+    report = described(document)
+    return card.render(report, report.pictures, recipe)
+
+
 def model(num_checkpoints: int = 3, num_experts: int = 4, **changes: Any) -> dict[str, Any]:
-    """A report with all that a page needs, of checkpoints in a row and children of two each."""
+    """Return a report with all that a card needs, of checkpoints in a row and children of two each."""
     m, n = num_checkpoints, num_experts
     experts: list[dict[str, Any]] = []
     for i in range(n):
@@ -76,10 +90,10 @@ def assert_valid_for_the_hub(path: Path) -> ModelCard:
     """Its rules, without asking it: what its own client parses, and what its documents say."""
     text = path.read_bytes().decode()
     assert REGEX_YAML_BLOCK.match(text)
-    card = ModelCard.load(path)
-    card_again = ModelCard(str(card))
-    assert card_again.data.to_dict() == card.data.to_dict()
-    data = card.data.to_dict()
+    loaded = ModelCard.load(path)
+    again = ModelCard(str(loaded))
+    assert again.data.to_dict() == loaded.data.to_dict()
+    data = loaded.data.to_dict()
     assert data["library_name"] == "transformers"
     assert data["pipeline_tag"] == "text-generation"
     assert {"mergekit", "merge", "moe", "upit"} <= set(data["tags"])
@@ -92,10 +106,10 @@ def assert_valid_for_the_hub(path: Path) -> ModelCard:
     for name in data.get("base_model", []):
         validate_repo_id(name)
         assert not Path(name).exists()
-    for target in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", card.text):
+    for target in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", loaded.text):
         assert re.fullmatch(r"[\w.-]+\.png", target)
         assert (path.parent / target).is_file()
-    return card
+    return loaded
 
 
 def evaluation(experts: int) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def shrink(out: Path, experts: int, common: dict[str, Any], **settings: Any) -> 
 @click.option("--group-by", metavar="COLUMN", help="Column of the data with the kind of text.")
 @click.option("--json", type=_FILE, help="Write all numbers to this file.")
 @click.option("--plot", type=_FILE, help="Write the routing heat map to this PNG file.")
-@click.option("--card", is_flag=True, help="Put the results on the model's page.")
+@click.option("--card", is_flag=True, help="Put the results on the model card.")
 @click.option("--no-experts", is_flag=True, help="Leave out the comparison with every expert.")
 @click.option("--control", is_flag=True, help="Compare with gates fitted to shuffled buckets.")
 @click.option(
@@ -185,7 +185,7 @@ def evaluate(
     """Measure the MoE in the folder OUT on held-out data: perplexity, and what its router does.
 
     Layer by layer, so that it runs where the model does not fit. Nothing is changed but, with
-    --card, the model's page and report.
+    --card, the model card and the report.
     """
     from upit_merge.commands.compare import Rival
     from upit_merge.commands.evaluate import EvaluateOptions, evaluate_output
@@ -206,7 +206,7 @@ def evaluate(
 
 @main.command(epilog="upit-merge page out/")
 @click.argument("out", type=_PATH)
-@click.option("--force", is_flag=True, help="Replace a page that was edited by hand, too.")
+@click.option("--force", is_flag=True, help="Replace a card that was edited by hand, too.")
 def page(out: Path, force: bool) -> None:
     """Write README.md of the MoE in the folder OUT, and its pictures, anew from its report."""
     from upit_merge.commands.page import refresh_card

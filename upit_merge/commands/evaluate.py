@@ -22,8 +22,8 @@ from upit_merge.errors import UpitError
 from upit_merge.io.text_file import write_json
 from upit_merge.output.edit import Edit
 from upit_merge.output.staging import REPORT, check_output_exists
+from upit_merge.report.document import read_report
 from upit_merge.report.heatmap import check_format, draw_routing
-from upit_merge.report.read import read_report, recorded_router
 from upit_merge.report.tables import show
 from upit_merge.report.write import write_report_and_card
 from upit_merge.router.buckets import assign_by_loss
@@ -43,7 +43,7 @@ class EvaluateOptions(MixtureOptions):
         group_by: Column of the data that tells kinds of text apart.
         json: Receives all numbers.
         plot: Receives the routing heat map.
-        card: Put the results on the model's page, and into its report.
+        card: Put the results on the model card, and into the report.
         experts: Compare with every expert as a dense model, which costs a run for each.
         control: Compare with gates fitted to shuffled buckets, the router's seed data at hand.
         against: Other models to compare with.
@@ -61,7 +61,7 @@ class EvaluateOptions(MixtureOptions):
 def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOptions) -> Evaluation:
     """Evaluate the MoE folder `out`, layer by layer; prints tables.
 
-    Nothing is changed but, with `options.card`, the model's page and report.
+    Nothing is changed but, with `options.card`, the model card and the report.
 
     Under torchrun or `accelerate launch` all processes must call this; they share the samples.
 
@@ -90,7 +90,9 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
         if options.card:
             with processes.together():
                 _check_report(out)
-            stack.enter_context(edit.interruptible("the model's page and report are as they were"))
+            stack.enter_context(
+                edit.interruptible("the model card and the report are as they were")
+            )
         evaluation, samples = _evaluate(session, settings, options, Path(scratch))
         if processes.is_first:
             _tell(evaluation, options)
@@ -100,16 +102,16 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
 
 
 def _check_report(out: Path) -> None:
-    if not read_report(out):
+    if not read_report(out).document:
         raise UpitError(
             f"{out} has no {REPORT} to keep the results in; leave out --card, or take --json."
         )
 
 
 def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
-    """Put an evaluation into report and page; what else was measured on the same text stays."""
+    """Put an evaluation into report and card; what else was measured on the same text stays."""
     before = read_report(edit.out)
-    earlier = before.get("evaluation") or {}
+    earlier = before.document.get("evaluation") or {}
     if earlier.get("samples_sha256") == record["samples_sha256"] and "others" not in record:
         record["others"] = earlier.get("others", [])
     edit.emptied()
@@ -175,7 +177,8 @@ def _evaluate(
 def _control(session: RouterSession, scratch: Path) -> RouterStage:
     """Return the stage that made the mixture's gates, but with shuffled buckets."""
     out = session.edit.out
-    recorded = recorded_router(read_report(out).get("router"))
+    router = read_report(out).router
+    recorded = router.fit() if router else None
     if recorded is None:
         raise UpitError(
             f"{out} has no record of how its gates were trained, so there is nothing to compare "

@@ -25,8 +25,9 @@ from upit_merge.models.lora.adapter import open_model
 from upit_merge.models.mixture import check_expert
 from upit_merge.output.identity import file_states
 from upit_merge.output.staging import REPORT, check_output_exists, scratch_folder
-from upit_merge.report.read import read_report
-from upit_merge.report.sources import described
+from upit_merge.report.any_version import AnyReport
+from upit_merge.report.document import read_report
+from upit_merge.report.sources import describe_sources
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.rewriting import extended_layout, resized, write_model
@@ -51,7 +52,8 @@ def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
     given = [key for key in ("subset", "split") if values.get(key) not in (None, _DEFAULTS[key])]
     if given:
         raise UpitError(f"--{given[0]} is of the data; name that with --data.")
-    told = (read_report(out).get("router") or {}).get("settings") or {}
+    router = read_report(out).router
+    told = router.settings if router else {}
     if not isinstance(told.get("data"), str):
         raise UpitError(
             f"The data the gates of {out} were trained on is not known (its {REPORT} has none); "
@@ -157,7 +159,7 @@ def _with_new_row(stage: RouterStage, gates: Sequence[Tensor]) -> RouterResult:
 
 
 def _report(
-    before: Mapping[str, Any],
+    before: AnyReport,
     fitted: RouterResult,
     extended: ExtendedMixture,
     dense: DenseModel,
@@ -170,12 +172,12 @@ def _report(
     extension = {
         "expert": extended.expert,
         "model": dense.label,
-        "source": described([dense])[0],
+        "source": describe_sources([dense])[0],
         "sha256": tensors_digest(extended.tensor(name) for name in names),
         "gates": "all" if all_gates else "its own",
         "router": {key: value for key, value in fitted.report.items() if key != "seconds"},
     }
-    router = before.get("router")
+    router = before.document.get("router")
     if all_gates:
         # Experts that were trained before are so still.
         earlier = (router or {}).get("experts_sha256")
@@ -184,6 +186,6 @@ def _report(
         router = {**router, "gates_sha256": fitted.report["gates_sha256"]}
     return {
         "router": router,
-        "extensions": [*before.get("extensions", []), extension],
-        **resized(before, model.architecture, extended.expert + 1),
+        "extensions": [*before.document.get("extensions", []), extension],
+        **resized(before.document, model.architecture, extended.expert + 1),
     }

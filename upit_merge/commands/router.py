@@ -22,7 +22,8 @@ from upit_merge.models.gates import named_gates
 from upit_merge.output.edit import Edit
 from upit_merge.output.patch import PatchedCopies
 from upit_merge.output.staging import scratch_folder
-from upit_merge.report.read import read_report
+from upit_merge.report.any_version import AnyReport
+from upit_merge.report.document import read_report
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card
 from upit_merge.router.pretrain import RouterResult, pretrain_router
@@ -129,12 +130,10 @@ def _prepare(copies: PatchedCopies, stage: RouterStage) -> None:
             copies.prepare(model.format.expert_names(model.num_layers, experts))
 
 
-def _write_report_and_card(
-    edit: Edit, result: RouterResult, before: Mapping[str, Any]
-) -> list[str]:
-    """Write card and report that speak of the new gates; returns the names of files that go."""
+def _write_report_and_card(edit: Edit, result: RouterResult, before: AnyReport) -> list[str]:
+    """Write card and report that speak of the new gates; return the names of files that go."""
     # Experts that were trained before are so still.
-    earlier = (before.get("router") or {}).get("experts_sha256")
+    earlier = before.router and before.router.experts_sha256
     kept = {"experts_sha256": earlier} if earlier else {}
     obsolete = write_report_and_card(edit, before, {"router": {**kept, **result.report}})
     if len(list(edit.model.glob("*.safetensors"))) > 1:

@@ -45,6 +45,7 @@ from upit_merge.output.staging import (
     scratch_folder,
     staged_output,
 )
+from upit_merge.report.document import describe
 from upit_merge.report.record import merge_record, mixture_record
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import RECIPE_COPY, write_card
@@ -71,7 +72,7 @@ class RunOptions(CommandOptions):
         copy_tokenizer: Give the output a tokenizer.
         write_card: Write `README.md` and `mergekit_config.yml`.
         overwrite: Replace an earlier output of this program.
-        name: Of the model, for its page; the output folder's if None.
+        name: Of the model, for its card; the output folder's if None.
     """
 
     multi_gpu: bool = False
@@ -259,7 +260,7 @@ class _Run:
         folder = self.staging.model
         if self.options.write_card:
             (folder / RECIPE_COPY).write_text(self.source, encoding="utf-8")
-            record = write_card(folder, record, self.source)
+            record = write_card(folder, describe(record), self.source)
         names = (path.name for path in folder.iterdir())
         record["files"] = sorted([*names, REPORT, "config.json"])
         write_json(folder / REPORT, record)

@@ -21,7 +21,7 @@ from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.models.gates import gates_digest
 from upit_merge.models.mixture import MixtureArchitecture
 from upit_merge.output.staging import scratch_folder
-from upit_merge.report.read import read_report
+from upit_merge.report.document import read_report
 from upit_merge.report.tables import show
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.grouping import RoutingStatistics, group_experts, routing_statistics
@@ -70,12 +70,12 @@ def shrink_output(
             layout = shrunk_layout(moe, shrunk, names, options.max_shard_bytes)
             write_model(edit.emptied(), layout, shrunk, {}, quiet=options.quiet)
             record = _record(model, statistics, groups, stage)
-            record["extensions"] = len(before.get("extensions", []))
+            record["extensions"] = len(before.extensions)
             changes: dict[str, Any] = {
-                "shrunk": [*before.get("shrunk", []), record],
-                **resized(before, model.architecture, num_experts),
+                "shrunk": [*before.document.get("shrunk", []), record],
+                **resized(before.document, model.architecture, num_experts),
             }
-            if router := before.get("router"):
+            if router := before.document.get("router"):
                 digest = gates_digest(gates, model.stored_dtype)
                 kept = {key: value for key, value in router.items() if key != "experts_sha256"}
                 changes["router"] = {**kept, "gates_sha256": digest}

@@ -28,7 +28,8 @@ from upit_merge.models.gates import gates_digest, tensors_digest
 from upit_merge.models.mixture import mixture_specs, opened_mixture
 from upit_merge.output.journal import Saver
 from upit_merge.output.staging import REPORT, check_output_exists
-from upit_merge.report.read import read_report, recorded_router
+from upit_merge.report.any_version import AnyReport, AnyRouter
+from upit_merge.report.document import read_report
 from upit_merge.report.tables import show
 from upit_merge.report.write import RECIPE_COPY
 from upit_merge.router.pretrain import pretrain_router, seed_set_for
@@ -101,7 +102,7 @@ def verify_output(
     faults = [fault for finding in findings for fault in finding.faults]
     if faults:
         more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        maker = report.get("versions", {}).get("upit-merge", __version__)
+        maker = report.versions.get("upit-merge", __version__)
         other = "" if maker == __version__ else f" (it was made by version {maker} of upit-merge)"
         raise UpitError(
             f"{out} is not what its recipe makes of these models{other}: {faults[0]}{more}; run "
@@ -114,7 +115,7 @@ def verify_output(
 def _findings(
     out: Path,
     recipe_path: Path | None,
-    report: Mapping[str, Any],
+    report: AnyReport,
     options: RunOptions,
     *,
     gates: bool,
@@ -125,13 +126,13 @@ def _findings(
         opened_mixture(out, str(out)) as moe,
         opened(recipe, options.open) as inputs,
     ):
-        if inputs.labels != report["checkpoints"]:
+        if inputs.labels != report.checkpoints:
             raise UpitError(
-                f"{out} was made from {len(report['checkpoints'])} checkpoints "
-                f"({', '.join(report['checkpoints'])}), but its recipe now finds "
+                f"{out} was made from {len(report.checkpoints)} checkpoints "
+                f"({', '.join(report.checkpoints)}), but its recipe now finds "
                 f"{', '.join(inputs.labels)}; restore the models it was made from."
             )
-        architecture, extensions = inputs.architecture, report.get("extensions", [])
+        architecture, extensions = inputs.architecture, report.extensions
         present = inputs.num_experts + len(extensions)
         body, gate_specs = mixture_specs(architecture, present, inputs.dtype)
         expected = {spec.name: spec for spec in [*body, *gate_specs]}
@@ -141,12 +142,17 @@ def _findings(
         if not is_one_pass(inputs):
             gram = measure_similarity(inputs, devices, quiet=options.quiet)
         lineage = find_lineage(inputs, gram)
-        yield Finding("lineage", f"{len(lineage)} experts", tuple(_lineage_faults(lineage, report)))
+        yield Finding(
+            "lineage",
+            f"{len(lineage)} experts",
+            tuple(_lineage_faults(lineage, report.document["lineage"])),
+        )
         names = {name for name in expected if name not in misfits}
-        if report["router"] or extensions:
+        router = report.router if report.document["router"] else None  # {} is none, too
+        if router or extensions:
             names -= {spec.name for spec in gate_specs}
-        trained = (report["router"] or {}).get("experts_sha256")
-        later_digests = {extension["expert"]: extension["sha256"] for extension in extensions}
+        trained = router and router.experts_sha256
+        later_digests = {extension.expert: extension.sha256 for extension in extensions}
         if trained:
             later_digests |= dict(enumerate(trained))
         names -= {*architecture.format.expert_names(architecture.num_layers, later_digests)}
@@ -165,14 +171,16 @@ def _findings(
         yield from _weight_findings(inputs, names, comparison.differing)
         if later_digests:
             yield _recorded_finding(moe, later_digests, inputs)
-        if router_record := report["router"] or (extensions and extensions[-1]["router"]):
+        if router is None and extensions:
+            router = extensions[-1].router
+        if router is not None:
             yield _gate_finding(
-                moe, router_record, inputs, options, refit=gates, extended=bool(extensions)
+                moe, router, inputs, options, refit=gates, extended=bool(extensions)
             )
         yield _file_finding(out, replace(inputs, num_experts=present), options)
 
 
-def _report(out: Path) -> dict[str, Any]:
+def _report(out: Path) -> AnyReport:
     check_output_exists(out)
     if not (out / REPORT).is_file():
         raise UpitError(
@@ -181,17 +189,17 @@ def _report(out: Path) -> dict[str, Any]:
         )
     report = read_report(out)
     for key in ("seed", "checkpoints", "lineage", "router"):
-        if key not in report or (key == "lineage" and not report[key]):
+        if key not in report.document or (key == "lineage" and not report.lineage):
             raise UpitError(
                 f"{out / REPORT} has no {key}; it is not the report of a upit run, so nothing can "
                 "be verified."
             )
-    if report.get("post_training"):
+    if report.document.get("post_training"):
         raise UpitError(
             f"{out} was trained further by `upit-merge finetune`, so that it is not what its "
             "recipe makes any more; verify the model before that."
         )
-    if report.get("shrunk"):
+    if report.shrunk:
         raise UpitError(
             f"The experts of {out} were merged by `upit-merge shrink`, so that it is not what its "
             "recipe makes any more; verify the model before that."
@@ -199,13 +207,13 @@ def _report(out: Path) -> dict[str, Any]:
     return report
 
 
-def _recipe(out: Path, recipe_path: Path | None, report: Mapping[str, Any]) -> Recipe:
+def _recipe(out: Path, recipe_path: Path | None, report: AnyReport) -> Recipe:
     path = recipe_path or out / RECIPE_COPY
     if not path.is_file() and recipe_path is None:
         raise UpitError(f"There is no {RECIPE_COPY} in {out}; give the recipe with --recipe.")
     recipe, _text = load_recipe(path)
     # --random-seed may have replaced the recipe's own.
-    return recipe.with_seed(report["seed"])
+    return recipe.with_seed(report.seed)
 
 
 def _misfits(moe: Checkpoint, expected: Mapping[str, TensorSpec]) -> Iterator[tuple[str, str]]:
@@ -225,8 +233,8 @@ def _form(spec: TensorSpec) -> str:
     return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
 
 
-def _lineage_faults(lineage: Lineage, report: Mapping[str, Any]) -> Iterator[str]:
-    recorded, now = report["lineage"], lineage.to_report()
+def _lineage_faults(lineage: Lineage, recorded: Mapping[str, Any]) -> Iterator[str]:
+    now = lineage.to_report()
     if len(recorded["experts"]) != len(now["experts"]):
         yield f"the report has {len(recorded['experts'])} experts, the recipe {len(now['experts'])}"
         return
@@ -271,7 +279,7 @@ def _recorded_finding(moe: Checkpoint, digests: Mapping[int, str], inputs: Input
 
 def _gate_finding(
     moe: Checkpoint,
-    router_record: Mapping[str, Any],
+    router: AnyRouter,
     inputs: Inputs,
     options: RunOptions,
     *,
@@ -282,18 +290,17 @@ def _gate_finding(
     gate_names = architecture.format.gate_names(architecture.num_layers)
     stored = [moe.tensor(name) for name in gate_names]
     looked_at = f"{len(stored)} tensors"
-    recorded = router_record.get("gates_sha256")
-    if recorded is None:
+    if router.gates_sha256 is None:
         return Finding("gates", looked_at, note="the report has no digest of them")
-    if gates_digest(stored, stored[0].dtype) != recorded:
+    if gates_digest(stored, stored[0].dtype) != router.gates_sha256:
         return Finding("gates", looked_at, ("the gates are not those the report speaks of",))
     if extended:
         return Finding("gates", looked_at, note="as recorded; an expert was added to them")
-    if router_record.get("experts_sha256"):
+    if router.experts_sha256:
         return Finding("gates", looked_at, note="as recorded after the experts' training")
     if not refit:
         return Finding("gates", looked_at, note="as recorded; --gates fits them again")
-    fitted = _fitted_gates(moe, router_record, options)
+    fitted = _fitted_gates(moe, router, options)
     largest = max(
         float((new.to(old.dtype).double() - old.double()).abs().max())
         for new, old in zip(fitted, stored, strict=True)
@@ -310,9 +317,9 @@ def _gate_finding(
 
 
 def _fitted_gates(
-    moe: Checkpoint, router_record: Mapping[str, Any], options: RunOptions
+    moe: Checkpoint, router: AnyRouter, options: RunOptions
 ) -> Sequence[torch.Tensor]:
-    recorded = recorded_router(router_record)
+    recorded = router.fit()
     if recorded is None:
         raise UpitError(
             f"The report of {moe.label} does not say how its gates were fitted, or in another "

@@ -18,7 +18,7 @@ which names of files and tensors are taken. What only one reader needs stays bes
 * `data/examples.py`: records of the wrong kind, text that is no Unicode;
 * `output/staging.py`, `output/lock.py`: what an earlier report, or a run that was cut off, wants
   removed, and links among our hidden files;
-* `report/read.py`, `report/sources.py`, `report/markdown.py`: reports of the wrong kind, cards of
+* `report/document.py`, `report/sources.py`, `report/markdown.py`: reports of the wrong kind, cards of
   other models, text of others in ours.
 """
 

@@ -1,14 +1,13 @@
-"""The model page, `README.md` of the output: what the report says, for people and for the Hub."""
+"""The model card, `README.md` of the output: what the report says, for people and for the Hub."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection
 
 from upit_merge.models.formats import FORMATS
+from upit_merge.report.document import Report
 from upit_merge.report.expert_sections import experts_section, linked, similarity_section
-from upit_merge.report.facts import Facts
 from upit_merge.report.markdown import amount, code, counted, escaped, fenced, folded, table
 from upit_merge.report.metadata import disagreement, front_matter
 from upit_merge.report.result_sections import (
@@ -23,33 +22,27 @@ _MERGEKIT = "[mergekit](https://github.com/arcee-ai/mergekit)"
 _OWNER = "your-name"  # who will publish the model is not known
 
 
-def render(report: Mapping[str, Any], recipe_source: str) -> str:
-    """The page's Markdown, with metadata the Hub understands.
+def render(report: Report, pictures: Collection[str], recipe_source: str) -> str:
+    """Return the card's Markdown, with metadata the Hub understands.
 
     Args:
-        report: Of the model; its `page.pictures` are the files that are there to be shown.
+        report: Of the model.
+        pictures: Names of the files that are there to be shown.
         recipe_source: Text of the recipe; its section is left out if that is empty.
-
-    Raises:
-        ValueError: the report is of a version that recorded less than a page needs.
     """
-    facts = Facts.of(report)
-    if facts is None:
-        raise ValueError("the report has not all a model page says")
-    pictures = frozenset((report.get("page") or {}).get("pictures", ()))
     sections = [
-        front_matter(facts),
-        f"# {escaped(facts.model.name)}",
-        _introduction(facts),
-        _at_a_glance(facts),
-        _section("Run it", _run_it(facts)),
-        _section("Experts", experts_section(facts, pictures)),
-        _section("How alike they are", similarity_section(facts, pictures)),
-        _section("Router", router_section(facts)),
-        _section("Post-training", post_training_section(facts, pictures)),
-        _section("Evaluation", evaluation_section(facts, pictures)),
+        front_matter(report),
+        f"# {escaped(report.model.name)}",
+        _introduction(report),
+        _at_a_glance(report),
+        _section("Run it", _run_it(report)),
+        _section("Experts", experts_section(report, pictures)),
+        _section("How alike they are", similarity_section(report, pictures)),
+        _section("Router", router_section(report)),
+        _section("Post-training", post_training_section(report, pictures)),
+        _section("Evaluation", evaluation_section(report, pictures)),
         _section("Recipe", _recipe(recipe_source)),
-        _section("Make it again", _make_it_again(facts, recipe_source)),
+        _section("Make it again", _make_it_again(report, recipe_source)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -58,17 +51,17 @@ def _section(title: str, text: str) -> str:
     return f"## {title}\n\n{text}" if text else ""
 
 
-def _introduction(facts: Facts) -> str:
-    """What it is, in two sentences."""
-    model, form = facts.model, FORMATS.get(facts.model.format)
-    checkpoints = counted(len(facts.sources.checkpoints), "checkpoint")
+def _introduction(report: Report) -> str:
+    """Say what it is, in two sentences."""
+    model, form = report.model, FORMATS.get(report.model.format)
+    checkpoints = counted(len(report.sources.checkpoints), "checkpoint")
     what = (
-        f"A mixture of {counted(model.num_experts, 'expert')} per layer, {facts.experts_per_token} "
+        f"A mixture of {counted(model.num_experts, 'expert')} per layer, {report.experts_per_token} "
         f"of them per token, in {form.title if form else model.format} format: "
         f"{amount(model.parameters)} parameters, of which a token meets "
         f"{amount(model.active_parameters)}."
     )
-    if facts.is_copied:
+    if report.is_copied:
         how = f"It was upcycled from dense models, whose FFNs it has copies of, with {_MERGEKIT} "
         return f"{what} {how}and its extension upit-merge."
     return (
@@ -77,37 +70,37 @@ def _introduction(facts: Facts) -> str:
     )
 
 
-def _at_a_glance(facts: Facts) -> str:
-    model = facts.model
+def _at_a_glance(report: Report) -> str:
+    model = report.model
     rows = [
-        ("base", linked(facts.sources.base)),
+        ("base", linked(report.sources.base)),
         ("layers", str(model.num_layers)),
-        ("experts per layer", f"{model.num_experts}, {facts.experts_per_token} per token"),
+        ("experts per layer", f"{model.num_experts}, {report.experts_per_token} per token"),
         ("parameters", f"{model.parameters:,} ({model.active_parameters:,} active)"),
-        ("stored in", facts.dtype),
+        ("stored in", report.dtype),
     ]
     text = table([" ", " "], rows)
-    return f"{text}\n\n{told}" if (told := disagreement(facts)) else text
+    return f"{text}\n\n{told}" if (told := disagreement(report)) else text
 
 
-def _run_it(facts: Facts) -> str:
-    """Three ways, each to be copied."""
-    if not facts.model.tokenizer:
+def _run_it(report: Report) -> str:
+    """Show three ways, each to be copied."""
+    if not report.model.tokenizer:
         return (
             "The model came without a tokenizer: put that of its base into the folder, then "
             "transformers, vLLM and llama.cpp run it."
         )
     # A repository's name: a folder's may have spaces, or quotes that would end a string.
-    name = f"{_OWNER}/{re.sub(r'[^A-Za-z0-9._-]+', '-', facts.model.name).strip('-.') or 'model'}"
+    name = f"{_OWNER}/{re.sub(r'[^A-Za-z0-9._-]+', '-', report.model.name).strip('-.') or 'model'}"
     parts = [
         f"Write the model's id on the Hub, or its folder, for {code(name)}.",
         "With transformers:",
-        fenced(_with_transformers(name, chat=facts.model.chat_template), "python"),
+        fenced(_with_transformers(name, chat=report.model.chat_template), "python"),
         "With [vLLM](https://docs.vllm.ai), as a server with OpenAI's interface:",
-        fenced(_with_vllm(name, chat=facts.model.chat_template), "bash"),
+        fenced(_with_vllm(name, chat=report.model.chat_template), "bash"),
         "With [llama.cpp](https://github.com/ggml-org/llama.cpp), whose converter is in its "
         "repository:",
-        fenced(_with_llama_cpp(name, chat=facts.model.chat_template), "bash"),
+        fenced(_with_llama_cpp(name, chat=report.model.chat_template), "bash"),
     ]
     return "\n\n".join(parts)
 
@@ -150,21 +143,21 @@ def _recipe(source: str) -> str:
     return folded(f"mergekit_config.yml, {lines} lines", text) if lines > _LONG_RECIPE else text
 
 
-def _make_it_again(facts: Facts, recipe_source: str) -> str:
-    """Commands, seed, versions, and what has been done to the model since."""
+def _make_it_again(report: Report, recipe_source: str) -> str:
+    """Give commands, seed, versions, and what has been done to the model since."""
     parts = []
     if recipe_source.strip():
-        option = "" if facts.seed_option is None else f" --random-seed {facts.seed_option}"
+        option = "" if report.seed_option is None else f" --random-seed {report.seed_option}"
         lines = [f"mergekit-yaml mergekit_config.yml out/{option}"]
-        if not (facts.shrunk or facts.post_training):
+        if not (report.shrunk or report.post_training):
             lines.append("upit-merge verify out/    # computes it once more and compares")
         parts.append(fenced("\n".join(lines), "bash"))
-    if later := [step.command for step in facts.history]:
+    if later := [step.command for step in report.history]:
         told = ", then ".join(f"`upit-merge {escaped(command)}`" for command in later)
         parts.append(f"The recipe makes the model as it was merged. After that came {told}.")
-    made = ", ".join(f"{escaped(name)} {escaped(text)}" for name, text in facts.versions.items())
+    made = ", ".join(f"{escaped(name)} {escaped(text)}" for name, text in report.versions.items())
     parts.append(
-        f"Seed {facts.seed}; made with {made}. `upit_report.json` has the whole lineage, the "
+        f"Seed {report.seed}; made with {made}. `upit_report.json` has the whole lineage, the "
         "similarities, the digests and the settings."
     )
     return "\n\n".join(parts)

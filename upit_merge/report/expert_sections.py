@@ -1,10 +1,10 @@
-"""Of the model page: who the experts are, and how alike."""
+"""Sections of the model card: who the experts are, and how alike."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from upit_merge.report.facts import Expert, Facts, Matrix, Shrinking
+from upit_merge.report.document import Expert, Matrix, Report, Shrinking
 from upit_merge.report.markdown import counted, escaped, folded, picture, table
 from upit_merge.report.plots import SIMILARITY, TREE, expert_cosine, has_similarity
 from upit_merge.report.sources import Source
@@ -13,71 +13,71 @@ from upit_merge.report.tables import origin_of
 _MOST_SHARES = 6  # checkpoints named for one expert
 
 
-def experts_section(facts: Facts, pictures: Collection[str]) -> str:
-    """What was done, the family tree, a row per expert; what was added or merged later."""
-    parts = _ancestry(facts, pictures)
-    if not facts.shrunk:
+def experts_section(report: Report, pictures: Collection[str]) -> str:
+    """Tell what was done, with family tree and a row per expert; what was added or merged later."""
+    parts = _ancestry(report, pictures)
+    if not report.shrunk:
         return "\n\n".join(parts)
-    merged = map(_merged, facts.shrunk)
+    merged = map(_merged, report.shrunk)
     earlier = folded("The experts before they were merged", "\n\n".join(parts))
     added = (
         f"Expert {extension.expert} is {linked(extension.source)}, added later."
-        for extension in facts.later_extensions
+        for extension in report.later_extensions
     )
     return "\n\n".join([*merged, earlier, *added])
 
 
-def _ancestry(facts: Facts, pictures: Collection[str]) -> list[str]:
-    lineage = facts.lineage
+def _ancestry(report: Report, pictures: Collection[str]) -> list[str]:
+    lineage = report.lineage
     told = f"{lineage.summary[0].upper()}{lineage.summary[1:]}."
-    if not facts.is_copied:
-        told += f" {_how_grown(facts)}"
+    if not report.is_copied:
+        told += f" {_how_grown(report)}"
     parts = [told.strip()]
     if TREE in pictures:
-        parts.append(picture(TREE, _tree_in_words(facts)))
-    parts.append(_expert_table(facts))
+        parts.append(picture(TREE, _tree_in_words(report)))
+    parts.append(_expert_table(report))
     return parts
 
 
-def _how_grown(facts: Facts) -> str:
-    """What a child is made of, in a sentence; nothing if there are none."""
-    experts = range(len(facts.lineage.experts))
-    if not any(part.parents for expert in experts for part in facts.lineage.parts(expert)):
+def _how_grown(report: Report) -> str:
+    """Say what a child is made of, in a sentence; nothing if there are none."""
+    experts = range(len(report.lineage.experts))
+    if not any(part.parents for expert in experts for part in report.lineage.parts(expert)):
         return ""
-    density = facts.parameters.get("density")
+    density = report.parameters.get("density")
     kept = f" {density:.0%} of" if isinstance(density, float | int) else " a share of"
     return (
         f"A child is a weighted mean of its parents' differences to "
-        f"{linked(facts.sources.base)}, of which DARE keeps{kept} the entries."
+        f"{linked(report.sources.base)}, of which DARE keeps{kept} the entries."
     )
 
 
-def _expert_table(facts: Facts) -> str:
-    """A row per expert; columns that say nothing of any of them are left out."""
-    experts = facts.lineage.experts
-    rows = [_row(facts, index) for index in range(len(experts))]
+def _expert_table(report: Report) -> str:
+    """Tabulate the experts; columns that say nothing of any of them are left out."""
+    experts = report.lineage.experts
+    rows = [_row(report, index) for index in range(len(experts))]
     # Those that have been merged since had been added before.
-    added = facts.extensions[: facts.shrunk[0].extensions] if facts.shrunk else facts.extensions
+    added = report.extensions[: report.shrunk[0].extensions] if report.shrunk else report.extensions
     rows += [[str(e.expert), f"{linked(e.source)}, added later", "", ""] for e in added]
     origin = "checkpoint" if all(e.checkpoint is not None for e in experts) else "grown from"
-    titles = [">expert", "copy of" if facts.is_copied else origin]
+    titles = [">expert", "copy of" if report.is_copied else origin]
     titles += ["ratio", "share of each checkpoint"]
     used = [column for column in range(4) if any(row[column] for row in rows)]
     return table([titles[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
-def _row(facts: Facts, index: int) -> list[str]:
-    """Number, origin, ratio of the parents, and shares of the checkpoints."""
-    expert = facts.lineage.experts[index]
+def _row(report: Report, index: int) -> list[str]:
+    """Return number, origin, ratio of the parents, and shares of the checkpoints."""
+    expert = report.lineage.experts[index]
     if expert.checkpoint is not None:
-        return [str(index), linked(facts.sources.checkpoints[expert.checkpoint]), "", ""]
+        return [str(index), linked(report.sources.checkpoints[expert.checkpoint]), "", ""]
     ratio = "" if expert.alpha is None else f"{expert.alpha:.2f} : {1 - expert.alpha:.2f}"
-    return [str(index), origin_of(facts.lineage.parts(index)), ratio, _shares(facts, expert)]
+    return [str(index), origin_of(report.lineage.parts(index)), ratio, _shares(report, expert)]
 
 
-def _shares(facts: Facts, expert: Expert) -> str:
-    """The checkpoints in an expert, the largest share first; small ones are counted."""
-    sources = facts.sources.checkpoints
+def _shares(report: Report, expert: Expert) -> str:
+    """List the checkpoints in an expert, the largest share first; small ones are counted."""
+    sources = report.sources.checkpoints
     shares = sorted(zip(expert.weights, sources, strict=True), key=lambda pair: -pair[0])
     shown = [f"{escaped(source.name)} {share:.0%}" for share, source in shares if share > 0.005]
     text = ", ".join(shown[:_MOST_SHARES])
@@ -85,8 +85,8 @@ def _shares(facts: Facts, expert: Expert) -> str:
     return f"{text} and {more} more" if more > 0 else text
 
 
-def _tree_in_words(facts: Facts) -> str:
-    experts = facts.lineage.experts
+def _tree_in_words(report: Report) -> str:
+    experts = report.lineage.experts
     kept = sum(expert.checkpoint is not None for expert in experts)
     return (
         f"Family tree: {counted(len(experts), 'expert')}, {kept} of them checkpoints and "
@@ -105,23 +105,23 @@ def _merged(record: Shrinking) -> str:
 
 
 def linked(source: Source) -> str:
-    """A model's name; a link if it is on the Hub."""
+    """Return a model's name; a link if it is on the Hub."""
     name = escaped(source.name)
     return f"[{name}](https://huggingface.co/{source.hub_ids[-1]})" if source.hub_ids else name
 
 
-def similarity_section(facts: Facts, pictures: Collection[str]) -> str:
-    """How alike the checkpoints are, and the experts that were grown from them."""
-    if not has_similarity(facts):
+def similarity_section(report: Report, pictures: Collection[str]) -> str:
+    """Tell how alike the checkpoints are, and the experts that were grown from them."""
+    if not has_similarity(report):
         return ""
-    before, after = facts.checkpoint_cosine, expert_cosine(facts)
+    before, after = report.checkpoint_cosine, expert_cosine(report)
     text = (
-        f"Cosine of the checkpoints' differences to {linked(facts.sources.base)}, in the FFNs: "
+        f"Cosine of the checkpoints' differences to {linked(report.sources.base)}, in the FFNs: "
         f"{_range(before)}."
     )
     if after is not None:
         text += f" Of the {len(after)} experts that the merge made, as expected: {_range(after)}."
-    lineage = facts.lineage
+    lineage = report.lineage
     if lineage.smallest_distance is not None and lineage.mean_distance is not None:
         text += (
             f" The closest two experts are {lineage.smallest_distance:.4g} apart, two experts on "
@@ -134,7 +134,7 @@ def similarity_section(facts: Facts, pictures: Collection[str]) -> str:
 
 
 def _range(matrix: Matrix) -> str:
-    """Lowest, mean and highest cosine of two different ones."""
+    """Return lowest, mean and highest cosine of two different ones."""
     pairs = [value for i, row in enumerate(matrix) for value in row[:i]]
     if len(pairs) == 1:
         return f"{pairs[0]:.3f}"

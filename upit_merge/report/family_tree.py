@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upit_merge.report.facts import Facts, Lineage
-from upit_merge.report.figures import CARD, FAINT, INK, drawable, figure
+from upit_merge.report.document import Lineage, Report
+from upit_merge.report.figures import BACKGROUND, FAINT, INK, drawable, figure
 
 _SHARE_SHOWN = 0.005  # of a checkpoint in an expert: what a pie or a line can show
 _MOST_LABELLED = 24  # lines that have their share written beside them
@@ -34,7 +34,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Link:
-    """From an ancestor to its descendant: indices of nodes, and the ancestor's share."""
+    """Leads from an ancestor to its descendant: indices of nodes, and the ancestor's share."""
 
     ancestor: int
     descendant: int
@@ -43,29 +43,32 @@ class Link:
 
 @dataclass(frozen=True)
 class Tree:
+    """Has the nodes in the order of checkpoints, then experts, and the links between them."""
+
     nodes: Sequence[Node]
     links: Sequence[Link]
 
     @property
     def columns(self) -> int:
+        """Count the generations."""
         return 1 + max(node.column for node in self.nodes)
 
     @property
     def tallest(self) -> int:
-        """Nodes in the longest column."""
+        """Count the nodes of the longest column."""
         sizes = [0] * self.columns
         for node in self.nodes:
             sizes[node.column] += 1
         return max(sizes)
 
 
-def has_tree(facts: Facts) -> bool:
-    """Whether some expert is neither a checkpoint nor a copy of one."""
-    return any(expert.checkpoint is None for expert in facts.lineage.experts)
+def has_tree(report: Report) -> bool:
+    """Tell whether some expert is neither a checkpoint nor a copy of one."""
+    return any(expert.checkpoint is None for expert in report.lineage.experts)
 
 
 def family_tree(lineage: Lineage, names: Sequence[str]) -> Tree:
-    """Who descends from whom, generation by generation.
+    """Lay out who descends from whom, generation by generation.
 
     A child is linked to its parents; one that has other parents in other layers, and an average,
     to the checkpoints it has shares of.
@@ -100,7 +103,7 @@ def family_tree(lineage: Lineage, names: Sequence[str]) -> Tree:
 
 
 def _heights(columns: Sequence[int], links: Sequence[Link]) -> list[float]:
-    """Checkpoints at equal distances, first on top; others as near to their ancestors as fits."""
+    """Place checkpoints at equal distances, the first on top, others near to their ancestors."""
     ancestors: dict[int, list[Link]] = {}
     for link in links:
         ancestors.setdefault(link.descendant, []).append(link)
@@ -118,7 +121,7 @@ def _heights(columns: Sequence[int], links: Sequence[Link]) -> list[float]:
 
 
 def _apart(wanted: Mapping[int, float], gap: float) -> dict[int, float]:
-    """Heights near the wanted ones, at least `gap` apart, within half a gap of 0 and 1."""
+    """Return heights near the wanted ones, `gap` or more apart, within half a gap of 0 and 1."""
     order = sorted(wanted, key=lambda node: (wanted[node], node))
     found: list[float] = []
     for place, node in enumerate(order):  # upwards: none nearer than a gap to the one below
@@ -133,10 +136,10 @@ def _apart(wanted: Mapping[int, float], gap: float) -> dict[int, float]:
     return dict(zip(order, found, strict=True))
 
 
-def draw_family_tree(path: Path, facts: Facts) -> None:
+def draw_family_tree(path: Path, report: Report) -> None:
     """Write the picture: generations from left to right, every expert a pie of its checkpoints."""
-    names = drawable([source.name for source in facts.sources.checkpoints], "checkpoint", 20)
-    tree = family_tree(facts.lineage, names)
+    names = drawable([source.name for source in report.sources.checkpoints], "checkpoint", 20)
+    tree = family_tree(report.lineage, names)
     # Inches: of many experts each has less room, and a number keeps clear of the next pie.
     row = max(0.17, min(0.46, 7.4 / tree.tallest))
     height = row * max(3, tree.tallest)
@@ -157,7 +160,7 @@ def draw_family_tree(path: Path, facts: Facts) -> None:
 
 
 def checkpoint_colors(count: int) -> list[Any]:
-    """A colour for every checkpoint, in the order of training; none too light for the card."""
+    """Return a colour per checkpoint, in the order of training; none too light to be seen."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.82 * i / max(1, count - 1)) for i in range(count)]
@@ -170,7 +173,7 @@ def _draw_links(
     radius: float,
     colors: Sequence[Any],
 ) -> None:
-    """A line per link, as wide as the share and of the colour of the ancestor's largest part."""
+    """Draw a line per link, as wide as the share and of the colour of the ancestor's largest part."""
     labelled = len(tree.links) <= _MOST_LABELLED
     earlier: set[int] = set()
     for link in tree.links:
@@ -207,8 +210,8 @@ def _write(
     align: str,
     order: int,
 ) -> None:
-    """Text that can be read on top of lines."""
-    box = {"facecolor": CARD, "edgecolor": "none", "pad": 0.4, "alpha": 0.85}
+    """Write text that can be read on top of lines."""
+    box = {"facecolor": BACKGROUND, "edgecolor": "none", "pad": 0.4, "alpha": 0.85}
     look = {"fontsize": size, "color": color, "bbox": box, "zorder": order}
     axes.text(*place, text, ha=align, va="center", **look)
 
@@ -229,14 +232,14 @@ def _draw_pie(
             wedge = Wedge(place, radius, end, start, facecolor=color, edgecolor="none", zorder=3)
             axes.add_patch(wedge)
             start = end
-    rim = Circle(place, radius, facecolor="none", edgecolor=CARD, linewidth=1.2, zorder=4)
+    rim = Circle(place, radius, facecolor="none", edgecolor=BACKGROUND, linewidth=1.2, zorder=4)
     axes.add_patch(rim)
 
 
 def _draw_label(
     axes: Any, node: Node, place: tuple[float, float], radius: float, *, size: float
 ) -> None:
-    """A checkpoint's name to its left; an expert's number to its right."""
+    """Write a checkpoint's name to its left, an expert's number to its right."""
     (x, y), gap = place, radius + 0.07
     at, align = ((x - gap, y), "right") if node.column == 0 else ((x + gap, y), "left")
     _write(axes, at, node.label, size=size, color=INK, align=align, order=5)

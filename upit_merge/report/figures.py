@@ -1,4 +1,4 @@
-"""How the pictures look: dark ink on an opaque light card, readable on any page."""
+"""The look of the pictures: dark ink on an opaque light ground, readable on any page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from textwrap import shorten
 from typing import Any
 
 # A page is shown in light or in dark: a picture that brings its own background fits both.
-CARD = "#f6f8fa"
+BACKGROUND = "#f6f8fa"
 PANEL = "#ffffff"
 INK = "#24292f"
 FAINT = "#59636e"
@@ -19,8 +19,8 @@ SECOND = "#bc4c00"
 
 _DPI = 110
 _STYLE = {
-    "figure.facecolor": CARD,
-    "savefig.facecolor": CARD,
+    "figure.facecolor": BACKGROUND,
+    "savefig.facecolor": BACKGROUND,
     "axes.facecolor": PANEL,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
@@ -41,7 +41,7 @@ _LAST_DRAWABLE = "\u05ff"
 
 @contextlib.contextmanager
 def figure(path: Path, width: float, height: float, dpi: int = _DPI) -> Iterator[Any]:
-    """An empty figure to draw on, written to a file at the end.
+    """Yield an empty figure to draw on, written to a file at the end.
 
     Nobody's own settings of matplotlib count, and no display is needed.
 
@@ -69,7 +69,7 @@ def figure(path: Path, width: float, height: float, dpi: int = _DPI) -> Iterator
 
 
 def _save_png(path: Path, drawn: Any) -> None:
-    """With a palette, which makes the file a third as large; nothing of it is transparent."""
+    """Save with a palette, which makes the file a third as large; nothing of it is transparent."""
     from PIL import Image
 
     drawn.canvas.draw()
@@ -80,7 +80,7 @@ def _save_png(path: Path, drawn: Any) -> None:
 
 
 def drawable(names: Sequence[str], otherwise: str, length: int = 24) -> list[str]:
-    """Names as they can be drawn: short, and numbered where the font lacks the characters.
+    """Return names as they can be drawn: short, and numbered where the font lacks the characters.
 
     Args:
         otherwise: What a name is replaced by, before its number.
@@ -96,7 +96,7 @@ def drawable(names: Sequence[str], otherwise: str, length: int = 24) -> list[str
 def matrix_image(
     axes: Any, values: Sequence[Sequence[float]], low: float, high: float, *, numbers: str = ""
 ) -> Any:
-    """A matrix as colours, rows downwards.
+    """Draw a matrix as colours, rows downwards.
 
     Args:
         low, high: Values of the first and the last colour.

@@ -14,7 +14,7 @@ _FORMATS = (".png", ".pdf", ".svg", ".jpg")
 
 
 def check_format(path: Path) -> None:
-    """Refuse, before the work, a picture that could not be written after it.
+    """Check, before the work, that a picture can be written after it.
 
     Raises:
         UpitError: the extension is not that of a picture.

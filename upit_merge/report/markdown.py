@@ -10,7 +10,7 @@ _SPECIAL = re.compile(r"([\\`*\[\]<>|~#])|(?<!\w)_|_(?!\w)")
 
 
 def escaped(text: str) -> str:
-    """Text of somebody else, such as a file's name, on one line and without a meaning of its own.
+    """Return somebody else's text, such as a file's name, on one line and without a meaning here.
 
     Underscores inside words have none in GitHub's Markdown.
     """
@@ -18,12 +18,12 @@ def escaped(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """Text of somebody else as inline code, in a table too."""
+    """Return somebody else's text as inline code, in a table too."""
     return f"`{' '.join(text.replace('`', '').split())}`".replace("|", "\\|")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, folded if it is long; the cells are Markdown.
+    """Lay out a table, folded if it is long; the cells are Markdown.
 
     Args:
         columns: Their titles; with a leading `>` the column is aligned to the right.
@@ -36,24 +36,24 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def folded(summary: str, text: str) -> str:
-    """Markdown that is shown after a click."""
+    """Hide Markdown until it is clicked on."""
     return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
 def fenced(text: str, language: str) -> str:
-    """A block of code, in a fence that the text itself cannot end."""
+    """Return a block of code, in a fence that the text itself cannot end."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def picture(file: str, alternative: str) -> str:
-    """A picture beside the page."""
+    """Show a picture that lies beside the card."""
     return f"![{escaped(alternative)}]({file})"
 
 
 def amount(count: int) -> str:
-    """A large number in three digits: 46.7 B."""
+    """Round a large number to three digits: 46.7 B."""
     for limit, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if count >= 0.9995 * limit:  # what would be rounded to 1,000 of the next unit
             return f"{count / limit:.3g}{unit}"
@@ -61,5 +61,5 @@ def amount(count: int) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """A number with its noun: 1 sample, 2 samples."""
+    """Write a number with its noun: 1 sample, 2 samples."""
     return f"{number:,} {what}{'s' * (number != 1)}"

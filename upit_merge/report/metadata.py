@@ -1,4 +1,4 @@
-"""The metadata block of a model page, by the rules of the Hugging Face Hub."""
+"""The metadata block of a model card, by the rules of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from upit_merge.report.facts import Facts
+from upit_merge.report.document import Report
 from upit_merge.report.markdown import escaped
 from upit_merge.report.sources import Source
 
@@ -30,20 +30,20 @@ LICENSES = frozenset(_LICENSES.split())
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 
 
-def front_matter(facts: Facts) -> str:
+def front_matter(report: Report) -> str:
     """The block with which the page begins."""
-    text = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(metadata(report), sort_keys=False, allow_unicode=True)
     return f"---\n{text.rstrip()}\n---"
 
 
-def metadata(facts: Facts) -> dict[str, Any]:
+def metadata(report: Report) -> dict[str, Any]:
     """What the Hub is told of the model: where it comes from, what runs it, who may use it."""
-    found: dict[str, Any] = {**_license(facts), "library_name": "transformers"}
-    if languages := _languages(facts):
+    found: dict[str, Any] = {**_license(report), "library_name": "transformers"}
+    if languages := _languages(report):
         found["language"] = languages
     found["pipeline_tag"] = "text-generation"
-    found["tags"] = ["mergekit", "merge", "moe", facts.model.format, "upit"]
-    ids = [name for source in facts.all_sources for name in source.hub_ids]
+    found["tags"] = ["mergekit", "merge", "moe", report.model.format, "upit"]
+    ids = [name for source in report.all_sources for name in source.hub_ids]
     if ids:
         found |= {"base_model": list(dict.fromkeys(ids)), "base_model_relation": "merge"}
     return found
@@ -64,11 +64,11 @@ def _statement(source: Source) -> tuple[str, str | None] | None:
     return "other", slug or None
 
 
-def _license(facts: Facts) -> dict[str, str]:
+def _license(report: Report) -> dict[str, str]:
     """The base's licence, unless some other model states another one."""
-    base = facts.sources.base
+    base = report.sources.base
     statement = _statement(base)
-    if statement is None or disagreement(facts):
+    if statement is None or disagreement(report):
         return {}
     identifier, name = statement
     if identifier != "other":
@@ -89,10 +89,10 @@ def _link(source: Source) -> str | None:
     return None
 
 
-def disagreement(facts: Facts) -> str | None:
+def disagreement(report: Report) -> str | None:
     """A sentence if the models it is made of state several licences."""
     stated: dict[tuple[str, str | None], str] = {}
-    for source in facts.all_sources:
+    for source in report.all_sources:
         if (statement := _statement(source)) is not None:
             stated.setdefault(statement, source.name)
     if len(stated) < 2:
@@ -106,9 +106,9 @@ def disagreement(facts: Facts) -> str | None:
     )
 
 
-def _languages(facts: Facts) -> list[str]:
+def _languages(report: Report) -> list[str]:
     """The base's languages, unless some other model states others."""
-    stated = [set(source.language) for source in facts.all_sources if source.language]
-    if any(languages != set(facts.sources.base.language) for languages in stated):
+    stated = [set(source.language) for source in report.all_sources if source.language]
+    if any(languages != set(report.sources.base.language) for languages in stated):
         return []
-    return [name for name in facts.sources.base.language if _LANGUAGE.fullmatch(name)]
+    return [name for name in report.sources.base.language if _LANGUAGE.fullmatch(name)]

@@ -1,4 +1,4 @@
-"""The pictures of a model page, PNG files beside it."""
+"""The pictures of a model card, PNG files beside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from upit_merge.errors import first_line, one_line
 from upit_merge.merge.similarity import cosine
-from upit_merge.report.facts import Facts, Matrix
+from upit_merge.report.document import Matrix, Report
 from upit_merge.report.family_tree import draw_family_tree, has_tree
 from upit_merge.report.figures import ACCENT, SECOND, figure, matrix_image, thinned
 from upit_merge.report.heatmap import draw_routing
@@ -29,49 +29,49 @@ _MOST_KINDS = 24  # columns of the heat map
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture: whether there is something to draw, and how."""
+    """Tells whether there is something to draw, and draws it."""
 
-    is_wanted: Callable[[Facts], bool]
-    draw: Callable[[Path, Facts], None]
+    is_wanted: Callable[[Report], bool]
+    draw: Callable[[Path, Report], None]
 
 
-def draw_pictures(folder: Path, facts: Facts) -> list[str]:
-    """Write the pictures there is something to draw for; returns their names.
+def draw_pictures(folder: Path, report: Report) -> list[str]:
+    """Write the pictures there is something to draw for, and return their names.
 
     One that cannot be drawn is left out with a warning: it must not end a finished job.
     """
     drawn = []
     for name, picture in _PICTURES.items():
-        if not picture.is_wanted(facts):
+        if not picture.is_wanted(report):
             continue
         try:
-            picture.draw(folder / name, facts)
+            picture.draw(folder / name, report)
             drawn.append(name)
         except Exception as error:  # matplotlib raises whatever fonts and caches make it raise
             (folder / name).unlink(missing_ok=True)
             reason = one_line(first_line(error))
-            LOG.warning("The picture %s is left out of the model page (%s).", name, reason)
+            LOG.warning("The picture %s is left out of the model card (%s).", name, reason)
     return drawn
 
 
-def expert_cosine(facts: Facts) -> Matrix | None:
-    """Cosines of the experts' expected deltas after expansion; None where there was none."""
-    gram = facts.lineage.expected_gram
-    if gram is None or facts.is_copied or len(gram) < 2 or not has_tree(facts):
+def expert_cosine(report: Report) -> Matrix | None:
+    """Return cosines of the experts' expected deltas; None if there was no expansion."""
+    gram = report.lineage.expected_gram
+    if gram is None or report.is_copied or len(gram) < 2 or not has_tree(report):
         return None
-    found: Matrix = cosine(torch.tensor(gram, dtype=torch.float64)).tolist()
-    return found
+    cosines: Matrix = cosine(torch.tensor(gram, dtype=torch.float64)).tolist()
+    return cosines
 
 
-def has_similarity(facts: Facts) -> bool:
-    """Whether deltas were compared: copies of a single model have none to speak of."""
-    rows = facts.checkpoint_cosine
+def has_similarity(report: Report) -> bool:
+    """Tell whether deltas were compared: copies of a single model have none to speak of."""
+    rows = report.checkpoint_cosine
     return len(rows) > 1 and any(abs(v) < 1 for row in rows for v in row)
 
 
-def draw_similarity(path: Path, facts: Facts) -> None:
+def draw_similarity(path: Path, report: Report) -> None:
     """Write the picture: cosines of the checkpoints' deltas and, beside them, of the experts'."""
-    before, after = facts.checkpoint_cosine, expert_cosine(facts)
+    before, after = report.checkpoint_cosine, expert_cosine(report)
     panels = [("checkpoints", before), *([("experts", after)] if after else [])]
     values = [value for _, matrix in panels for row in matrix for value in row]
     low = min(0.95, min(values))
@@ -89,21 +89,21 @@ def draw_similarity(path: Path, facts: Facts) -> None:
         bar.outline.set_visible(False)
 
 
-def _draw_evaluation(path: Path, facts: Facts) -> None:
-    evaluation = facts.evaluation
+def _draw_evaluation(path: Path, report: Report) -> None:
+    evaluation = report.evaluation
     assert evaluation is not None
     kinds = [(name, group.routing) for name, group in evaluation.kinds.items()]
     draw_routing(path, kinds[:_MOST_KINDS], evaluation.by_layer)
 
 
-def _has_history(facts: Facts) -> bool:
-    return facts.post_training is not None and len(facts.post_training.history) > 1
+def _has_history(report: Report) -> bool:
+    return report.post_training is not None and len(report.post_training.history) > 1
 
 
-def draw_post_training(path: Path, facts: Facts) -> None:
+def draw_post_training(path: Path, report: Report) -> None:
     """Write the picture: loss by step and, where recorded, the entropy of the routing."""
-    assert facts.post_training is not None
-    history = facts.post_training.history
+    assert report.post_training is not None
+    history = report.post_training.history
     entropies = [(p.step, p.routing_entropy) for p in history if p.routing_entropy is not None]
     panels = 1 + (len(entropies) > 1)
     with figure(path, 3.8 * panels + 0.4, 2.6) as drawn:
@@ -121,7 +121,7 @@ def draw_post_training(path: Path, facts: Facts) -> None:
 _PICTURES = {
     TREE: _Picture(has_tree, draw_family_tree),
     SIMILARITY: _Picture(has_similarity, draw_similarity),
-    ROUTING: _Picture(lambda facts: facts.evaluation is not None, _draw_evaluation),
+    ROUTING: _Picture(lambda report: report.evaluation is not None, _draw_evaluation),
     POST_TRAINING: _Picture(_has_history, draw_post_training),
 }
 NAMES = tuple(_PICTURES)

@@ -1,4 +1,4 @@
-"""`upit_report.json`: what was done, in enough detail to check it or to do it again."""
+"""The first content of `upit_report.json`: enough to check what was done, or to do it again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from upit_merge.merge.similarity import cosine
 from upit_merge.models.formats import MixtureFormat
 from upit_merge.models.mixture import parameter_counts
 from upit_merge.models.tokenizer import own_template
-from upit_merge.report.sources import described
+from upit_merge.report.sources import describe_sources
 
 _PACKAGES = ("mergekit", "torch", "transformers", "safetensors")
 
@@ -27,7 +27,7 @@ _DIGITS = 10
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that had a part in the result."""
+    """Return the versions of the packages that had a part in the result."""
     found = {"python": platform.python_version(), "upit-merge": __version__}
     for package in _PACKAGES:
         try:
@@ -50,7 +50,7 @@ def merge_record(
     num_experts_per_token: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """The part of the report that the merge itself decides."""
+    """Return the part of the report that the merge itself decides."""
     total = gram.sum(0)
     return {
         "format": 1,
@@ -62,7 +62,10 @@ def merge_record(
         "experts_per_token": num_experts_per_token,
         "base_model": recipe.base_model,
         "checkpoints": [checkpoint.label for checkpoint in checkpoints],
-        "sources": {"base": described([base])[0], "checkpoints": described(checkpoints)},
+        "sources": {
+            "base": describe_sources([base])[0],
+            "checkpoints": describe_sources(checkpoints),
+        },
         "checkpoint_gram": _rounded(total),
         "checkpoint_cosine": _rounded(cosine(total)),
         "lineage": {
@@ -84,7 +87,7 @@ def mixture_record(
     num_experts: int,
     num_experts_per_token: int,
 ) -> dict[str, Any]:
-    """What the model is: the part of the report that its page begins with.
+    """Return what the model is: the part of the report that its card begins with.
 
     Args:
         folder: Has its tokenizer, if it came with one.

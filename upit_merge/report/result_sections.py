@@ -1,17 +1,17 @@
-"""Of the model page: router, post-training, evaluation."""
+"""Sections of the model card: router, post-training, evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from upit_merge.report.facts import (
+from upit_merge.report.document import (
     BucketRow,
     Evaluation,
     Extension,
-    Facts,
     GroupResult,
     PostTraining,
+    Report,
     Router,
 )
 from upit_merge.report.markdown import amount, code, counted, escaped, picture, table
@@ -25,13 +25,13 @@ _TRAINED = {
 }
 
 
-def router_section(facts: Facts) -> str:
-    """What the gates are, and which expert the seed samples went to."""
-    sentences = [router_sentence(facts.router)]
-    fitted = facts.router
-    for command, record in facts.changes():
+def router_section(report: Report) -> str:
+    """Tell what the gates are, and which expert the seed samples went to."""
+    sentences = [router_sentence(report.router)]
+    fitted = report.router
+    for command, record in report.changes():
         if command == "router" or (isinstance(record, Extension) and record.gates == "all"):
-            sentences, fitted = [router_sentence(facts.router)], facts.router
+            sentences, fitted = [router_sentence(report.router)], report.router
         elif isinstance(record, Extension):
             samples = counted(record.router.data.samples, "sample")
             sentences.append(
@@ -40,7 +40,7 @@ def router_section(facts: Facts) -> str:
             )
         elif command == "shrink":
             told = "The gates are means of those the experts had before they were merged."
-            sentences, fitted = [router_sentence(facts.router), told], None
+            sentences, fitted = [router_sentence(report.router), told], None
     parts = [" ".join(sentences)]
     if fitted is not None and fitted.buckets is not None:
         parts.append(_bucket_table(fitted.buckets.experts))
@@ -50,7 +50,7 @@ def router_section(facts: Facts) -> str:
 
 
 def router_sentence(router: Router | None) -> str:
-    """How the gates were made, from the router's part of the report."""
+    """Say how the gates were made, from the router's part of the report."""
     if router is None:
         return "The gates are random: no seed data was given, the router is yet to be trained."
     settings, samples = router.settings, counted(router.data.samples, "seed sample")
@@ -83,7 +83,7 @@ def _assigned(rule: Any) -> str:
 
 
 def _bucket_table(rows: list[BucketRow]) -> str:
-    """A row per expert; the losses, in nats per token, only if they were computed."""
+    """Tabulate the buckets; the losses, in nats per token, only if they were computed."""
     if all(row.loss_all is None for row in rows):
         return table(
             [">expert", ">seed samples"], [[str(r.expert), f"{r.samples:,}"] for r in rows]
@@ -99,9 +99,9 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def post_training_section(facts: Facts, pictures: Collection[str]) -> str:
-    """What the whole mixture was trained on, how, and how its loss fell."""
-    record = facts.post_training
+def post_training_section(report: Report, pictures: Collection[str]) -> str:
+    """Tell what the whole mixture was trained on, how, and how its loss fell."""
+    record = report.post_training
     if record is None:
         return ""
     parts = [" ".join(_post_training_sentences(record))]
@@ -151,9 +151,9 @@ def _is_number(settings: dict[str, Any], key: str) -> bool:
     return isinstance(settings.get(key), int | float)
 
 
-def evaluation_section(facts: Facts, pictures: Collection[str]) -> str:
-    """Perplexities on held-out text, and what the router does with it."""
-    found = facts.evaluation
+def evaluation_section(report: Report, pictures: Collection[str]) -> str:
+    """Give perplexities on held-out text, and tell what the router does with it."""
+    found = report.evaluation
     if found is None:
         return ""
     whole = found.groups[found.whole]
@@ -169,7 +169,7 @@ def evaluation_section(facts: Facts, pictures: Collection[str]) -> str:
 
 
 def _perplexities(found: Evaluation) -> str:
-    """A row per model, a column per kind of text and one for all of it."""
+    """Tabulate the models, in a column per kind of text and one for all of it."""
     names = [name for name in found.groups if name != found.whole]
     names = [*names, found.whole] if names else [found.whole]
     groups = {name: found.groups[name] for name in names}
@@ -192,7 +192,7 @@ def _of_all(value: float, name: str, found: Evaluation) -> float | None:
 def _compared(
     found: Evaluation, groups: dict[str, GroupResult]
 ) -> Iterator[tuple[str, list[float | None]]]:
-    """What the mixture is compared with, as far as it was computed."""
+    """Yield what the mixture is compared with, as far as it was computed."""
     members = list(groups.values())
     if any(group.control_perplexity is not None for group in members):
         yield "gates fitted to shuffled buckets", [g.control_perplexity for g in members]

@@ -20,7 +20,7 @@ _MOST_CHARACTERS = 300  # of a text that is taken over from somebody's card
 
 
 class Source(BaseModel):
-    """One model a mixture is made of, as others know it.
+    """Describes one model a mixture is made of, as others know it.
 
     Attributes:
         name: Short, and told apart from the other checkpoints'.
@@ -38,8 +38,8 @@ class Source(BaseModel):
     language: list[str] = []
 
 
-def described(models: Sequence[DenseModel]) -> list[dict[str, Any]]:
-    """A `Source` for every model, as plain data for the report."""
+def describe_sources(models: Sequence[DenseModel]) -> list[dict[str, Any]]:
+    """Return a `Source` for every model, as plain data for the report."""
     names = _told_apart([model.label for model in models])
     return [_source(m, name).model_dump() for m, name in zip(models, names, strict=True)]
 
@@ -49,7 +49,7 @@ def _source(model: DenseModel, name: str) -> Source:
 
 
 def _hub_ids(label: str) -> list[str]:
-    """The ids of the models a reference names: local folders mean nothing to other people."""
+    """Return the ids of the models a reference names: local folders mean nothing to other people."""
     ids = []
     for reference in filter(None, split_reference(label)):
         local = looks_like_path(reference) or Path(reference).expanduser().is_dir()
@@ -60,7 +60,7 @@ def _hub_ids(label: str) -> list[str]:
 
 
 def _id_of_cached(folder: str) -> str | None:
-    """The id of a folder inside the Hub's cache, `models--owner--name/snapshots/REVISION`."""
+    """Return the id of a folder inside the Hub's cache, `models--owner--name/snapshots/REVISION`."""
     parts = Path(os.path.abspath(os.path.expanduser(folder))).parts
     if len(parts) < 3 or parts[-2] != "snapshots" or not parts[-3].startswith("models--"):
         return None
@@ -68,7 +68,7 @@ def _id_of_cached(folder: str) -> str | None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the Hub could have a model of this name."""
+    """Tell whether the Hub could have a model of this name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -80,7 +80,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def card_metadata(folder: Path) -> dict[str, Any]:
-    """What the card in a model's folder says of licence and language, if it has one."""
+    """Return what the card in a model's folder says of licence and language, if it has one."""
     try:
         found = _METADATA.match((folder / "README.md").read_text(encoding="utf-8-sig"))
         metadata = yaml.safe_load(found[1]) if found else {}
@@ -95,7 +95,7 @@ def card_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str | None:
-    """A text, or the only one in a list."""
+    """Return a text, or the only one in a list."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if not isinstance(value, str) or not value.strip() or len(value) > _MOST_CHARACTERS:
@@ -109,7 +109,7 @@ def _language(value: Any) -> str | None:
 
 
 def _told_apart(labels: Sequence[str]) -> list[str]:
-    """Short labels; with the folder they are in where several would be the same."""
+    """Return short labels; with the folder they are in where several would be the same."""
     short = [short_label(label) for label in labels]
     return [
         "/".join(Path(label).parts[-2:]) if short.count(name) > 1 else name
@@ -118,7 +118,7 @@ def _told_apart(labels: Sequence[str]) -> list[str]:
 
 
 def short_label(label: str) -> str:
-    """A local path says more about somebody's disk than about the model: keep its last part.
+    """Return what a model is called; of a local path, which is of somebody's disk, the last part.
 
     Of `BASE+ADAPTER` the adapter tells the experts apart.
     """

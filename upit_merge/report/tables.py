@@ -21,7 +21,7 @@ def show(table: Table) -> None:
 
 
 def lineage_table(lineage: Lineage, labels: Sequence[str]) -> Table:
-    """One row per expert: where it comes from and what is in it, by the mean of several units."""
+    """Tabulate where every expert comes from and what is in it, by the mean of several units."""
     title = "Experts"
     if len(lineage.units) > 1:
         title += f" (children: means of {len(lineage.units)} parts grown by themselves)"
@@ -40,7 +40,7 @@ def lineage_table(lineage: Lineage, labels: Sequence[str]) -> Table:
 
 
 class Ancestry(Protocol):
-    """What `expansion.lineage.Expert`, and its record in a report, say of an expert's parents."""
+    """Has what `merge.lineage.Expert`, and its record in a report, say of an expert's parents."""
 
     @property
     def parents(self) -> tuple[int, int] | None: ...
@@ -50,7 +50,7 @@ class Ancestry(Protocol):
 
 
 def origin_of(parts: Sequence[Ancestry]) -> str:
-    """In words, what an expert that is no checkpoint comes from.
+    """Say what an expert that is no checkpoint comes from.
 
     Args:
         parts: Its ancestry in every unit that is grown by itself.
@@ -64,7 +64,7 @@ def origin_of(parts: Sequence[Ancestry]) -> str:
 
 
 def bucket_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """One row per expert: its seed samples and its loss on them and on all."""
+    """Tabulate every expert's seed samples and its loss on them and on all."""
     table = Table(title="Seed samples by expert (loss in nats per token)", title_justify="left")
     for column in ("expert", "samples", "loss on its own", "loss on all"):
         table.add_column(column, justify="right")

@@ -14,7 +14,7 @@ from upit_merge.io.untrusted import own_file, read_json
 from upit_merge.models.dense import is_derived
 from upit_merge.models.mixture import inspect_mixture, opened_mixture
 from upit_merge.output.staging import REPORT, STAGING, Staging, move_into_place
-from upit_merge.report.read import read_report
+from upit_merge.report.document import after, read_report
 from upit_merge.report.write import card_is_ours, recipe_of, write_card
 from upit_merge.training.settings import FinetuneJob
 
@@ -157,17 +157,15 @@ def _adapt_settings(trainer: Any, job: FinetuneJob, config: Any, folder: Path) -
 def _write_report(
     trainer: Any, job: FinetuneJob, source: Path, folder: Path, seconds: float
 ) -> None:
-    report = read_report(source)
-    if not report:
+    before = read_report(source)
+    if not before.document:
         return  # a mixture from elsewhere
-    # Measured on the model as it was.
-    report.pop("evaluation", None)
-    report["post_training"] = _record(trainer, job, seconds)
-    report["history"] = [*report.get("history", []), {"command": "finetune"}]
+    report = after(before, "finetune", {"post_training": _record(trainer, job, seconds)})
+    document = dict(report.document)
     if card_is_ours(source, report):
-        report = write_card(folder, report, recipe_of(source))
-    report["files"] = sorted({path.name for path in folder.iterdir()} | {REPORT})
-    write_json(folder / REPORT, report)
+        document = write_card(folder, report, recipe_of(source))
+    document["files"] = sorted({path.name for path in folder.iterdir()} | {REPORT})
+    write_json(folder / REPORT, document)
 
 
 def _record(trainer: Any, job: FinetuneJob, seconds: float) -> dict[str, Any]:
