@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard, metadata_load
 
 from tests.conftest import Family
-from tests.support.cards import assert_valid_for_the_hub, card_of, described, model, render
+from tests.support.cards import (
+    assert_valid_for_the_hub,
+    card_of,
+    described,
+    evaluation,
+    model,
+    render,
+)
 from upit_merge.report.metadata import metadata
 from upit_merge.report.sources import card_metadata, describe_sources, short_label
 
@@ -34,6 +43,43 @@ def test_the_hub_reads_the_card(family: Family, merge) -> None:
     assert card.data.language == ["en", "no"]  # Norwegian, which YAML takes for false
     assert card.data.base_model is None  # folders of this machine are nobody else's
     assert str(family.root) not in card_of(out).split("```yaml")[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "dataset"),
+    [
+        ("held-out.jsonl", "custom"),
+        ("imdb", "custom"),
+        ("me/texts", "me/texts"),
+        ("a/b/c", "custom"),
+    ],
+)
+def test_perplexities_are_the_models_results_on_the_hub(
+    tmp_path: Path, data: str, dataset: str
+) -> None:
+    """Read back by the Hub's own client."""
+    results = evaluation(4) | {"data": data}
+    for name, perplexity in (("letters", 3.123456), ("digits", float("inf")), ("all", 4.25)):
+        results["groups"][name]["perplexity"] = perplexity
+    path = tmp_path / "README.md"
+    path.write_text(render(model(evaluation=results), ""), encoding="utf-8")
+    loaded = ModelCard.load(path).data
+    assert loaded.model_name == "my model"
+    assert {(r.task_type, r.dataset_type, r.dataset_name) for r in loaded.eval_results} == {
+        ("text-generation", dataset, data)
+    }
+    assert [(r.metric_type, r.metric_name, r.metric_value) for r in loaded.eval_results] == [
+        ("perplexity", "perplexity", 4.25),
+        ("perplexity", "perplexity on letters", 3.1235),
+    ]
+    (index,) = metadata_load(path)["model-index"]
+    assert [len(result["metrics"]) for result in index["results"]] == [2]
+    json.dumps(index, allow_nan=False)
+    for name in results["groups"]:
+        results["groups"][name]["perplexity"] = float("nan")
+    for document in (model(), model(evaluation=results)):
+        path.write_text(render(document, ""), encoding="utf-8")
+        assert not {"model-index", "model_name"} & metadata_load(path).keys()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 
 from upit_merge.report.document import Report
 from upit_merge.report.markdown import escaped
-from upit_merge.report.sources import Source
+from upit_merge.report.sources import Source, is_hub_id
 
 # The identifiers the Hub takes for `license`, from its documentation; others are an error there.
 _LICENSES = """
@@ -31,26 +32,53 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 
 
 def front_matter(report: Report) -> str:
-    """The block with which the page begins."""
+    """Return the block with which the card begins."""
     text = yaml.safe_dump(metadata(report), sort_keys=False, allow_unicode=True)
     return f"---\n{text.rstrip()}\n---"
 
 
 def metadata(report: Report) -> dict[str, Any]:
-    """What the Hub is told of the model: where it comes from, what runs it, who may use it."""
-    found: dict[str, Any] = {**_license(report), "library_name": "transformers"}
+    """Return what the Hub is told: where the model comes from, what runs it, who may use it."""
+    fields: dict[str, Any] = {**_license(report), "library_name": "transformers"}
     if languages := _languages(report):
-        found["language"] = languages
-    found["pipeline_tag"] = "text-generation"
-    found["tags"] = ["mergekit", "merge", "moe", report.model.format, "upit"]
+        fields["language"] = languages
+    fields["pipeline_tag"] = "text-generation"
+    fields["tags"] = ["mergekit", "merge", "moe", report.model.format, "upit"]
     ids = [name for source in report.all_sources for name in source.hub_ids]
     if ids:
-        found |= {"base_model": list(dict.fromkeys(ids)), "base_model_relation": "merge"}
-    return found
+        fields |= {"base_model": list(dict.fromkeys(ids)), "base_model_relation": "merge"}
+    return fields | _results(report)
+
+
+def _results(report: Report) -> dict[str, Any]:
+    """Return the perplexities as the `model-index` that the Hub shows beside the card."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    evaluation = report.evaluation
+    if evaluation is None:
+        return {}
+    data, whole = evaluation.data, evaluation.whole
+    # A file may be called like somebody's dataset: what has no owner is not taken for one.
+    dataset = data if "/" in data and is_hub_id(data) else "custom"
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=data,
+            metric_type="perplexity",
+            metric_name="perplexity" if name == whole else f"perplexity on {name}",
+            metric_value=round(evaluation.groups[name].perplexity, 4),
+        )
+        for name in dict.fromkeys([whole, *evaluation.groups])
+        if math.isfinite(evaluation.groups[name].perplexity)  # the Hub's JSON has no other numbers
+    ]
+    if not results:
+        return {}
+    return dict(ModelCardData(model_name=report.model.name, eval_results=results).to_dict())
 
 
 def _statement(source: Source) -> tuple[str, str | None] | None:
-    """The licence of a model, as one that can be compared: its identifier, or `other` and a name.
+    """Return the licence of a model so that it can be compared: identifier, or `other` and name.
 
     One that the Hub has no identifier for is `other`, with a name made of what it is called.
     """
@@ -65,7 +93,7 @@ def _statement(source: Source) -> tuple[str, str | None] | None:
 
 
 def _license(report: Report) -> dict[str, str]:
-    """The base's licence, unless some other model states another one."""
+    """Return the base's licence, unless some other model states another one."""
     base = report.sources.base
     statement = _statement(base)
     if statement is None or disagreement(report):
@@ -80,7 +108,7 @@ def _license(report: Report) -> dict[str, str]:
 
 
 def _link(source: Source) -> str | None:
-    """Where the licence can be read; the name of a file is one of the base's repository."""
+    """Return where the licence can be read; the name of a file is one of the base's repository."""
     link = source.license_link
     if link is None or link.startswith(("https://", "http://")):
         return link
@@ -90,7 +118,7 @@ def _link(source: Source) -> str | None:
 
 
 def disagreement(report: Report) -> str | None:
-    """A sentence if the models it is made of state several licences."""
+    """Return a sentence if the models it is made of state several licences."""
     stated: dict[tuple[str, str | None], str] = {}
     for source in report.all_sources:
         if (statement := _statement(source)) is not None:
@@ -107,7 +135,7 @@ def disagreement(report: Report) -> str | None:
 
 
 def _languages(report: Report) -> list[str]:
-    """The base's languages, unless some other model states others."""
+    """Return the base's languages, unless some other model states others."""
     stated = [set(source.language) for source in report.all_sources if source.language]
     if any(languages != set(report.sources.base.language) for languages in stated):
         return []

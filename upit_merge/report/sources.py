@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from upit_merge.io.hub import looks_like_path, split_reference
 from upit_merge.io.sources import DenseModel
 
-# Of a card's metadata block, which is at its very beginning.
+# Of a card's metadata block, which is at its very beginning. `huggingface_hub.metadata_load` did
+# not see it behind a byte order mark, and read in the system's encoding, as late as 1.5.0.
 _METADATA = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
 _MOST_CHARACTERS = 300  # of a text that is taken over from somebody's card
 
