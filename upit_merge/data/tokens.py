@@ -62,17 +62,17 @@ class SeedSet:
         return sum(sample.num_targets for sample in self.samples)
 
     def digest(self) -> str:
-        """SHA-256 of what the samples are: tokens, where the loss starts, labels."""
+        """Return SHA-256 of what the samples are: tokens, where the loss starts, labels."""
         content = [(s.input_ids, s.loss_start, s.label) for s in self.samples]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def summary(self) -> str:
-        """What there is and what was cut, in one sentence for the log."""
+        """Return what there is and what was cut, in one sentence for the log."""
         kept = f"{_count(len(self.samples), 'sample')}, {_count(self.num_targets, 'target token')}"
         return f"Seed data: {'; '.join([kept, *self._what_was_cut()])}."
 
     def to_report(self) -> dict[str, int]:
-        """The same as plain numbers, for `upit_report.json`."""
+        """Return the same as plain numbers, for `upit_report.json`."""
         return {
             "samples": len(self.samples),
             "tokens": sum(len(sample.input_ids) for sample in self.samples),

@@ -62,7 +62,7 @@ class AssembledMixture:
             module.get_parameter("mlp.gate.weight").data = self._gate(layer)
 
     def layers(self, order: Iterable[int]) -> Generator[nn.Module]:
-        """The decoder layers of these numbers; the next one is being read meanwhile."""
+        """Yield the decoder layers of these numbers; the next one is being read meanwhile."""
         if not self._keep:
             yield from map_in_order(self._read, order, workers=1)
             return

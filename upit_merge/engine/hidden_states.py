@@ -30,7 +30,7 @@ class Stream:
     batches: tuple[Batch, ...]
 
     def share(self, processes: Processes) -> Stream:
-        """The batches of this process.
+        """Return the batches of this process.
 
         Batches are dealt out whole: with other neighbours in its batch, a sample's loss would
         differ in its last bits, and with it the result of one process and of several.
@@ -95,11 +95,11 @@ class PackedStates:
             self.rows = mapped.view(shape)
 
     def span(self, sample: int) -> slice:
-        """The rows of one sample."""
+        """Return the rows of one sample."""
         return slice(self.offsets[sample], self.offsets[sample + 1])
 
     def padded(self, batch: Batch) -> Tensor:
-        """The rows of some samples, (samples, longest, hidden_size), zeros on the right."""
+        """Return the rows of some samples, (samples, longest, hidden_size), zeros on the right."""
         spans = [self.span(index) for index in batch]
         longest = max(span.stop - span.start for span in spans)
         padded = torch.zeros(len(batch), longest, self.rows.shape[1], dtype=self.rows.dtype)

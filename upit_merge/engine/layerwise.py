@@ -58,11 +58,11 @@ class LayerwiseMixture:
         self._tied: bool = bool(config.tie_word_embeddings)
 
     def load(self, name: str) -> Tensor:
-        """A tensor of the folder on the device, in the computing dtype."""
+        """Return a tensor of the folder on the device, in the computing dtype."""
         return self.moe.tensor(name).to(device=self.device, dtype=self.dtype)
 
     def ffn(self, layer: int, expert: int) -> Weights:
-        """The FFN weights of an expert, or of the mean of all, by projection."""
+        """Return the FFN weights of an expert, or of the mean of all, by projection."""
         name_of = self.format.expert_tensor
         if expert != MEAN:
             return {p: self.load(name_of(layer, expert, p)) for p in PROJECTIONS}
@@ -246,7 +246,7 @@ class LayerwiseMixture:
 
 
 def _cache_argument(make_mask: Callable[..., Any]) -> str:
-    """What transformers calls the cache, which it wants to be given: renamed in 5.24."""
+    """Return what transformers calls the cache, which it wants to be given: renamed in 5.24."""
     return "cache" if "cache" in inspect.signature(make_mask).parameters else "past_key_values"
 
 

@@ -97,12 +97,12 @@ class Checkpoint:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds an adapter, and not a complete model beside it."""
+    """Return whether the folder holds an adapter, and not a complete model beside it."""
     return (folder / "adapter_config.json").is_file() and not has_any(folder, SAFE_WEIGHTS)
 
 
 def has_any(folder: Path, names: Iterable[str]) -> bool:
-    """Whether one of these files is there."""
+    """Return whether one of these files is there."""
     return any((folder / name).is_file() for name in names)
 
 

@@ -50,12 +50,12 @@ def split_reference(reference: str) -> tuple[str, str | None]:
 
 
 def is_folder(reference: str) -> bool:
-    """Whether a model reference is a local folder that is there."""
+    """Return whether a model reference is a local folder that is there."""
     return os.path.isdir(os.path.expanduser(reference))
 
 
 def looks_like_path(reference: str) -> bool:
-    """Whether a model reference can only mean a local folder, never a Hub id."""
+    """Return whether a model reference can only mean a local folder, never a Hub id."""
     return (
         reference.startswith((".", "/", "~"))
         or (os.sep != "/" and os.sep in reference)

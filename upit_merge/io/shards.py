@@ -132,7 +132,7 @@ class ShardWriter:
             offset += spec.num_bytes
 
     def wants(self, name: str) -> bool:
-        """Whether this tensor is in one of the files and not written yet."""
+        """Return whether this tensor is in one of the files and not written yet."""
         return self._rows_left.get(name, 0) > 0
 
     def dtype(self, name: str) -> torch.dtype:

@@ -17,7 +17,7 @@ _INT32 = 1 << 32
 
 
 def _signed(value: int) -> int:
-    """The int32 with the same bits as a 32-bit unsigned integer."""
+    """Return the int32 with the same bits as a 32-bit unsigned integer."""
     value %= _INT32
     return value - _INT32 if value >= _INT32 // 2 else value
 
@@ -71,7 +71,7 @@ class MaskKey:
 
 
 def mask_key(*parts: object) -> MaskKey:
-    """A key from anything that names a mask, e.g. (seed, expert, checkpoint, tensor).
+    """Return a key from anything that names a mask, e.g. (seed, expert, checkpoint, tensor).
 
     Parts are hashed with their lengths, so that ("a", "bc") and ("ab", "c") differ.
     """

@@ -19,7 +19,7 @@ _INT31 = 1 << 31
 def keep_bits(
     hashed: torch.Tensor, key: MaskKey, density: float, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Which entries DARE keeps, each with probability `density`, as words of ones or zeros.
+    """Return which entries DARE keeps, each with probability `density`, as words of ones or zeros.
 
     An entry's 31-bit number is multiplier · hash + offset, the top bit dropped (multiply-add
     hashing, in the manner of Dietzfelbinger 1996). That masks of different keys are independent is

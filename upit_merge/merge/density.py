@@ -41,7 +41,7 @@ def _check_idle_filters(architecture: DenseArchitecture, settings: Sequence[Dens
 def resolve_densities(
     architecture: DenseArchitecture, shared: Density, per_model: Sequence[Density | None]
 ) -> torch.Tensor:
-    """The share of entries DARE keeps, for every FFN tensor and checkpoint.
+    """Return the share of entries DARE keeps, for every FFN tensor and checkpoint.
 
     Args:
         architecture: Names the FFN tensors, in order.

@@ -28,11 +28,11 @@ class Sink(Protocol):
     """Takes the rows of output tensors, in any order, from any thread."""
 
     def wants(self, name: str) -> bool:
-        """Whether a tensor is to be made at all."""
+        """Return whether a tensor is to be made at all."""
         ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype it is to be given in."""
+        """Return the dtype it is to be given in."""
         ...
 
     def write(self, name: str, start: int, rows: torch.Tensor) -> None:
@@ -126,7 +126,7 @@ class ExpertBuilder:
         deltas: dict[int, torch.Tensor],
         hashed: torch.Tensor,
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """All children, as each may be a parent of the next."""
+        """Yield all children, as each may be a parent of the next."""
         density = float(self.densities[tensor, 0])
         grown: list[torch.Tensor] = []
         for index, expert in enumerate(self.lineage.unit_of(tensor).experts):

@@ -60,7 +60,7 @@ class _Population:
         return self._grams[:, :size, :size].sum(0)
 
     def choose(self, generator: random.Random) -> tuple[int, int, float]:
-        """The next pair and the first one's share, by the recipe's rule."""
+        """Return the next pair and the first one's share, by the recipe's rule."""
         if self._farthest is not None:
             return self._farthest.choose()
         pair = self._choose_parents(generator)
@@ -113,7 +113,7 @@ class _Population:
 
 
 def needs_gram(num_checkpoints: int, num_experts: int, parameters: Parameters) -> bool:
-    """Whether the lineage depends on how alike the checkpoints are.
+    """Return whether the lineage depends on how alike the checkpoints are.
 
     If not, one pass over them suffices: experts are written while their likeness is measured.
     """

@@ -92,7 +92,7 @@ class Lineage:
         return {tensor: unit for unit in self.units for tensor in unit.tensors}
 
     def unit_of(self, tensor: int) -> Unit:
-        """The unit that an FFN tensor belongs to."""
+        """Return the unit that an FFN tensor belongs to."""
         return self._by_tensor[tensor]
 
     @cached_property
@@ -138,7 +138,7 @@ class Lineage:
         return float(pairs.max()) if pairs.numel() else None
 
     def to_report(self) -> dict[str, Any]:
-        """Who the experts are; with `units` if that differs between tensors."""
+        """Return who the experts are; with `units` if that differs between tensors."""
         report: dict[str, Any] = {"experts": [expert.to_report() for expert in self.experts]}
         if len(self.units) > 1:
             report["units"] = [

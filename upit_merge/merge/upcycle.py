@@ -196,5 +196,5 @@ class Perturbation:
 
 
 def perturbs(parameters: Parameters) -> bool:
-    """Whether experts are changed copies."""
+    """Return whether experts are changed copies."""
     return bool(parameters.noise or parameters.reinitialise)

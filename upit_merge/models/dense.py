@@ -86,7 +86,7 @@ class DenseArchitecture:
                 yield layer, projection, ffn_tensor(layer, projection)
 
     def backbone_names(self) -> list[str]:
-        """Everything that is not FFN: attention, norms, embeddings, head."""
+        """Return everything that is not FFN: attention, norms, embeddings, head."""
         ffn = {name for _layer, _projection, name in self.ffn_names()}
         return [name for name in self.specs if name not in ffn]
 
@@ -94,7 +94,7 @@ class DenseArchitecture:
 def dense_shapes(
     form: MixtureFormat, settings: Mapping[str, Any]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The tensors of a dense model without biases, in model order."""
+    """Yield the tensors of a dense model without biases, in model order."""
     hidden, inner, head = (settings[f] for f in ("hidden_size", "intermediate_size", "head_dim"))
     queries, keys = (settings[f"num_{f}_heads"] * head for f in ("attention", "key_value"))
     yield "model.embed_tokens.weight", (settings["vocab_size"], hidden)
@@ -117,7 +117,7 @@ def dense_shapes(
 
 
 def format_of(checkpoint: DenseModel) -> MixtureFormat:
-    """What a dense checkpoint becomes.
+    """Return what a dense checkpoint becomes.
 
     Raises:
         UpitError: nothing, as it is of a kind that is not known.
@@ -197,7 +197,7 @@ def carried_settings(config: Any) -> dict[str, Any]:
 
 
 def context_length(checkpoint: DenseModel) -> int:
-    """The longest input, in tokens, that a dense checkpoint's configuration allows."""
+    """Return the longest input, in tokens, that a dense checkpoint's configuration allows."""
     return int(read_dense_config(checkpoint).max_position_embeddings)
 
 
@@ -306,12 +306,12 @@ def _check_same_tensors(
 
 
 def stored_dtype(checkpoint: DenseModel, architecture: DenseArchitecture) -> torch.dtype:
-    """The widest dtype among a checkpoint's tensors that matter."""
+    """Return the widest dtype among a checkpoint's tensors that matter."""
     dtypes = {checkpoint.specs[name].dtype for name in architecture.specs}
     return max(dtypes, key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16))
 
 
 def default_dtype(base: DenseModel, architecture: DenseArchitecture) -> torch.dtype:
-    """The output's dtype when the recipe names none: the base's, but never above float32."""
+    """Return the output's dtype when the recipe names none: the base's, but never above float32."""
     dtype = stored_dtype(base, architecture)
     return torch.float32 if dtype == torch.float64 else dtype

@@ -18,7 +18,7 @@ from upit_merge.models.formats import MixtureFormat
 def training_free_gates(
     backbone: TensorSource, num_layers: int, num_experts: int, seed: int
 ) -> list[Tensor]:
-    """A random gate per layer, for an MoE without seed data.
+    """Return a random gate per layer, for an MoE without seed data.
 
     Args:
         backbone: Has the norms before the gates, whose size sets the gates' scale.
@@ -50,12 +50,12 @@ def named_gates(form: MixtureFormat, gates: Sequence[torch.Tensor]) -> dict[str,
 
 
 def gates_digest(gates: Sequence[torch.Tensor], dtype: torch.dtype) -> str:
-    """SHA-256 of all gates as they are stored, layer after layer."""
+    """Return SHA-256 of all gates as they are stored, layer after layer."""
     return tensors_digest(gate.to(dtype) for gate in gates)
 
 
 def tensors_digest(tensors: Iterable[torch.Tensor]) -> str:
-    """SHA-256 of the bytes of some tensors, in their order."""
+    """Return SHA-256 of the bytes of some tensors, in their order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(raw_bytes(tensor, tensor.dtype))

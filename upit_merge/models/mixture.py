@@ -62,13 +62,13 @@ class MixtureArchitecture:
         return int(self.config.num_hidden_layers)
 
     def dense_config(self, **changes: Any) -> Any:
-        """One expert's configuration as a dense model."""
+        """Return one expert's configuration as a dense model."""
         fields = self.format.dense_fields(self.config) | changes
         fields = {k: v for k, v in fields.items() if k not in ("model_type", "dtype")}
         return self.format.modules().dense_config(**fields)
 
     def dense_settings(self) -> dict[str, Any]:
-        """The settings of `DenseArchitecture` that a dense model would have to share."""
+        """Return the settings of `DenseArchitecture` that a dense model would have to share."""
         settings = shared_settings(self.dense_config())
         if settings["head_dim"] is None:
             settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
@@ -92,7 +92,7 @@ def inspect_mixture(moe: TensorSource) -> MixtureArchitecture:
 
 
 def read_mixture(moe: TensorSource) -> MixtureArchitecture:
-    """What a mixture is by its configuration; its tensors are not looked at.
+    """Return what a mixture is by its configuration; its tensors are not looked at.
 
     Raises:
         UpitError: its configuration is of another kind or not valid.
@@ -216,7 +216,7 @@ def mixture_config(
     experts_per_token: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """The output's `config.json`.
+    """Return the output's `config.json`.
 
     Rope settings and dtype are written under the names that every reader knows (transformers 4
     and 5, vLLM, llama.cpp), not under those only transformers 5 writes.
@@ -251,7 +251,7 @@ def mixture_config(
 def mixture_specs(
     architecture: DenseArchitecture, num_experts: int, dtype: torch.dtype
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """The output's tensors: all but the gates in model order, and the gates."""
+    """Return the output's tensors: all but the gates in model order, and the gates."""
     shapes = dict(mixture_shapes(architecture.format, architecture.settings, num_experts))
     gates = set(architecture.format.gate_names(architecture.num_layers))
     specs = [TensorSpec(name, shape, dtype) for name, shape in shapes.items()]

@@ -34,14 +34,14 @@ _GENERATION_FILE = "generation_config.json"
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer's vocabulary."""
+    """Return whether the folder holds a tokenizer's vocabulary."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def tokenizer_donor(
     source: str | None, base: DenseModel, checkpoints: Sequence[DenseModel]
 ) -> DenseModel | None:
-    """The model whose tokenizer the output gets.
+    """Return the model whose tokenizer the output gets.
 
     Fine-tuning adds chat templates and end tokens: the last checkpoint that has a tokenizer, and
     only then the base.
@@ -70,7 +70,7 @@ def tokenizer_donor(
 def find_model(
     label: str, key: str, checkpoints: Sequence[DenseModel], base: DenseModel
 ) -> DenseModel:
-    """The model of the recipe with this label, also by its folder.
+    """Return the model of the recipe with this label, also by its folder.
 
     Raises:
         UpitError: naming the recipe's key and the labels there are.
@@ -97,7 +97,7 @@ def copy_generation_config(donor: DenseModel, folder: Path) -> None:
 
 
 def resolve_chat_template(setting: str, models: Sequence[DenseModel]) -> str | None:
-    """The Jinja text a recipe's `chat_template` means.
+    """Return the Jinja text a recipe's `chat_template` means.
 
     Args:
         setting: A template, the name of one that mergekit ships, or `auto`: the one most of the
@@ -122,7 +122,7 @@ def resolve_chat_template(setting: str, models: Sequence[DenseModel]) -> str | N
 
 
 def own_template(folder: Path) -> str | None:
-    """The chat template in a model's folder, if it has exactly one."""
+    """Return the chat template in a model's folder, if it has exactly one."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8", errors="replace")
@@ -168,7 +168,7 @@ def highest_token_id(folder: Path) -> int | None:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a local folder, as transformers loads it.
+    """Return the tokenizer in a local folder, as transformers loads it.
 
     Raises:
         UpitError: there is none, or it cannot be loaded.

@@ -79,7 +79,7 @@ def shuffled(num_samples: int, num_experts: int, seed: int) -> Tensor:
 
 
 def by_column(samples: Sequence[TokenizedSample], rule: ByColumn, num_experts: int) -> Tensor:
-    """The experts that the data itself names, int64, (num_samples,).
+    """Return the experts that the data itself names, int64, (num_samples,).
 
     Raises:
         UpitError: a value names no expert.

@@ -122,7 +122,7 @@ class ExpertModel(nn.Module):
 
 
 def _ffn_names(architecture: MixtureArchitecture, expert: int) -> dict[str, str]:
-    """The name of each FFN tensor of an expert, by its name in the dense model."""
+    """Return the name of each FFN tensor of an expert, by its name in the dense model."""
     name_of, layers = architecture.format.expert_tensor, range(architecture.num_layers)
     return {ffn_tensor(n, p): name_of(n, expert, p) for n in layers for p in PROJECTIONS}
 

@@ -96,7 +96,7 @@ def router_memory(
     cpu: bool,
     evaluated: bool = False,
 ) -> RouterMemory:
-    """The peak over the parts of the stage that the settings ask for.
+    """Return the peak over the parts of the stage that the settings ask for.
 
     Args:
         lengths: Tokens of this process's samples.
@@ -127,7 +127,7 @@ def _batch(lengths: Sequence[int], settings: RouterSettings) -> int:
 
 
 def _sweeps(shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, item: int) -> int:
-    """A dense layer, the next one, and a batch; or a covariance and a solver's matrices."""
+    """Return a dense layer, the next one, and a batch; or a covariance and a solver's matrices."""
     layer = (shape.attention + 3 * shape.projection) * item
     # While the next FFN is made from all experts: a sum, a summand, and that as it is stored.
     reading = shape.projection * (8 + shape.itemsize)
@@ -140,7 +140,7 @@ def _sweeps(shape: ModelShape, lengths: Sequence[int], settings: RouterSettings,
 
 
 def _head(shape: ModelShape, item: int) -> int:
-    """The output head and the logits of some rows."""
+    """Return the output head and the logits of some rows."""
     return shape.embeddings * (item + shape.itemsize) + 3 * 4 * LOGIT_ROWS * shape.vocab_size
 
 

@@ -125,7 +125,7 @@ def _class_sums(data: GateData) -> Tensor:
 
 
 def one_vs_rest(data: GateData) -> Tensor:
-    """The paper's sigmoid loss (section 3.3) with the other experts' tokens as negatives.
+    """Return the paper's sigmoid loss (section 3.3) with the other experts' tokens as negatives.
 
     Minimises the mean over tokens of Σ_i BCE(sigmoid(h · r_i), [token is expert i's]) plus
     `LOGISTIC_PENALTY` / 2 · Σ_i ‖r_i‖², on inputs of unit mean square.
@@ -153,7 +153,7 @@ def softmax(data: GateData) -> Tensor:
 
 
 def added_row(data: GateData, gates: Sequence[Tensor]) -> Tensor:
-    """A gate with one routing vector more, the last expert's; the others stay as they are.
+    """Return a gate with one routing vector more, the last expert's; the others stay as they are.
 
     Minimises what `softmax` does over the new vector alone: it has to win, against what the others
     say already, where a token is its own, and to lose elsewhere.
@@ -231,7 +231,7 @@ def _logistic(data: GateData, num_rows: int, loss: _Loss) -> Tensor:
 def upit(
     data: GateData, *, alpha: float, epochs: int, lr: float, batch_size: int, seed: int
 ) -> Tensor:
-    """The paper's routing vectors over frozen experts (section 3.3): positives only.
+    """Return the paper's routing vectors over frozen experts (section 3.3): positives only.
 
     Every expert's vector is trained on its own samples alone, by AdamW from zero, to minimise
     (1 - alpha) · L_aux, with L_aux = CrossEntropy(sigmoid(h · r_i), 1). The other part, alpha ·

@@ -72,7 +72,7 @@ class GateTrainer:
     processes: Processes = ALONE
 
     def slopes(self, moe: AssembledMixture, chosen: Sequence[int], balance: float) -> Slopes:
-        """The loss on some samples and its gradient.
+        """Return the loss on some samples and its gradient.
 
         Args:
             moe: The mixture with the gates in question.

@@ -85,7 +85,7 @@ class RouterGain:
         return values | {"verdict": self.verdict()}
 
     def verdict(self) -> str:
-        """What the numbers say, in plain words."""
+        """Return what the numbers say, in plain words."""
         if self.chance != self.chance:
             return "There are too few samples, or experts, to tell whether a router is worth it."
         found = (
@@ -108,7 +108,7 @@ class RouterGain:
         return f"The experts differ on this data: {found}. A router is worth it."
 
     def warnings(self) -> list[str]:
-        """What users should not overlook."""
+        """Return what users should not overlook."""
         found = [self.verdict()] if self.is_noise and self.chance == self.chance else []
         if self.favourite_share > _NEARLY_ALL:
             found.append(

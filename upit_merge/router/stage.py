@@ -105,14 +105,14 @@ class RouterStage:
         self.seconds[part] = round(self.seconds.get(part, 0.0) + spent, 3)
 
     def bar(self, total: int, description: str, unit: str = "tok") -> Any:
-        """A progress bar, of the first process."""
+        """Return a progress bar, of the first process."""
         quiet = self.quiet or not self.processes.is_first
         return progress_bar(total, description, quiet=quiet, unit=unit)
 
     # ---- buckets ---------------------------------------------------------------------------
 
     def losses(self) -> SampleLosses:
-        """Every sample's loss under every expert.
+        """Return every sample's loss under every expert.
 
         Raises:
             UpitError: a loss is NaN or infinite.
@@ -162,7 +162,7 @@ class RouterStage:
             self.progress.keep_states(name, layer + 1, states, gates)
 
     def buckets(self) -> Buckets:
-        """Which expert gets which sample."""
+        """Return which expert gets which sample."""
         rule = self.settings.assign
         experts = self.model.num_experts
         if isinstance(rule, ByColumn):
@@ -260,7 +260,7 @@ class RouterStage:
         return self.checked(layer, fit(data))
 
     def checked(self, layer: int, gate: Tensor) -> Tensor:
-        """The gate itself.
+        """Return the gate itself.
 
         Raises:
             UpitError: as it is stored, it is NaN or infinite.

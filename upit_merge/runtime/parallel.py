@@ -41,7 +41,7 @@ def map_in_order(
 
 
 def progress_bar(total: int, description: str, *, quiet: bool, unit: str = "B") -> tqdm:
-    """A progress bar with the time left, on standard error; bytes unless told otherwise."""
+    """Return a progress bar with the time left, on standard error; bytes unless told otherwise."""
     return tqdm(
         total=total,
         desc=description,

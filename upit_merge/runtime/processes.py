@@ -38,7 +38,7 @@ class Processes:
         return self.rank == 0
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all processes, in rank order; waits for all of them."""
+        """Return the values of all processes, in rank order; waits for all of them."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -49,7 +49,7 @@ class Processes:
         return values
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all processes, the same to the last bit in each of them.
+        """Return the sum of a tensor over all processes, the same to the last bit in each of them.
 
         Args:
             tensor: Of the same shape and dtype everywhere.

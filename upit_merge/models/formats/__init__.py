@@ -16,7 +16,7 @@ COUNT_FIELDS: tuple[str, ...] = tuple(f.count_field for f in FORMATS.values())
 
 
 def format_of_dense(model_type: object) -> MixtureFormat | None:
-    """What dense checkpoints of a `model_type` become; None if there is nothing."""
+    """Return what dense checkpoints of a `model_type` become; None if there is nothing."""
     return next((f for f in FORMATS.values() if model_type in f.dense_types), None)
 
 

@@ -65,18 +65,18 @@ class MixtureFormat(ABC):
         )
 
     def gate_names(self, num_layers: int) -> list[str]:
-        """Names of all gates, in layer order."""
+        """Return names of all gates, in layer order."""
         return [self.gate_tensor(layer) for layer in range(num_layers)]
 
     def expert_names(self, num_layers: int, experts: Iterable[int]) -> Iterator[str]:
-        """Names of all tensors of some experts."""
+        """Yield names of all tensors of some experts."""
         for expert in experts:
             for layer in range(num_layers):
                 for projection in PROJECTIONS:
                     yield self.expert_tensor(layer, expert, projection)
 
     def is_backbone(self, name: str) -> bool:
-        """Whether a layer's tensor is neither gate nor expert."""
+        """Return whether a layer's tensor is neither gate nor expert."""
         return f".{self.block}." not in name
 
     def attention_norms(self, head_dim: int) -> dict[str, tuple[int, ...]]:
@@ -98,10 +98,10 @@ class MixtureFormat(ABC):
 
     @abstractmethod
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
-        """What `config.json` has beside the fields that all formats share."""
+        """Return what `config.json` has beside the fields that all formats share."""
 
     def unfit_mixture(self, config: Any) -> str | None:
-        """What of a mixture's configuration is not supported, as "has …"; else None."""
+        """Return what of a mixture's configuration is not supported, as "has …"; else None."""
         return None
 
     @abstractmethod

@@ -94,12 +94,12 @@ class Adapter:
         return _CACHED_TENSORS * self.factor_bytes
 
     def is_low_rank(self, name: str) -> bool:
-        """Whether `low_rank` is all the difference to the base."""
+        """Return whether `low_rank` is all the difference to the base."""
         change = self._changes.get(name)
         return change is None or change.is_low_rank
 
     def low_rank(self, name: str) -> LowRank | None:
-        """The factors for a tensor, or None if there are none; thread-safe.
+        """Return the factors for a tensor, or None if there are none; thread-safe.
 
         Raises:
             UpitError: they are NaN or infinite.
@@ -128,7 +128,7 @@ class Adapter:
         return self._file.rows(part, 0, self._file.specs[part].shape[0]).float()
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor on the CPU; float32 if it has factors.
+        """Return rows [start, stop) of a tensor on the CPU; float32 if it has factors.
 
         Raises:
             UpitError: they are NaN or infinite. Comparing adapters of one base does not read the
@@ -148,15 +148,15 @@ class Adapter:
         return rows
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor on the CPU; float32 if it has factors."""
+        """Return a whole tensor on the CPU; float32 if it has factors."""
         return self.rows(name, 0, self.specs[name].shape[0])
 
     def files(self) -> list[Path]:
-        """The files that decide its weights, the base's among them."""
+        """Return the files that decide its weights, the base's among them."""
         return [*self.base.files(), self.folder / CONFIG, self._file.path]
 
     def small_file(self, name: str) -> Path:
-        """Where a file of its settings is: the base's, if it has none of its own."""
+        """Return where a file of its settings is: the base's, if it has none of its own."""
         own = self.folder / name
         return own if own.is_file() else self.base.small_file(name)
 

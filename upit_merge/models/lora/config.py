@@ -67,11 +67,11 @@ class AdapterConfig:
     _peft: Any
 
     def rank(self, module: str) -> int:
-        """The rank of a module's factors."""
+        """Return the rank of a module's factors."""
         return self._of(module, self._peft.rank_pattern, self._peft.r)
 
     def scale(self, module: str) -> float:
-        """What the product of a module's factors is multiplied with."""
+        """Return what the product of a module's factors is multiplied with."""
         rank = self.rank(module)
         alpha = self._of(module, self._peft.alpha_pattern, self._peft.lora_alpha)
         return alpha / (math.sqrt(rank) if self._peft.use_rslora else rank)
@@ -220,7 +220,7 @@ def _check_slow_patterns(folder: Path, config: Any) -> None:
 
 
 def _may_be_slow(pattern: str) -> bool:
-    """Whether a regular expression has more ways to match than are tried in a moment."""
+    """Return whether a regular expression has more ways to match than are tried in a moment."""
     repeats = len(re.findall(r"[*+{]|(?<!\()\?", pattern))
     return bool(
         len(pattern) > _MAX_CHARACTERS

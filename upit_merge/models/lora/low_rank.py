@@ -26,7 +26,7 @@ class LowRank:
 
 
 def factor_gram(deltas: Sequence[LowRank | None]) -> torch.Tensor:
-    """Inner products of matrices of low rank; none of them is ever formed.
+    """Return inner products of matrices of low rank; none of them is ever formed.
 
     ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ): with all factors side by side, two products give a
     matrix's inner products with all others.
@@ -76,7 +76,7 @@ def add_low_rank(rows: torch.Tensor, delta: LowRank, start: int) -> torch.Tensor
 
 
 def with_magnitudes(rows: torch.Tensor, magnitudes: torch.Tensor) -> torch.Tensor:
-    """Rows in their directions, in lengths that are given (DoRA).
+    """Return rows in their directions, in lengths that are given (DoRA).
 
     Their own lengths are summed in float64: in what order does not show once they are rounded.
 

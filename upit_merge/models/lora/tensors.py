@@ -59,7 +59,7 @@ class Change:
 
 
 def open_weights(label: str, folder: Path, options: OpenOptions) -> WeightFile:
-    """The file of an adapter's tensors.
+    """Return the file of an adapter's tensors.
 
     Raises:
         UpitError: there is none, or it is a pickle that may not be read.
@@ -82,7 +82,7 @@ def open_weights(label: str, folder: Path, options: OpenOptions) -> WeightFile:
 def read_changes(
     label: str, settings: AdapterConfig, base: Checkpoint, file: WeightFile
 ) -> dict[str, Change]:
-    """What the adapter changes, by name of the base's tensor.
+    """Return what the adapter changes, by name of the base's tensor.
 
     Raises:
         UpitError: a tensor is unknown, missing, or does not fit the base or the settings.
@@ -129,7 +129,7 @@ class _Reader:
         return self._untied(changes)
 
     def _module_of(self, name: str) -> tuple[str, str]:
-        """The module a tensor belongs to, and which part of it the tensor is."""
+        """Return the module a tensor belongs to, and which part of it the tensor is."""
         suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
         if not name.startswith(_PREFIX) or suffix is None:
             reason = "cannot be applied"
@@ -214,7 +214,7 @@ class _Reader:
         return changes
 
     def _equal(self, first: str, second: str) -> bool:
-        """Whether two tensors of the file are the same, looked at block by block."""
+        """Return whether two tensors of the file are the same, looked at block by block."""
         specs = self.file.specs
         if specs[first].shape != specs[second].shape:
             return False
