@@ -96,7 +96,7 @@ def by_settings(folder: Path, variant: str, scratch: Path) -> tuple[list[Tensor]
             shutil.rmtree(copies.folder, ignore_errors=True)
             shutil.copytree(folder / "moe", copies.folder)
         result = pretrain_router(stage, copies)
-    return result.gates, stage.seconds
+    return result.gates, stage.clock.seconds
 
 
 def losses(folder: Path, _variant: str, scratch: Path) -> tuple[list[Tensor], dict[str, float]]:
@@ -104,7 +104,7 @@ def losses(folder: Path, _variant: str, scratch: Path) -> tuple[list[Tensor], di
     with opened_mixture(folder / "moe") as moe:
         stage = stage_of(LayerwiseMixture(moe, CPU), folder, settings_of(folder, ""), scratch)
         stage.losses()
-    return [], stage.seconds
+    return [], stage.clock.seconds
 
 
 def sweep(folder: Path, _variant: str, scratch: Path) -> tuple[list[Tensor], dict[str, float]]:
@@ -113,7 +113,7 @@ def sweep(folder: Path, _variant: str, scratch: Path) -> tuple[list[Tensor], dic
         stage = stage_of(LayerwiseMixture(moe, CPU), folder, settings_of(folder, ""), scratch)
         buckets = stage.buckets()
         stage.gates(buckets, lambda data: torch.zeros(data.num_experts, data.width))
-    return [], {"sweep": stage.seconds["gates"] - stage.seconds["fitting"]}
+    return [], {"sweep": stage.clock.seconds["gates"] - stage.clock.seconds["fitting"]}
 
 
 def random(folder: Path, variant: str, _scratch: Path) -> tuple[list[Tensor], dict[str, float]]:

@@ -152,7 +152,7 @@ def _with_new_row(stage: RouterStage, gates: Sequence[Tensor]) -> RouterResult:
         "seed": stage.seed,
         "data": stage.seeds.to_report(),
         "buckets": buckets.to_report(),
-        "seconds": stage.seconds,
+        "seconds": stage.clock.seconds,
         "gates_sha256": gates_digest(fitted, stage.model.stored_dtype),
     }
     return RouterResult(fitted, report)

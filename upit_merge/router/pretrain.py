@@ -116,7 +116,7 @@ def tuned_gates(
     """
     model, experts = stage.model, range(stage.model.num_experts)
     found: dict[int, tuple[Tensor, str]] = {}
-    with stage.measured("experts"), stage.bar(len(experts), "experts", "expert") as bar:
+    with stage.clock.measure("experts"), stage.bar(len(experts), "experts", "expert") as bar:
         for expert in experts[stage.processes.rank :: stage.processes.size]:
             name = f"tuned-{expert}"
             kept = stage.progress.kept(name)
@@ -172,7 +172,7 @@ def refined_gates(
         model or stage.model, stage.seeds.samples, stage.settings, stage.scratch, stage.processes
     )
     kept = stage.progress.kept("refined")
-    with stage.measured("refine"), stage.bar(refine.steps, "refining", "step") as bar:
+    with stage.clock.measure("refine"), stage.bar(refine.steps, "refining", "step") as bar:
 
         def after_step(state: RefineState) -> None:
             if stage.progress.is_due:
@@ -231,4 +231,4 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> Route
             trained = LayerwiseMixture(sink.source, model.device)
         gates, report["refined"] = refined_gates(stage, gates, trained)
     report["gates_sha256"] = gates_digest(gates, model.stored_dtype)
-    return RouterResult(gates, report | {"seconds": stage.seconds})
+    return RouterResult(gates, report | {"seconds": stage.clock.seconds})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +24,7 @@ from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffl
 from upit_merge.router.objectives import GateData, Objective
 from upit_merge.router.progress import Progress
 from upit_merge.router.router_gain import SampleLosses, measure_router_gain
+from upit_merge.runtime.clock import Clock
 from upit_merge.runtime.parallel import progress_bar
 from upit_merge.runtime.processes import ALONE, Processes
 
@@ -55,6 +55,7 @@ class RouterStage:
         processes: Share the samples; all of them must call the same methods.
         progress: What a killed run has done already.
         quiet: No progress bars.
+        clock: Measures the parts of the stage.
     """
 
     model: LayerwiseMixture
@@ -65,7 +66,7 @@ class RouterStage:
     processes: Processes = ALONE
     progress: Progress = field(default_factory=Progress)
     quiet: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def lengths(self) -> list[int]:
@@ -96,14 +97,6 @@ class RouterStage:
         ) as states:
             yield states
 
-    @contextlib.contextmanager
-    def measured(self, part: str) -> Iterator[None]:
-        """Add the time that is spent inside to that of a part of the stage."""
-        started = time.perf_counter()
-        yield
-        spent = time.perf_counter() - started
-        self.seconds[part] = round(self.seconds.get(part, 0.0) + spent, 3)
-
     def bar(self, total: int, description: str, unit: str = "tok") -> Any:
         """Return a progress bar, of the first process."""
         quiet = self.quiet or not self.processes.is_first
@@ -124,7 +117,7 @@ class RouterStage:
         # One expert at a time: hidden states of one stream, at the price of reading the attention
         # weights once per expert, a fifth more than reading everything once.
         with (
-            self.measured("losses"),
+            self.clock.measure("losses"),
             self.states([stream]) as states,
             self.bar(per_sweep * self.model.num_experts, "losses of the experts") as bar,
         ):
@@ -213,7 +206,7 @@ class RouterStage:
         fit = objective or self._scaled
         tokens = sum(self.lengths[index] for stream in streams for index in stream.samples)
         with (
-            self.measured("gates"),
+            self.clock.measure("gates"),
             self.states(streams) as states,
             self.states(streams) as inputs,
             self.bar(tokens * self.model.num_layers, "fitting the gates") as bar,
@@ -222,7 +215,7 @@ class RouterStage:
             bar.update(tokens * first)
 
             def after_layer(layer: int) -> None:
-                with self.measured("fitting"):
+                with self.clock.measure("fitting"):
                     gates.append(self._fit(layer, fit, inputs, buckets))
                 self._after_layer("gates", states, gates, layer)
 
