@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from upit_merge.router.counts import RoutingCounts
 
@@ -18,8 +19,8 @@ def load_balancing_loss(
 
     f_i is the share of a layer's tokens that are sent to expert i (the shares sum to
     `experts_per_token`, which is the smallest value of the loss), P_i the mean of its routing
-    probabilities. transformers takes both over all layers together, so that an expert that gets
-    everything in one layer and nothing in another counts as balanced.
+    probabilities. transformers' own is asked layer by layer: it takes both over all layers together,
+    so that an expert that gets everything in one and nothing in another counts as balanced.
 
     Args:
         logits: Of every layer's router, (tokens, num_experts).
@@ -29,18 +30,12 @@ def load_balancing_loss(
     Returns:
         A scalar with a gradient.
     """
-    losses = []
-    for layer in logits:
-        probabilities = layer.float().softmax(-1)
-        tokens, experts = probabilities.shape
-        if mask is None:
-            weights = probabilities.new_full((tokens, 1), 1 / tokens)
-        else:
-            real = mask.reshape(-1, 1).to(probabilities)
-            weights = real / real.sum().clamp(min=1)
-        chosen = probabilities.topk(experts_per_token, dim=-1).indices
-        sent = torch.zeros_like(probabilities).scatter_(1, chosen, 1.0)
-        losses.append(experts * ((sent * weights).sum(0) * (probabilities * weights).sum(0)).sum())
+    # As float32, and with a mask of two dimensions, as older releases want it.
+    rows = None if mask is None else mask.reshape(1, -1)
+    losses = [
+        load_balancing_loss_func((layer.float(),), layer.shape[1], experts_per_token, rows)
+        for layer in logits
+    ]
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
