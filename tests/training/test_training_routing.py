@@ -51,6 +51,14 @@ def test_load_balancing_is_the_formula_in_every_layer() -> None:
     assert load_balancing_loss(logits, 2, mask).item() == pytest.approx(by_hand(logits, mask))
 
 
+def test_load_balancing_of_nothing_but_padding_is_zero() -> None:
+    logits = [torch.randn(6, EXPERTS, requires_grad=True) for _ in range(2)]
+    loss = load_balancing_loss(logits, 2, torch.zeros(2, 3))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(layer.grad is not None and not layer.grad.any() for layer in logits)
+
+
 def test_load_balancing_sees_what_layers_hide_from_each_other() -> None:
     first = torch.tensor([[9.0, 9.0, 0.0, 0.0]]).repeat(8, 1)
     opposite = [first, first.flip(-1)]

@@ -28,10 +28,12 @@ def load_balancing_loss(
         mask: Which tokens are real, any shape with `tokens` elements; None if all are.
 
     Returns:
-        A scalar with a gradient.
+        A scalar with a gradient; 0 if no token is real.
     """
     # As float32, and with a mask of two dimensions, as older releases want it.
     rows = None if mask is None else mask.reshape(1, -1)
+    if rows is not None and not rows.any():  # transformers' own would divide by zero
+        return torch.stack([0 * layer.float().sum().to(logits[0].device) for layer in logits]).sum()
     losses = [
         load_balancing_loss_func((layer.float(),), layer.shape[1], experts_per_token, rows)
         for layer in logits
