@@ -1,4 +1,4 @@
-"""The one error users see, and what may be quoted in it."""
+"""The one error users see, and how values are written in sentences."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def one_line(text: object) -> str:
     write to the terminal.
     """
     return _cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:400]), 200)
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number with its noun: 1 sample, 2 samples."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _cut(text: str, length: int) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from upit_merge.data.examples import Messages, SeedExample
-from upit_merge.errors import UpitError, first_line
+from upit_merge.errors import UpitError, counted, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,9 @@ class SeedSet:
 
     def summary(self) -> str:
         """Return what there is and what was cut, in one sentence for the log."""
-        kept = f"{_count(len(self.samples), 'sample')}, {_count(self.num_targets, 'target token')}"
+        kept = (
+            f"{counted(len(self.samples), 'sample')}, {counted(self.num_targets, 'target token')}"
+        )
         return f"Seed data: {'; '.join([kept, *self._what_was_cut()])}."
 
     def to_report(self) -> dict[str, int]:
@@ -87,15 +89,11 @@ class SeedSet:
     def _what_was_cut(self) -> list[str]:
         limit = f"{self.max_length} tokens"
         counts = {
-            f"cut to {limit} ({_count(self.tokens_cut, 'token')} lost)": self.truncated,
+            f"cut to {limit} ({counted(self.tokens_cut, 'token')} lost)": self.truncated,
             "dropped as too short": self.too_short,
             f"dropped because the prompt alone fills {limit}": self.prompt_too_long,
         }
-        return [f"{_count(number, 'sample')} {what}" for what, number in counts.items() if number]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+        return [f"{counted(number, 'sample')} {what}" for what, number in counts.items() if number]
 
 
 def tokenize_seed_data(

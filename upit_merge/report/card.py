@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from upit_merge.errors import counted
 from upit_merge.models.formats import FORMATS
 from upit_merge.report.document import Report
 from upit_merge.report.expert_sections import experts_section, linked, similarity_section
-from upit_merge.report.markdown import amount, code, counted, escaped, fenced, folded, table
+from upit_merge.report.markdown import amount, code, escaped, fenced, folded, table
 from upit_merge.report.metadata import disagreement, front_matter
 from upit_merge.report.result_sections import (
     evaluation_section,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from upit_merge.errors import counted
 from upit_merge.report.document import Expert, Matrix, Report, Shrinking
-from upit_merge.report.markdown import counted, escaped, folded, picture, table
+from upit_merge.report.markdown import escaped, folded, picture, table
 from upit_merge.report.plots import SIMILARITY, TREE, expert_cosine, has_similarity
 from upit_merge.report.sources import Source
 from upit_merge.report.tables import origin_of

@@ -58,8 +58,3 @@ def amount(count: int) -> str:
         if count >= 0.9995 * limit:  # what would be rounded to 1,000 of the next unit
             return f"{count / limit:.3g}{unit}"
     return str(count)
-
-
-def counted(number: int, what: str) -> str:
-    """Write a number with its noun: 1 sample, 2 samples."""
-    return f"{number:,} {what}{'s' * (number != 1)}"

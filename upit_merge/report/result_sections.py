@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from upit_merge.errors import counted
 from upit_merge.report.document import (
     BucketRow,
     Evaluation,
@@ -14,7 +15,7 @@ from upit_merge.report.document import (
     Report,
     Router,
 )
-from upit_merge.report.markdown import amount, code, counted, escaped, picture, table
+from upit_merge.report.markdown import amount, code, escaped, picture, table
 from upit_merge.report.plots import POST_TRAINING, ROUTING
 
 _TRAINED = {
