@@ -20,6 +20,42 @@ from tests.support.naive import load_model
 from upit_merge.io.shards import ShardWriter
 from upit_merge.output.staging import EDIT_STAGING
 
+# ---- what fits, and is hardly meant ------------------------------------------------------------
+
+
+def test_base_as_an_expert(four, moe, caplog) -> None:
+    done("extend", moe, "--model", four.base, "--quiet")
+    assert f"Checkpoint {four.base} is the base that {moe} was made from" in caplog.text
+
+
+def test_copy_of_an_expert(four, moe, tmp_path, caplog) -> None:
+    """Known by its values, whatever it is called; the mixture is extended all the same."""
+    shutil.copytree(four.checkpoints[1], tmp_path / "again")
+    done("extend", moe, "--model", tmp_path / "again", "--quiet")
+    assert f"has the same FFNs as expert 1 of {moe}; two experts will be identical" in caplog.text
+
+
+def test_expert_of_another_vocabulary(four, moe, tmp_path, caplog) -> None:
+    """Its FFNs are all that is taken, so that they are the checkpoint's to the bit."""
+    model = load(four.checkpoints[3])
+    model.resize_token_embeddings(264)
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
+    model.save_pretrained(tmp_path / "resized")
+    done("extend", moe, "--model", tmp_path / "resized", "--quiet")
+    assert "resized has a vocabulary of 264" in caplog.text
+    tensors = load_model(moe)
+    assert torch.equal(
+        tensors["model.layers.1.block_sparse_moe.experts.4.w1.weight"],
+        model.model.layers[1].mlp.gate_proj.weight,
+    )
+    assert tensors["model.embed_tokens.weight"].shape[0] == 259
+
+
+def test_the_usual_expert_needs_no_words(four, moe, caplog) -> None:
+    done(*extend(moe, four))
+    assert not [r for r in caplog.records if r.name == "upit_merge.commands.extend"]
+
+
 # ---- mistakes ----------------------------------------------------------------------------------
 
 

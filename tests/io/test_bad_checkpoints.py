@@ -38,6 +38,8 @@ from tests.support.spoilt import (
     without,
 )
 
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
 
 def adapter(family: Family) -> None:
     folder = family.checkpoints[-1]
@@ -98,13 +100,42 @@ FOLDER_CASES = {
     ),
     "other vocabulary": Case(
         other_family(LAST, vocab_size=260),
-        "Checkpoint sft/checkpoint-1500 has vocab_size 260, the base base has 259; resize "
-        "the base's embeddings to the tokenizer the checkpoints were trained with.",
+        "Checkpoint sft/checkpoint-500 has vocab_size 259, sft/checkpoint-1500, which the backbone "
+        "comes from, has 260; resize the embeddings of those that have fewer.",
+    ),
+    "other vocabulary than a base that is used": Case(
+        both(other_family(BASE, vocab_size=260), parameters(backbone="base")),
+        "Checkpoint sft/checkpoint-500 has vocab_size 259, the base base has 260; take the "
+        "backbone from a checkpoint (leave out backbone: base).",
     ),
     "other rope": Case(
         config(LAST, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
-        "Checkpoint sft/checkpoint-1500 has rope_parameters {…500000.0…}, the base base has "
-        "{…10000.0…}; all models must come from the same base.",
+        "Checkpoint sft/checkpoint-500 has rope_parameters {…10000.0…}, sft/checkpoint-1500, which "
+        "the backbone comes from, has {…500000.0…}; all checkpoints must come from the same run.",
+    ),
+    "other rope than a base that is used": Case(
+        both(
+            config(BASE, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+            parameters(backbone="base"),
+        ),
+        "Checkpoint sft/checkpoint-500 has rope_parameters {…10000.0…}, the base base has "
+        "{…500000.0…}; take the backbone from a checkpoint (leave out backbone: base).",
+    ),
+    "other scaling of the rope": Case(
+        config(LAST, rope_parameters=LINEAR_ROPE | {"type": "linear"}),
+        "Checkpoint sft/checkpoint-500 has rope_parameters {…10000.0…}, sft/checkpoint-1500, which "
+        "the backbone comes from, has {…'factor': 2.0…}; all checkpoints must come from the same "
+        "run.",
+    ),
+    "other eps": Case(
+        config(LAST, rms_norm_eps=1.00001e-6),
+        "Checkpoint sft/checkpoint-1500 has rms_norm_eps 1.00001e-06, the base base has 1e-06; all "
+        "models must come from the same base.",
+    ),
+    "other activation": Case(
+        config(LAST, hidden_act="gelu"),
+        "Checkpoint sft/checkpoint-1500 has hidden_act gelu, the base base has silu; all models "
+        "must come from the same base.",
     ),
     "attention_bias": Case(
         config(LAST, attention_bias=True),
@@ -204,8 +235,8 @@ WEIGHT_CASES = {
     ),
     "missing tensor": Case(
         weights(SECOND, lambda t: t.pop(UP)),
-        "Checkpoint sft/checkpoint-1000 has no tensor model.layers.1.mlp.up_proj.weight; use "
-        "a complete llama checkpoint.",
+        "Checkpoint sft/checkpoint-1000 should have model.layers.1.mlp.up_proj.weight of shape "
+        "[48, 32] by its config.json but lacks it; use a complete checkpoint.",
     ),
     "missing tensor in the base": Case(
         weights(BASE, lambda t: t.pop(UP)),
@@ -214,24 +245,22 @@ WEIGHT_CASES = {
     ),
     "other shape": Case(
         weights(SECOND, lambda t: t.update({UP: t[UP][1:].clone()})),
-        "Checkpoint sft/checkpoint-1000 has model.layers.1.mlp.up_proj.weight of shape [47, "
-        "32], the base base has [48, 32]; all models must come from the same base.",
+        "Checkpoint sft/checkpoint-1000 should have model.layers.1.mlp.up_proj.weight of shape "
+        "[48, 32] by its config.json but has it in shape [47, 32]; use a complete checkpoint.",
     ),
     "other vocabulary in the weights": Case(
         weights(SECOND, lambda t: t.update({"model.embed_tokens.weight": torch.zeros(300, 32)})),
-        "Checkpoint sft/checkpoint-1000 has a vocabulary of 300 in "
-        "model.embed_tokens.weight, the base base one of 259; resize the base's embeddings "
-        "to the tokenizer the checkpoints were trained with.",
+        "Checkpoint sft/checkpoint-1000 should have model.embed_tokens.weight of shape [259, 32] "
+        "by its config.json but has it in shape [300, 32]; use a complete checkpoint.",
     ),
     **{
-        # Their first dimension is not a vocabulary, or is not what differs.
         f"embedding of shape {shape}": Case(
             weights(
                 LAST,
                 lambda t, shape=shape: t.update({"model.embed_tokens.weight": torch.zeros(shape)}),
             ),
-            f"Checkpoint {LAST} has model.embed_tokens.weight of shape {list(shape)}, the base base "
-            "has [259, 32]; …",
+            f"Checkpoint {LAST} should have model.embed_tokens.weight of shape [259, 32] by its "
+            f"config.json but has it in shape {list(shape)}; use a complete checkpoint.",
         )
         for shape in ((), (259,), (259, 31), (259, 32, 1))
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,12 @@ from upit_merge.io.sources import DenseModel
 from upit_merge.models.gates import gates_digest, named_gates, tensors_digest
 from upit_merge.models.lora.adapter import open_model
 from upit_merge.models.mixture import check_expert
+from upit_merge.models.tables import open_checkpoint
 from upit_merge.output.identity import file_states
 from upit_merge.output.staging import REPORT, check_output_exists, scratch_folder
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
-from upit_merge.report.sources import describe_sources
+from upit_merge.report.sources import describe_sources, is_same_model
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.rewriting import extended_layout, resized, write_model
@@ -36,6 +38,8 @@ from upit_merge.router import objectives
 from upit_merge.router.pretrain import RouterResult, pretrain_router
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.processes import check_single_process
+
+LOG = logging.getLogger(__name__)
 
 _DEFAULTS = {key: RouterSettings.model_fields[key].default for key in ("subset", "split")}
 
@@ -90,6 +94,7 @@ def extend_output(
         edit, moe = session.edit, session.moe
         extended = ExtendedMixture(moe, check_expert(moe, dense), dense)
         before = read_report(out)
+        _warn_of_odd_expert(extended, moe, dense, before)
         stage = session.stage(settings, scratch, source=extended)
         model = stage.model
         check_router_memory(model, stage.lengths, settings, out)
@@ -116,13 +121,42 @@ def extend_output(
         print(f"{dense.label} is expert {extended.expert} of {out}. {others}")
 
 
+def _warn_of_odd_expert(
+    extended: ExtendedMixture, moe: Checkpoint, dense: DenseModel, before: AnyReport
+) -> None:
+    """Say what fits, and yet is hardly what was meant."""
+    if dense.config.get("vocab_size") != moe.config.get("vocab_size"):
+        LOG.warning(
+            "Checkpoint %s has a vocabulary of %s, %s one of %s: its FFN has learned from other "
+            "embeddings than it will be given here.",
+            dense.label,
+            dense.config.get("vocab_size"),
+            moe.label,
+            moe.config.get("vocab_size"),
+        )
+    if is_same_model(dense, before.document.get("base_model")):
+        LOG.warning(
+            "Checkpoint %s is the base that %s was made from; its expert will know nothing that "
+            "the training has taught the others.",
+            dense.label,
+            moe.label,
+        )
+    elif (twin := extended.twin()) is not None:
+        LOG.warning(
+            "Checkpoint %s has the same FFNs as expert %d of %s; two experts will be identical.",
+            dense.label,
+            twin,
+            moe.label,
+        )
+
+
 @contextlib.contextmanager
 def _opened(reference: str, options: OpenOptions) -> Iterator[DenseModel]:
     """Open a dense model, or an adapter with its base."""
     with contextlib.ExitStack() as stack:
 
         def open_base(label: str, folder: Path) -> Checkpoint:
-            return stack.enter_context(contextlib.closing(Checkpoint(label, folder, options)))
+            return stack.enter_context(contextlib.closing(open_checkpoint(label, folder, options)))
 
         model = open_model(reference, None, options, open_base)
         yield stack.enter_context(contextlib.closing(model))

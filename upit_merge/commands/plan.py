@@ -15,6 +15,7 @@ from upit_merge.config.router import RouterSettings
 from upit_merge.errors import UpitError
 from upit_merge.merge.inputs import opened
 from upit_merge.merge.passes import find_lineage, measure_similarity
+from upit_merge.merge.right_base import warn_of_foreign_base
 from upit_merge.merge.similarity import cosine
 from upit_merge.output.staging import check_output_is_free
 from upit_merge.report.tables import lineage_table, show
@@ -46,6 +47,7 @@ def plan_recipe(
         shards = inputs.shards(options.max_shard_bytes)
         required = needs(inputs, devices, seeds, shards)
         gram = measure_similarity(inputs, devices, quiet=options.quiet)
+        warn_of_foreign_base(inputs, gram)
         lineage = find_lineage(inputs, gram)
         show(_cosine_table(inputs.labels, cosine(gram.sum(0)).tolist()))
         show(lineage_table(lineage, inputs.labels))

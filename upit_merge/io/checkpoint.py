@@ -31,7 +31,10 @@ class Checkpoint:
         folder: The local folder.
         config: The content of `config.json`; read from the folder unless given.
         specs: Shape and stored dtype of every tensor, by name.
+        is_falsely_tied: Its `config.json` ties head and embeddings, which are two tables.
     """
+
+    is_falsely_tied = False
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from upit_merge.merge.density import resolve_densities
 from upit_merge.models.dense import DenseArchitecture, default_dtype, inspect_models, stored_dtype
 from upit_merge.models.lora.adapter import open_model, warn_of_unlike_adapters
 from upit_merge.models.mixture import mixture_specs
+from upit_merge.models.tables import open_checkpoint
 from upit_merge.models.tokenizer import (
     find_model,
     highest_token_id,
@@ -30,6 +32,9 @@ from upit_merge.models.tokenizer import (
 )
 
 LOG = logging.getLogger(__name__)
+
+# The folders that trainers name by the step.
+_STEP = re.compile(r"checkpoint-\d+")
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
             """Adapters of one base share it, open once."""
             path = os.path.realpath(folder)
             if path not in complete:
-                model = Checkpoint(label, folder, options)
+                model = open_checkpoint(label, folder, options)
                 complete[path] = stack.enter_context(contextlib.closing(model))
             return complete[path]
 
@@ -89,7 +94,9 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
 
         base = open_complete(recipe.base_model, _base_folder(recipe.base_model, options))
         checkpoints = tuple(open_entry(entry.model) for entry in entries)
-        architecture = inspect_models(base, checkpoints, recipe.architecture)
+        backbone = _backbone(recipe.parameters.backbone, base, checkpoints)
+        architecture = inspect_models(base, checkpoints, backbone, recipe.architecture)
+        _tell_of_own_heads(checkpoints)
         num_experts = recipe.parameters.num_experts or len(checkpoints)
         experts_per_token = recipe.parameters.experts_per_token or min(2, num_experts)
         if num_experts < experts_per_token:
@@ -104,6 +111,8 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
                 "which leaves some out; raise num_experts or list fewer under models:."
             )
         _warn_of_repeats(base, checkpoints, copies=copies)
+        if not copies:
+            _warn_of_base_from_run(base, checkpoints)
         warn_of_unlike_adapters(checkpoints)
         if recipe.output_dtype is None:
             _warn_of_mixed_dtypes(base, checkpoints, architecture)
@@ -125,7 +134,7 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
                 recipe.parameters.density,
                 [entry.parameters.density for entry in entries],
             ),
-            backbone=_backbone(recipe.parameters.backbone, base, checkpoints),
+            backbone=backbone,
             tokenizer=donor,
             dtype=recipe.output_dtype or default_dtype(base, architecture),
             num_experts=num_experts,
@@ -175,6 +184,29 @@ def _warn_of_mixed_dtypes(
                 str(default_dtype(base, architecture)).removeprefix("torch."),
             )
             return
+
+
+def _tell_of_own_heads(checkpoints: Sequence[DenseModel]) -> None:
+    """Say that the output is not tied, although the configuration of what it is made from says so."""
+    models = [model for model in checkpoints if isinstance(model, Checkpoint)]
+    if told := next((model for model in models if model.is_falsely_tied), None):
+        LOG.warning(
+            "The config.json of checkpoint %s says tie_word_embeddings: true, but its lm_head.weight "
+            "is not its embeddings; the output has both, and says false.",
+            told.label,
+        )
+
+
+def _warn_of_base_from_run(base: Checkpoint, checkpoints: Sequence[DenseModel]) -> None:
+    """Say that the base may be one of the run's own checkpoints: deltas would then be wrong."""
+    folder = Path(os.path.abspath(base.folder))
+    beside = {Path(os.path.abspath(checkpoint.folder)).parent for checkpoint in checkpoints}
+    if _STEP.fullmatch(folder.name) and folder.parent in beside:
+        LOG.warning(
+            "base_model: %s is named like a checkpoint of the run that is merged; give the model "
+            "that the run began with.",
+            base.label,
+        )
 
 
 def _warn_of_repeats(base: Checkpoint, checkpoints: Sequence[DenseModel], *, copies: bool) -> None:

@@ -13,6 +13,7 @@ from upit_merge.merge.experts import Sink, write_experts
 from upit_merge.merge.growth import needs_gram, plan_lineage
 from upit_merge.merge.inputs import Inputs
 from upit_merge.merge.lineage import Lineage
+from upit_merge.merge.right_base import warn_of_foreign_base
 from upit_merge.merge.similarity import Grams, delta_gram
 from upit_merge.models.gates import training_free_gates
 from upit_merge.output.journal import Journal, Saver
@@ -103,6 +104,8 @@ def merge(
     lineage = find_lineage(inputs, None if one_pass else _stacked(grams))
     if processes.is_first:
         LOG.info("Expansion: %s", lineage.summary)
+        if not one_pass:
+            warn_of_foreign_base(inputs, _stacked(grams))
     my_shards = share_of(shards, processes)
     with (
         clock.measure("experts"),
@@ -117,6 +120,8 @@ def merge(
         write_gates(writer, inputs)
     grams |= _joined(processes.gather(measured))
     gram = _stacked(grams)
+    if one_pass and processes.is_first:
+        warn_of_foreign_base(inputs, gram)
     return Merged(gram, find_lineage(inputs, gram) if one_pass else lineage)
 
 

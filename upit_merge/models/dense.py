@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from upit_merge.models.formats import (
     format_of_dense,
 )
 
+LOG = logging.getLogger(__name__)
+
 # Settings that shape the computation, hence must be the same in every model.
 _SHARED_FIELDS = (
     "hidden_size",
@@ -36,6 +39,11 @@ _SHARED_FIELDS = (
     "sliding_window",
     "vocab_size",
 )
+# Those of them that shape no FFN: a base of which only the FFNs are read may have others, such as a
+# smaller vocabulary than checkpoints that were given tokens for a chat format.
+BESIDES_FFN = ("vocab_size", "tie_word_embeddings", "rope_parameters", "sliding_window")
+# What trainers write for the name that all readers know.
+_ACTIVATIONS = {"swish": "silu"}
 _CARRIED_FIELDS = ("initializer_range", "max_position_embeddings", "use_cache")
 
 
@@ -64,7 +72,8 @@ class DenseArchitecture:
     Attributes:
         format: Of the mixture they become.
         settings: Values of the configuration that shape the computation.
-        specs: Every tensor of the base that the output needs, by dense name.
+        specs: Every tensor of a dense model that the output needs, by dense name; as the model has
+            it whose settings these are.
     """
 
     format: MixtureFormat
@@ -161,7 +170,7 @@ def read_dense_config(checkpoint: DenseModel) -> Any:
     check_counts(checkpoint)
     if unfit := form.unfit_dense(raw):
         raise UpitError(f"Checkpoint {checkpoint.label} {unfit}; use a model without it.")
-    if "quantization_config" in raw:
+    if raw.pop("quantization_config", None):
         raise UpitError(
             f"Checkpoint {checkpoint.label} is quantised (quantization_config); use the "
             "unquantised checkpoint."
@@ -188,7 +197,29 @@ def read_dense_config(checkpoint: DenseModel) -> Any:
 
 def shared_settings(config: Any) -> dict[str, Any]:
     """Settings that shape the computation, from transformers' view of a dense configuration."""
-    return {field: getattr(config, field, None) for field in _SHARED_FIELDS}
+    settings = {field: getattr(config, field, None) for field in _SHARED_FIELDS}
+    activation = settings["hidden_act"]
+    settings["hidden_act"] = _ACTIVATIONS.get(str(activation), activation)
+    return settings
+
+
+def same_setting(field: str, one: Any, other: Any) -> bool:
+    """Return whether two values of a shared setting mean the same, in whatever spelling."""
+    if field == "rope_parameters":
+        return _plain_rope(one) == _plain_rope(other)
+    if field == "rms_norm_eps" and isinstance(one, float) and isinstance(other, float):
+        # It is added in float32, as which some converters have written it.
+        return torch.tensor(one).item() == torch.tensor(other).item()
+    return bool(one == other)
+
+
+def _plain_rope(rope: Any) -> Any:
+    if not isinstance(rope, Mapping):
+        return rope
+    plain = {key: value for key, value in rope.items() if value is not None and key != "type"}
+    if plain.get("rope_type", rope.get("type", "default")) == "default":
+        return {key: plain.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    return plain
 
 
 def carried_settings(config: Any) -> dict[str, Any]:
@@ -202,11 +233,20 @@ def context_length(checkpoint: DenseModel) -> int:
 
 
 def inspect_models(
-    base: DenseModel, checkpoints: Sequence[DenseModel], wanted: str = "auto"
+    base: DenseModel,
+    checkpoints: Sequence[DenseModel],
+    backbone: Sequence[DenseModel],
+    wanted: str = "auto",
 ) -> DenseArchitecture:
     """Check that the models fit together and can become one mixture.
 
+    Of the base only the FFNs are read, unless the backbone is the base's: it must agree with the
+    checkpoints in what shapes these, and in what tells that it is the model they come from. The
+    checkpoints must agree with each other in everything.
+
     Args:
+        backbone: The models that attention, norms, embeddings and head come from; the settings are
+            those of the last.
         wanted: The recipe's `architecture`: the name of a format, or `auto`.
 
     Raises:
@@ -220,41 +260,79 @@ def inspect_models(
             f"model_type {base.config['model_type']!r}, which becomes {form.name}; leave "
             "architecture out."
         )
-    config = read_dense_config(base)
-    settings = shared_settings(config)
     for checkpoint in checkpoints:
-        theirs = read_dense_config(checkpoint)
+        format_of(checkpoint)
         if checkpoint.config["model_type"] != base.config["model_type"]:
             raise UpitError(
                 f"Checkpoint {checkpoint.label} is a {checkpoint.config['model_type']} model, the "
                 f"base {base.label} a {base.config['model_type']}; all must come from one base."
             )
-        for field, value in shared_settings(theirs).items():
-            if value != settings[field]:
-                remedy = (
-                    "resize the base's embeddings to the tokenizer the checkpoints were trained "
-                    "with"
-                    if field == "vocab_size"
-                    else "all models must come from the same base"
-                )
-                raise UpitError(
-                    f"Checkpoint {checkpoint.label} has {field} {value}, the base {base.label} has "
-                    f"{settings[field]}; {remedy}."
-                )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in dense_shapes(form, settings):
-        spec = base.specs.get(name)
+    donor = backbone[-1]
+    of_base, settings = (shared_settings(read_dense_config(model)) for model in (base, donor))
+    for checkpoint in checkpoints:
+        theirs = shared_settings(read_dense_config(checkpoint))
+        for field, value in theirs.items():
+            other, expected = (donor, settings) if field in BESIDES_FFN else (base, of_base)
+            if not same_setting(field, value, expected[field]):
+                raise _misfit(checkpoint, field, value, other, expected[field], other is base)
+    if donor is not base:
+        _tell_of_other_base(base, of_base, settings)
+    _check_complete(base, f"The base {base.label}", dict(dense_shapes(form, of_base)))
+    shapes = dict(dense_shapes(form, settings))
+    for checkpoint in checkpoints:
+        _check_complete(checkpoint, f"Checkpoint {checkpoint.label}", shapes)
+    for model in (base, *checkpoints):
+        _check_unknown_tensors(model, form, shapes)
+    return DenseArchitecture(form, settings, {name: donor.specs[name] for name in shapes})
+
+
+def _misfit(
+    checkpoint: DenseModel, field: str, value: Any, other: DenseModel, expected: Any, is_base: bool
+) -> UpitError:
+    """Return the error for a setting in which a checkpoint does not agree."""
+    if is_base:
+        remedy = "all models must come from the same base"
+        if field in BESIDES_FFN:
+            remedy = "take the backbone from a checkpoint (leave out backbone: base)"
+        return UpitError(
+            f"Checkpoint {checkpoint.label} has {field} {value}, the base {other.label} has "
+            f"{expected}; {remedy}."
+        )
+    remedy = "all checkpoints must come from the same run"
+    if field == "vocab_size":
+        remedy = "resize the embeddings of those that have fewer"
+    return UpitError(
+        f"Checkpoint {checkpoint.label} has {field} {value}, {other.label}, which the backbone "
+        f"comes from, has {expected}; {remedy}."
+    )
+
+
+def _tell_of_other_base(
+    base: DenseModel, of_base: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    other = [f for f in BESIDES_FFN if not same_setting(f, of_base[f], settings[f])]
+    if other:
+        field = other[0]
+        LOG.warning(
+            "The base %s has %s %s, the checkpoints have %s; only the base's FFNs are read, and "
+            "the output is like the checkpoints.",
+            base.label,
+            field,
+            of_base[field],
+            settings[field],
+        )
+
+
+def _check_complete(model: DenseModel, who: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a model has every tensor in the shape that its configuration says."""
+    for name, shape in shapes.items():
+        spec = model.specs.get(name)
         if spec is None or spec.shape != shape:
             found = "lacks it" if spec is None else f"has it in shape {list(spec.shape)}"
             raise UpitError(
-                f"The base {base.label} should have {name} of shape {list(shape)} by its "
-                f"config.json but {found}; use a complete checkpoint."
+                f"{who} should have {name} of shape {list(shape)} by its config.json but {found}; "
+                "use a complete checkpoint."
             )
-        shapes[name] = shape
-    for checkpoint in (base, *checkpoints):
-        _check_unknown_tensors(checkpoint, form, shapes)
-    _check_same_tensors(base, checkpoints, shapes)
-    return DenseArchitecture(form, settings, {name: base.specs[name] for name in shapes})
 
 
 def is_derived(name: str) -> bool:
@@ -273,41 +351,9 @@ def _check_unknown_tensors(
             )
 
 
-def _check_same_tensors(
-    base: DenseModel, others: Sequence[DenseModel], names: Iterable[str]
-) -> None:
-    """Check that every other model has the given tensors of the base, in the base's shapes.
-
-    Raises:
-        UpitError: naming the checkpoint, the tensor and both shapes.
-    """
-    for name in names:
-        for checkpoint in others:
-            spec = checkpoint.specs.get(name)
-            if spec is None:
-                raise UpitError(
-                    f"Checkpoint {checkpoint.label} has no tensor {name}; use a complete "
-                    f"{base.config.get('model_type')} checkpoint."
-                )
-            expected = base.specs[name].shape
-            if spec.shape == expected:
-                continue
-            table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-            if table and len(spec.shape) == 2 and spec.shape[1:] == expected[1:]:
-                raise UpitError(
-                    f"Checkpoint {checkpoint.label} has a vocabulary of {spec.shape[0]} in {name}, "
-                    f"the base {base.label} one of {expected[0]}; resize the base's embeddings to "
-                    "the tokenizer the checkpoints were trained with."
-                )
-            raise UpitError(
-                f"Checkpoint {checkpoint.label} has {name} of shape {list(spec.shape)}, the base "
-                f"{base.label} has {list(expected)}; all models must come from the same base."
-            )
-
-
 def stored_dtype(checkpoint: DenseModel, architecture: DenseArchitecture) -> torch.dtype:
     """Return the widest dtype among a checkpoint's tensors that matter."""
-    dtypes = {checkpoint.specs[name].dtype for name in architecture.specs}
+    dtypes = {spec.dtype for n in architecture.specs if (spec := checkpoint.specs.get(n))}
     return max(dtypes, key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16))
 
 

@@ -23,6 +23,7 @@ from upit_merge.io.hub import OpenOptions
 from upit_merge.io.sources import DenseModel, TensorSource
 from upit_merge.io.tensor_file import TensorSpec
 from upit_merge.models.dense import (
+    BESIDES_FFN,
     DenseArchitecture,
     carried_settings,
     check_counts,
@@ -31,6 +32,7 @@ from upit_merge.models.dense import (
     format_of,
     is_derived,
     read_dense_config,
+    same_setting,
     shared_settings,
 )
 from upit_merge.models.formats import (
@@ -38,6 +40,7 @@ from upit_merge.models.formats import (
     PROJECTIONS,
     MixtureFormat,
 )
+from upit_merge.models.tables import open_checkpoint
 
 _TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -107,7 +110,7 @@ def read_mixture(moe: TensorSource) -> MixtureArchitecture:
             f"{titles} folder, such as the output of a upit recipe."
         )
     check_counts(moe)
-    if "quantization_config" in moe.config:
+    if moe.config.get("quantization_config"):
         raise UpitError(
             f"{moe.label} is quantised (quantization_config); use the unquantised model."
         )
@@ -145,8 +148,7 @@ def check_expert(moe: TensorSource, dense: DenseModel) -> MixtureArchitecture:
         )
     settings, theirs = architecture.dense_settings(), shared_settings(read_dense_config(dense))
     for name, value in settings.items():
-        # Embeddings are not taken over.
-        if name not in ("vocab_size", "tie_word_embeddings") and theirs[name] != value:
+        if name not in BESIDES_FFN and not same_setting(name, theirs[name], value):
             raise UpitError(
                 f"Checkpoint {dense.label} has {name} {theirs[name]}, {moe.label} has {value}; "
                 "give a checkpoint of the model it was made from."
@@ -283,5 +285,5 @@ def opened_mixture(
     """
     if not has_any(folder, SAFE_WEIGHTS) and has_any(folder, PICKLED_WEIGHTS):
         raise UpitError(f"{label} has its weights in .bin files; convert it to safetensors first.")
-    with contextlib.closing(Checkpoint(label, folder, OpenOptions(), config=config)) as moe:
+    with contextlib.closing(open_checkpoint(label, folder, OpenOptions(), config=config)) as moe:
         yield moe

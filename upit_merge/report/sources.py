@@ -60,6 +60,16 @@ def _hub_ids(label: str) -> list[str]:
     return ids
 
 
+def is_same_model(model: DenseModel, label: object) -> bool:
+    """Return whether a label of some report certainly names this model: by its folder, or the Hub's."""
+    if not isinstance(label, str) or split_reference(model.label)[1] is not None:
+        return False
+    folder = os.path.realpath(os.path.expanduser(label))
+    if model.label == label or folder == os.path.realpath(model.folder):
+        return True
+    return bool({*_hub_ids(model.label)} & {*_hub_ids(label)})
+
+
 def _id_of_cached(folder: str) -> str | None:
     """Return the id of a folder inside the Hub's cache, `models--owner--name/snapshots/REVISION`."""
     parts = Path(os.path.abspath(os.path.expanduser(folder))).parts

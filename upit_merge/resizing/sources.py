@@ -11,10 +11,12 @@ from torch import Tensor
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.sources import DenseModel
-from upit_merge.io.tensor_file import TensorSpec, all_finite
+from upit_merge.io.tensor_file import TensorSpec, all_finite, row_blocks
 from upit_merge.models.dense import ffn_tensor
 from upit_merge.models.formats import COUNT_FIELDS, PROJECTIONS
 from upit_merge.models.mixture import MixtureArchitecture
+
+_BLOCK_ELEMENTS = 1 << 18
 
 
 class ResizedMixture:
@@ -65,8 +67,8 @@ class ExtendedMixture(ResizedMixture):
         self.expert = architecture.num_experts
         self._dense = dense
         layers = range(architecture.num_layers)
-        self._names = {
-            self._form.expert_tensor(layer, self.expert, p): ffn_tensor(layer, p)
+        self._places = {
+            self._form.expert_tensor(layer, self.expert, p): (layer, p)
             for layer in layers
             for p in PROJECTIONS
         }
@@ -77,9 +79,9 @@ class ExtendedMixture(ResizedMixture):
         Raises:
             UpitError: values of the new expert are NaN or infinite, or overflow its dtype.
         """
-        if name not in self._names:
+        if name not in self._places:
             return super().rows(name, start, stop)
-        dense = self._names[name]
+        dense = ffn_tensor(*self._places[name])
         values = self._dense.rows(dense, start, stop).to(self.specs[name].dtype)
         if not all_finite(values):
             raise UpitError(
@@ -87,6 +89,21 @@ class ExtendedMixture(ResizedMixture):
                 f"overflow {self.label}'s dtype; use another checkpoint."
             )
         return values
+
+    def twin(self) -> int | None:
+        """Return which expert that is there has the new one's very values; None if none has."""
+        alike = [*range(self.expert)]
+        for name, (layer, projection) in self._places.items():
+            spec, dense = self.specs[name], ffn_tensor(layer, projection)
+            peers = [self._form.expert_tensor(layer, expert, projection) for expert in alike]
+            for start, stop in row_blocks(spec, _BLOCK_ELEMENTS):
+                rows = self._dense.rows(dense, start, stop).to(spec.dtype)
+                same = [torch.equal(rows, self._moe.rows(peer, start, stop)) for peer in peers]
+                alike = [expert for expert, is_same in zip(alike, same, strict=True) if is_same]
+                peers = [peer for peer, is_same in zip(peers, same, strict=True) if is_same]
+                if not alike:
+                    return None
+        return alike[0]
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ class Qwen3Moe(MixtureFormat):
             "mlp_only_layers": [],
             "attention_bias": False,
             "use_sliding_window": False,
+            # Of no meaning without a window, but mistral.rs does not read a Qwen3-MoE without it.
+            "max_window_layers": settings["num_hidden_layers"],
         }
 
     def unfit_mixture(self, config: Any) -> str | None:

@@ -26,6 +26,7 @@ from upit_merge.models.lora.config import (
 )
 from upit_merge.models.lora.low_rank import LowRank, add_low_rank, with_magnitudes
 from upit_merge.models.lora.tensors import Change, open_weights, read_changes
+from upit_merge.models.tables import open_checkpoint
 
 LOG = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def open_model(
     if adapter is None:
         folder = resolve(reference, options)
         if not is_adapter(folder):
-            return Checkpoint(reference, folder, options)
+            return open_checkpoint(reference, folder, options)
         if base is None:
             raise UpitError(
                 f"Checkpoint {reference} is an adapter; give its base too, as BASE+{reference}."

@@ -1,0 +1,55 @@
+"""Embeddings and head: one table or two, whatever a configuration says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.io.hub import OpenOptions
+
+EMBEDDINGS = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+_ROWS = 1024
+
+
+def open_checkpoint(
+    label: str, folder: Path, options: OpenOptions, *, config: dict[str, Any] | None = None
+) -> Checkpoint:
+    """Open a complete model; where its head is not its embeddings, its configuration says so.
+
+    A LoRA adapter that has trained both tables (`modules_to_save`), once merged, leaves two of them
+    and `tie_word_embeddings: true`. transformers 5 keeps both, and so does what is made of them.
+
+    Args:
+        config: The content of its `config.json`; read from the folder unless given.
+
+    Raises:
+        UpitError: as `Checkpoint`.
+    """
+    model = Checkpoint(label, folder, options, config=config)
+    try:
+        if model.config.get("tie_word_embeddings", False) and _are_two(model):
+            model.config = {**model.config, "tie_word_embeddings": False}
+            model.is_falsely_tied = True
+    except BaseException:
+        model.close()
+        raise
+    return model
+
+
+def _are_two(model: Checkpoint) -> bool:
+    """Return whether there is a head that differs from the embeddings, looked at in blocks."""
+    if not {EMBEDDINGS, HEAD} <= model.specs.keys():
+        return False
+    if model.specs[EMBEDDINGS].shape != model.specs[HEAD].shape:
+        return True
+    for start in range(0, model.specs[HEAD].shape[0], _ROWS):
+        stop = min(start + _ROWS, model.specs[HEAD].shape[0])
+        embeddings, head = (model.rows(name, start, stop) for name in (EMBEDDINGS, HEAD))
+        if not torch.equal(embeddings, head.to(embeddings.dtype)):
+            return True
+    return False
