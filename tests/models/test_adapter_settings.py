@@ -66,7 +66,6 @@ CONFIG_CASES = {
             "lora_bias": True,
             "fan_in_fan_out": True,
             "target_parameters": ["mlp.experts.gate_up_proj"],
-            "trainable_token_indices": [1, 2],
             "use_qalora": True,
             "layer_replication": [[0, 2]],
             "alora_invocation_tokens": [1],

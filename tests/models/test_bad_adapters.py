@@ -78,18 +78,6 @@ def on_other_base(**config: Any) -> Spoil:
     return spoil
 
 
-def tied(**config: Any) -> Spoil:
-    """Train all adapters on a base that ties its embeddings."""
-
-    def spoil(family: Family) -> None:
-        other = build_family(family.root / "tied", count=0, tie_word_embeddings=True)
-        shutil.rmtree(family.base)
-        other.base.rename(family.base)
-        trained(**config)(family)
-
-    return spoil
-
-
 def models(*references: str) -> Spoil:
     """A recipe of these; `@` is the family's folder."""
     return recipe(models=[{"model": reference} for reference in references])
@@ -182,7 +170,6 @@ WEIGHT_CASES = {
             f"Checkpoint {ADAPTER} has the tensor {name}, which cannot be applied; use a plain …",
         )
         for name in (
-            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
             f"{PREFIX}.lora_diag",
             "prompt_embeddings",
             f"{MODULE}.lora_A.weight",
@@ -207,10 +194,6 @@ WEIGHT_CASES = {
         trained(target_modules=["q_proj", "v_proj"]),
         f"Checkpoint {ADAPTER} has trained no FFN module (gate_proj, down_proj, up_proj), so there is "
         "no expert in it; use an adapter that has, as attention is shared by all experts.",
-    ),
-    "tied embeddings": Case(
-        tied(modules_to_save=["lm_head"]),
-        "Checkpoint … changes lm_head.weight, but the base base ties its embeddings; …",
     ),
 }
 

@@ -18,6 +18,7 @@ from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import TensorSpec, all_finite
 from upit_merge.io.untrusted import check_own_files
 from upit_merge.models.dense import diverged
+from upit_merge.models.lora.change import Change
 from upit_merge.models.lora.config import (
     CONFIG,
     AdapterConfig,
@@ -25,13 +26,15 @@ from upit_merge.models.lora.config import (
     read_adapter_config,
 )
 from upit_merge.models.lora.low_rank import LowRank, add_low_rank, with_magnitudes
-from upit_merge.models.lora.tensors import Change, open_weights, read_changes
+from upit_merge.models.lora.tables import EMBEDDINGS, HEAD
+from upit_merge.models.lora.tensors import open_weights, read_changes
 from upit_merge.models.tables import open_checkpoint
 
 LOG = logging.getLogger(__name__)
 
 # Factors that are kept: blocks come tensor by tensor, a few threads at a time.
 _CACHED_TENSORS = 3
+_EMBEDDINGS, _HEAD = (f"{table}.weight" for table in (EMBEDDINGS, HEAD))
 
 
 class Adapter:
@@ -43,8 +46,9 @@ class Adapter:
         label: The name the recipe gave it.
         folder: Its local folder.
         base: The model it is applied to; stays open when the adapter is closed.
-        config: The base's.
-        specs: The base's, but for the shapes of tensors that are replaced.
+        config: The base's, but for the vocabulary's size and whether head and embeddings are tied.
+        specs: The base's, but for the shapes of tensors that are replaced; with a head, if the
+            base's was its embeddings and this one's is not.
     """
 
     def __init__(
@@ -58,7 +62,6 @@ class Adapter:
         self.label = label
         self.folder = folder
         self.base = base
-        self.config: dict[str, Any] = base.config
         self._file = open_weights(label, folder, options)
         self._lock = threading.Lock()
         self._cache: OrderedDict[str, LowRank] = OrderedDict()
@@ -67,12 +70,21 @@ class Adapter:
         except UpitError:
             self._file.close()
             raise
-        replaced = {
-            name: TensorSpec(name, self._file.specs[part].shape, base.specs[name].dtype)
+        changed = {
+            name: TensorSpec(name, change.shape, base.specs[change.source].dtype)
             for name, change in self._changes.items()
-            if (part := change.parts.get("weight"))
         }
-        self.specs: dict[str, TensorSpec] = {**base.specs, **replaced}
+        self.specs: dict[str, TensorSpec] = {**base.specs, **changed}
+        self.config: dict[str, Any] = base.config
+        if _EMBEDDINGS in changed or _HEAD in changed:
+            self._adapt_tables()
+
+    def _adapt_tables(self) -> None:
+        tied = bool(self.base.config.get("tie_word_embeddings")) and _HEAD not in self._changes
+        if tied:
+            self.specs.pop(_HEAD, None)  # of a copy that some bases have beside their embeddings
+        size = self.specs[_EMBEDDINGS].shape[0]
+        self.config = self.base.config | {"vocab_size": size, "tie_word_embeddings": tied}
 
     @property
     def form(self) -> dict[str, list[Any]]:
@@ -138,14 +150,45 @@ class Adapter:
         change = self._changes.get(name)
         parts = change.parts if change else {}
         own = "weight" in parts
-        stored = (self._file if own else self.base).rows(parts.get("weight", name), start, stop)
+        stored = self._stored(name, change, start, stop)
         rows, factors = stored, self.low_rank(name)
         if factors is not None:
             rows = add_low_rank(stored, factors, start)
             if "magnitudes" in parts:
                 rows = with_magnitudes(rows, self._file.rows(parts["magnitudes"], start, stop))
+        if change is not None and change.tokens:
+            rows = self._with_tokens(rows, change, start)
+            own = True
         if not all_finite(rows):
             raise diverged(self if own or all_finite(stored) else self.base, name)
+        return rows
+
+    def _stored(self, name: str, change: Change | None, start: int, stop: int) -> torch.Tensor:
+        """Return what is changed: the adapter's own rows, or the base's, zeros where it has none.
+
+        Such rows are those of new tokens, which the adapter has.
+        """
+        if change is None:
+            return self.base.rows(name, start, stop)
+        if "weight" in change.parts:
+            return self._file.rows(change.parts["weight"], start, stop)
+        spec = self.base.specs[change.source]
+        there = min(stop, spec.shape[0])
+        if stop == there:
+            return self.base.rows(change.source, start, stop)
+        rows = torch.zeros(stop - start, *spec.shape[1:], dtype=spec.dtype)
+        if start < there:
+            rows[: there - start] = self.base.rows(change.source, start, there)
+        return rows
+
+    def _with_tokens(self, rows: torch.Tensor, change: Change, start: int) -> torch.Tensor:
+        """Put rows of trained tokens in the place of others, in the wider of both dtypes."""
+        stop = start + rows.shape[0]
+        found = [(row, index) for row, index in change.tokens.items() if start <= row < stop]
+        dtype = torch.promote_types(rows.dtype, self._file.specs[change.parts["tokens"]].dtype)
+        rows = rows.to(dtype, copy=True)
+        for row, index in found:
+            rows[row - start] = self._file.rows(change.parts["tokens"], index, index + 1)[0]
         return rows
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -34,7 +34,6 @@ _VARIANTS = (
     "megatron_config",
     "monteclora_config",
     "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
     "velora_config",
@@ -56,7 +55,10 @@ class AdapterConfig:
         base: The reference of the model it was trained on, if it says so.
         dora: Rows have magnitudes of their own.
         targets: The names of the modules it has factors for; None if a pattern says which.
-        replaced: Patterns of the modules that it has whole (`modules_to_save`).
+        replaced: Ends of the names of modules that it has whole (`modules_to_save`).
+        tokens: Rows of tables that it has (`trainable_token_indices`), by the end of the table's
+            name.
+        keeps_tied: A head that shares its weights with the embeddings changes with them.
     """
 
     label: str
@@ -64,6 +66,8 @@ class AdapterConfig:
     dora: bool
     targets: frozenset[str] | None
     replaced: tuple[str, ...]
+    tokens: Mapping[str, tuple[int, ...]]
+    keeps_tied: bool
     _peft: Any
 
     def rank(self, module: str) -> int:
@@ -75,6 +79,15 @@ class AdapterConfig:
         rank = self.rank(module)
         alpha = self._of(module, self._peft.alpha_pattern, self._peft.lora_alpha)
         return alpha / (math.sqrt(rank) if self._peft.use_rslora else rank)
+
+    def is_replaced(self, module: str) -> bool:
+        """Return whether the adapter has a module whole, by PEFT's matching."""
+        return any(module.endswith(name) for name in self.replaced)
+
+    def tokens_of(self, module: str) -> tuple[int, ...] | None:
+        """Return which rows of a table the adapter has, in its order; None if that is not said."""
+        found = (rows for name, rows in self.tokens.items() if module.endswith(name))
+        return next(found, None)
 
     def _of(self, module: str, pattern: Mapping[str, Any], default: Any) -> Any:
         from peft.utils.other import get_pattern_key
@@ -114,6 +127,8 @@ def read_adapter_config(label: str, folder: Path) -> AdapterConfig:
         dora=bool(config.use_dora),
         targets=None if isinstance(targets, str) or targets is None else frozenset(targets),
         replaced=tuple(config.modules_to_save or ()),
+        tokens={name: tuple(rows) for name, rows in _token_rows(config).items()},
+        keeps_tied=bool(getattr(config, "ensure_weight_tying", False)),  # PEFT below 0.19 has none
         _peft=config,
     )
 
@@ -184,8 +199,20 @@ def _check_values(folder: Path, config: Any) -> None:
     layers = config.layers_to_transform
     numbers = layers if isinstance(layers, list) else [layers or 0]
     check("layers_to_transform", layers, all(type(number) is int for number in numbers))
+    for name, rows in _token_rows(config).items():
+        right = isinstance(rows, list) and all(type(row) is int and row >= 0 for row in rows)
+        right = right and 0 < len(rows) == len(set(rows))
+        check("trainable_token_indices", rows, right and isinstance(name, str) and bool(name))
     base = config.base_model_name_or_path
     check("base_model_name_or_path", base, base is None or isinstance(base, str))
+
+
+def _token_rows(config: Any) -> Mapping[str, Any]:
+    """Return `trainable_token_indices` by table; a list alone means the embeddings."""
+    rows = config.trainable_token_indices
+    if rows is None or rows == []:
+        return {}
+    return rows if isinstance(rows, dict) else {"embed_tokens": rows}
 
 
 def _is_rank(value: Any) -> bool:
