@@ -32,7 +32,7 @@ from upit_merge.report.document import read_report
 from upit_merge.report.sources import describe_sources, is_same_model
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card
-from upit_merge.resizing.rewriting import extended_layout, resized, write_model
+from upit_merge.resizing.rewriting import extended_layout, resized, rewritten_layout, write_model
 from upit_merge.resizing.sources import ExtendedMixture
 from upit_merge.router import objectives
 from upit_merge.router.pretrain import RouterResult, pretrain_router
@@ -108,7 +108,10 @@ def extend_output(
             gates = [moe.tensor(name).float() for name in names]
             fitted = pretrain_router(stage) if all_gates else _with_new_row(stage, gates)
             stem = f"model-expert-{extended.expert:05d}"
-            layout = extended_layout(moe, extended, names, stem, options.max_shard_bytes)
+            if moe.is_published:
+                layout = extended_layout(moe, extended, names, stem, options.max_shard_bytes)
+            else:
+                layout = rewritten_layout(moe, extended, names, options.max_shard_bytes)
             named = named_gates(model.format, fitted.gates)
             write_model(edit.emptied(), layout, extended, named, quiet=options.quiet)
             changes = _report(before, fitted, extended, dense, model, all_gates=all_gates)

@@ -12,13 +12,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from upit_merge import __version__
-from upit_merge.commands.options import MixtureOptions
+from upit_merge.commands.options import MixtureOptions, ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
-from upit_merge.commands.session import router_session
+from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.explain import explain
 from upit_merge.config.router import NO_MATTER, RouterSettings
 from upit_merge.errors import UpitError
+from upit_merge.io.text_file import write_json
+from upit_merge.io.untrusted import read_json
+from upit_merge.models.formats import MixtureFormat
 from upit_merge.models.gates import named_gates
+from upit_merge.models.published import complete_config
 from upit_merge.output.edit import Edit
 from upit_merge.output.patch import PatchedCopies
 from upit_merge.output.staging import scratch_folder
@@ -26,6 +30,7 @@ from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card
+from upit_merge.resizing.rewriting import PublishedCopies
 from upit_merge.router.pretrain import RouterResult, pretrain_router
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.processes import joined
@@ -93,14 +98,16 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
         if edit.was_finished(identity):
             return
         stage = session.resumed(stage, identity)
-        copies = PatchedCopies(session.moe, edit.model)
+        copies = _copies(session, stage)
         with edit.interruptible("the gates are as they were", keeps_files=True):
             _prepare(copies, stage)
             result = pretrain_router(stage, copies)
             processes.gather(None)  # nobody looks into the folders any more
             if processes.is_first:
                 copies.write(named_gates(stage.model.format, result.gates))
-                edit.put_into_place(identity, _write_report_and_card(edit, result, before))
+                form = stage.model.format
+                obsolete = _write_report_and_card(edit, result, before, copies, form)
+                edit.put_into_place(identity, obsolete)
         if processes.is_first and not options.quiet:
             print(stage.seeds.summary())
             show_buckets(result.report)
@@ -113,6 +120,15 @@ def router_identity(stage: RouterStage) -> dict[str, Any]:
     identity = {"settings": values, "seed": stage.seed, "samples": stage.seeds.digest()}
     # As it is read back from a file: JSON has texts for keys only.
     return dict(json.loads(json.dumps({"upit-merge": __version__, **identity})))
+
+
+def _copies(session: RouterSession, stage: RouterStage) -> PatchedCopies:
+    """Return the files that will take the place of the model's own."""
+    moe, folder, options = session.moe, session.edit.model, session.options
+    if moe.is_published:
+        return PatchedCopies(moe, folder)
+    shard_bytes = ResizeOptions.max_shard_bytes
+    return PublishedCopies(moe, folder, stage.model.architecture, shard_bytes, options.quiet)
 
 
 def _prepare(copies: PatchedCopies, stage: RouterStage) -> None:
@@ -130,13 +146,19 @@ def _prepare(copies: PatchedCopies, stage: RouterStage) -> None:
             copies.prepare(model.format.expert_names(model.num_layers, experts))
 
 
-def _write_report_and_card(edit: Edit, result: RouterResult, before: AnyReport) -> list[str]:
+def _write_report_and_card(
+    edit: Edit, result: RouterResult, before: AnyReport, copies: PatchedCopies, form: MixtureFormat
+) -> list[str]:
     """Write card and report that speak of the new gates; return the names of files that go."""
     # Experts that were trained before are so still.
     earlier = before.router and before.router.experts_sha256
     kept = {"experts_sha256": earlier} if earlier else {}
-    obsolete = write_report_and_card(edit, before, {"router": {**kept, **result.report}})
-    if len(list(edit.model.glob("*.safetensors"))) > 1:
+    changes = {"router": {**kept, **result.report}}
+    obsolete = write_report_and_card(edit, before, changes, copies.obsolete)
+    config, complete = edit.model / "config.json", complete_config(copies.config, form)
+    if complete != read_json(edit.out / "config.json", "the mixture"):
+        write_json(config, complete)
+    elif len(list(edit.model.glob("*.safetensors"))) > 1:
         # Between the first and the last of them the folder must not load as a model.
-        shutil.copyfile(edit.out / "config.json", edit.model / "config.json")
+        shutil.copyfile(edit.out / "config.json", config)
     return obsolete

@@ -11,10 +11,10 @@ from typing import Any
 from upit_merge.commands.options import MixtureOptions
 from upit_merge.config.router import RouterSettings
 from upit_merge.engine.layerwise import LayerwiseMixture
-from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.sources import TensorSource
 from upit_merge.models.mixture import opened_mixture
+from upit_merge.models.published import PublishedMixture
 from upit_merge.output.edit import Edit
 from upit_merge.output.identity import file_states
 from upit_merge.router.pretrain import seed_set_for
@@ -35,7 +35,7 @@ class RouterSession:
     """
 
     edit: Edit
-    moe: Checkpoint
+    moe: PublishedMixture
     options: MixtureOptions
 
     def stage(

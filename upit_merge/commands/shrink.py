@@ -25,7 +25,7 @@ from upit_merge.report.document import read_report
 from upit_merge.report.tables import show
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.grouping import RoutingStatistics, group_experts, routing_statistics
-from upit_merge.resizing.rewriting import resized, shrunk_layout, write_model
+from upit_merge.resizing.rewriting import resized, rewritten_layout, write_model
 from upit_merge.resizing.sources import Group, Groups, ShrunkMixture
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.processes import check_single_process
@@ -67,7 +67,7 @@ def shrink_output(
             gates = mean_gates(moe, model.architecture, groups)
             shrunk = ShrunkMixture(moe, model.architecture, groups, gates)
             names = model.format.gate_names(model.num_layers)
-            layout = shrunk_layout(moe, shrunk, names, options.max_shard_bytes)
+            layout = rewritten_layout(moe, shrunk, names, options.max_shard_bytes)
             write_model(edit.emptied(), layout, shrunk, {}, quiet=options.quiet)
             record = _record(model, statistics, groups, stage)
             record["extensions"] = len(before.extensions)

@@ -48,6 +48,17 @@ class SafetensorsFile:
             self._file.read(tensor_memory(rows), location.start + start * spec.row_bytes)
         return rows
 
+    def matrix_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) of a tensor taken as a matrix: all its dimensions but the last
+        are one, as they lie in the file."""
+        location = self._locations[name]
+        columns = location.spec.shape[-1]
+        rows = torch.empty((stop - start, columns), dtype=location.spec.dtype)
+        if rows.numel():
+            offset = start * columns * location.spec.dtype.itemsize
+            self._file.read(tensor_memory(rows), location.start + offset)
+        return rows
+
     def close(self) -> None:
         self._file.close()
 

@@ -16,7 +16,6 @@ from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import (
     PICKLED_WEIGHTS,
     SAFE_WEIGHTS,
-    Checkpoint,
     has_any,
 )
 from upit_merge.io.hub import OpenOptions
@@ -40,7 +39,8 @@ from upit_merge.models.formats import (
     PROJECTIONS,
     MixtureFormat,
 )
-from upit_merge.models.tables import open_checkpoint
+from upit_merge.models.published import PublishedMixture
+from upit_merge.models.tables import with_own_head
 
 _TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -274,8 +274,8 @@ def parameter_counts(
 @contextlib.contextmanager
 def opened_mixture(
     folder: Path, label: str = "the output", config: dict[str, Any] | None = None
-) -> Iterator[Checkpoint]:
-    """Open a MoE folder for reading; closes it again.
+) -> Iterator[PublishedMixture]:
+    """Open a MoE folder for reading, by its published names; closes it again.
 
     Args:
         config: The content of its `config.json`, if that is not written yet.
@@ -285,5 +285,6 @@ def opened_mixture(
     """
     if not has_any(folder, SAFE_WEIGHTS) and has_any(folder, PICKLED_WEIGHTS):
         raise UpitError(f"{label} has its weights in .bin files; convert it to safetensors first.")
-    with contextlib.closing(open_checkpoint(label, folder, OpenOptions(), config=config)) as moe:
+    moe = PublishedMixture(label, folder, OpenOptions(), config=config)
+    with contextlib.closing(with_own_head(moe)):
         yield moe

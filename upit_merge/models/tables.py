@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -16,21 +16,27 @@ HEAD = "lm_head.weight"
 _ROWS = 1024
 
 
-def open_checkpoint(
-    label: str, folder: Path, options: OpenOptions, *, config: dict[str, Any] | None = None
-) -> Checkpoint:
-    """Open a complete model; where its head is not its embeddings, its configuration says so.
+Kind = TypeVar("Kind", bound=Checkpoint)
 
-    A LoRA adapter that has trained both tables (`modules_to_save`), once merged, leaves two of them
-    and `tie_word_embeddings: true`. transformers 5 keeps both, and so does what is made of them.
 
-    Args:
-        config: The content of its `config.json`; read from the folder unless given.
+def open_checkpoint(label: str, folder: Path, options: OpenOptions) -> Checkpoint:
+    """Open a complete dense model, with its head if it has one of its own.
 
     Raises:
         UpitError: as `Checkpoint`.
     """
-    model = Checkpoint(label, folder, options, config=config)
+    return with_own_head(Checkpoint(label, folder, options))
+
+
+def with_own_head(model: Kind) -> Kind:
+    """Return a model that is open; where its head is not its embeddings, its configuration says so.
+
+    A LoRA adapter that has trained both tables (`modules_to_save`), once merged, leaves two of them
+    and `tie_word_embeddings: true`. transformers 5 keeps both, and so does what is made of them.
+
+    Raises:
+        UpitError: it cannot be read, and is closed.
+    """
     try:
         if model.config.get("tie_word_embeddings", False) and _are_two(model):
             model.config = {**model.config, "tie_word_embeddings": False}

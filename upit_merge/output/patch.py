@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from upit_merge.io.tensor_file import TensorSpec
 Tensors = Mapping[str, torch.Tensor]
 
 
-def _by_file(moe: Checkpoint, tensors: Tensors) -> dict[Path, dict[str, torch.Tensor]]:
+def _by_file(
+    tensors: Tensors, file_of: Callable[[str], Path]
+) -> dict[Path, dict[str, torch.Tensor]]:
     by_file: dict[Path, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        by_file[moe.file_of(name)][name] = tensor
+        by_file[file_of(name)][name] = tensor
     return by_file
 
 
@@ -41,7 +43,7 @@ class InPlace:
 
     def write(self, tensors: Tensors) -> None:
         """Replace tensors."""
-        for path, part in _by_file(self.moe, tensors).items():
+        for path, part in _by_file(tensors, self.moe.file_of).items():
             patch_tensors(path, part)
 
 
@@ -74,9 +76,18 @@ class PatchedCopies:
     def specs(self) -> Mapping[str, TensorSpec]:
         return self.moe.specs
 
+    def copy_of(self, name: str) -> Path:
+        """Return where the copy of a tensor's file is, or will be."""
+        return self.folder / self.moe.file_of(name).name
+
+    @property
+    def obsolete(self) -> tuple[str, ...]:
+        """Return the names of the model's files that the copies make superfluous."""
+        return ()
+
     def tensor(self, name: str) -> torch.Tensor:
         """Read a whole tensor in its stored dtype, on the CPU."""
-        copy = self.folder / self.moe.file_of(name).name
+        copy = self.copy_of(name)
         if not copy.exists():
             return self.moe.tensor(name)
         with contextlib.closing(SafetensorsFile(copy)) as file:
@@ -103,5 +114,5 @@ class PatchedCopies:
 
     def write(self, tensors: Tensors) -> None:
         """Replace tensors in the copies, which must have been prepared."""
-        for path, part in _by_file(self.moe, tensors).items():
-            patch_tensors(self.folder / path.name, part)
+        for path, part in _by_file(tensors, self.copy_of).items():
+            patch_tensors(path, part)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ from upit_merge.io.shards import Shard, ShardWriter, plan_shards, shard_index
 from upit_merge.io.tensor_file import TensorSpec, row_blocks
 from upit_merge.io.text_file import write_json
 from upit_merge.models.mixture import MixtureArchitecture, parameter_counts
+from upit_merge.output.patch import PatchedCopies
 from upit_merge.resizing.sources import ResizedMixture
 from upit_merge.runtime.parallel import map_in_order, progress_bar
+
+LOG = logging.getLogger(__name__)
 
 _BLOCK_ELEMENTS = 1 << 20
 _GATES_FILE = "model-gates.safetensors"
@@ -81,12 +86,12 @@ def extended_layout(
     return Layout(tuple(written), tuple(kept), tuple(obsolete))
 
 
-def shrunk_layout(
-    moe: Checkpoint, shrunk: ResizedMixture, gates: Collection[str], max_shard_bytes: int
+def rewritten_layout(
+    moe: Checkpoint, changed: ResizedMixture, gates: Collection[str], max_shard_bytes: int
 ) -> Layout:
-    """Plan the files of a model with fewer experts: all are new, its experts have other numbers."""
-    body = [spec for name, spec in shrunk.specs.items() if name not in gates]
-    written = plan_shards([body, [shrunk.specs[name] for name in gates]], max_shard_bytes)
+    """Plan the files of a model that is written anew, such as one whose experts get other numbers."""
+    body = [spec for name, spec in changed.specs.items() if name not in gates]
+    written = plan_shards([body, [changed.specs[name] for name in gates]], max_shard_bytes)
     names = {shard.filename for shard in written}
     old = [*_files_of(moe), *([WEIGHT_INDEX] if len(written) == 1 else [])]
     obsolete = (name for name in old if name not in names and (moe.folder / name).is_file())
@@ -131,6 +136,62 @@ def write_model(
     if len(layout.shards) > 1:
         write_json(folder / WEIGHT_INDEX, shard_index(layout.shards))
     write_json(folder / "config.json", source.config)
+
+
+@dataclass(frozen=True)
+class PublishedCopies(PatchedCopies):
+    """A whole model written anew under the published names, in which tensors are replaced.
+
+    For a mixture whose files have others: where a file has several experts in one tensor, none of
+    them can be replaced in a copy that others would read.
+
+    Args:
+        architecture: The model's.
+        max_shard_bytes: Upper bound of a file.
+        quiet: Show no progress.
+    """
+
+    architecture: MixtureArchitecture
+    max_shard_bytes: int
+    quiet: bool
+
+    @cached_property
+    def _source(self) -> ResizedMixture:
+        """The model with as many experts as it has."""
+        return ResizedMixture(self.moe, self.architecture, self.architecture.num_experts)
+
+    @cached_property
+    def _layout(self) -> Layout:
+        gates = self.architecture.format.gate_names(self.architecture.num_layers)
+        return rewritten_layout(self.moe, self._source, gates, self.max_shard_bytes)
+
+    @cached_property
+    def _names(self) -> Mapping[str, str]:
+        return {spec.name: s.filename for s in self._layout.written for spec in s.tensors}
+
+    def copy_of(self, name: str) -> Path:
+        """Return where the file that a tensor is written into is, or will be."""
+        return self.folder / self._names[name]
+
+    @property
+    def obsolete(self) -> tuple[str, ...]:
+        """Return the names of the model's files that go."""
+        return self._layout.obsolete
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Write all files, whichever tensors will be replaced.
+
+        Raises:
+            UpitError: they do not fit the disk.
+        """
+        if all((self.folder / shard.filename).exists() for shard in self._layout.written):
+            return
+        LOG.warning(
+            "%s has its experts under the names that transformers has in memory; it is written "
+            "anew under the published ones.",
+            self.moe.label,
+        )
+        write_model(self.folder, self._layout, self._source, {}, quiet=self.quiet)
 
 
 def resized(

@@ -15,6 +15,7 @@ from upit_merge.io.tensor_file import TensorSpec, all_finite, row_blocks
 from upit_merge.models.dense import ffn_tensor
 from upit_merge.models.formats import COUNT_FIELDS, PROJECTIONS
 from upit_merge.models.mixture import MixtureArchitecture
+from upit_merge.models.published import complete_config
 
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -38,7 +39,8 @@ class ResizedMixture:
         self.label = moe.label
         # transformers 5 takes, and writes, other spellings than the published ones.
         spelled = [key for key in COUNT_FIELDS if key in moe.config] or [form.count_field]
-        self.config = {**moe.config, **dict.fromkeys(spelled, num_experts)}
+        config = {**moe.config, **dict.fromkeys(spelled, num_experts)}
+        self.config = complete_config(config, form)
         # Of the model itself a tensor keeps its dtype: some keep norms or gates in float32.
         self.specs: dict[str, TensorSpec] = {
             name: TensorSpec(name, shape, moe.specs[name].dtype if name in moe.specs else dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,9 @@ from upit_merge.errors import UpitError
 from upit_merge.io.text_file import write_json
 from upit_merge.io.untrusted import own_file, read_json
 from upit_merge.models.dense import is_derived
+from upit_merge.models.formats import FORMATS, MixtureFormat
 from upit_merge.models.mixture import inspect_mixture, opened_mixture
+from upit_merge.models.published import complete_config, published_tensors
 from upit_merge.output.staging import REPORT, STAGING, Staging, move_into_place
 from upit_merge.report.document import after, read_report
 from upit_merge.report.write import card_is_ours, recipe_of, write_card
@@ -47,7 +50,7 @@ def write_mixture(
     job: FinetuneJob,
     source: Path,
     out: Path,
-    kind: tuple[set[str], torch.dtype],
+    kind: MixtureKind,
     seconds: float,
 ) -> None:
     """Write the trained model into `out`, complete or not at all.
@@ -72,25 +75,28 @@ def write_mixture(
     if not trainer.accelerator.is_main_process:
         return
     staging.begin()
-    names, dtype = kind
     if state is None:
         model = merged_adapter(source, adapter, torch.float32)
         state = model.state_dict()
     else:
         model = trainer.accelerator.unwrap_model(trainer.model)
     cast = {
-        name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        name: tensor.to("cpu", kind.dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in state.items()
         # A copy of the embeddings has lost its tie to them.
         if not (model.config.tie_word_embeddings and is_derived(name))
     }
+    if not kind.is_published:
+        # transformers gives back the names that it has read.
+        cast = {n: t.contiguous() for n, t in published_tensors(kind.form, str(out), cast).items()}
     model.save_pretrained(staging.model, state_dict=cast)
     for path in files_besides_weights(source):
         shutil.copyfile(path, staging.model / path.name)
+    _complete_settings(staging.model)
     _adapt_settings(trainer, job, model.config, staging.model)
-    written, _dtype = tensors_of(staging.model)
-    if written != names:
-        other = sorted(written ^ names)[0]
+    written = tensors_of(staging.model)
+    if written.names != kind.names or not written.is_published:
+        other = next(iter(sorted(written.names ^ kind.names)), "those of its memory")
         raise UpitError(
             f"This version of transformers writes the mixture under other names than it was read "
             f"({other}), which other programs would not find; install the one that "
@@ -100,15 +106,33 @@ def write_mixture(
     move_into_place(staging, out)
 
 
-def tensors_of(folder: Path) -> tuple[set[str], torch.dtype]:
+@dataclass(frozen=True)
+class MixtureKind:
+    """What a mixture is on disk.
+
+    Attributes:
+        form: Its format.
+        names: Of its tensors, as they are published.
+        dtype: Of its weights.
+        is_published: Its files have these names.
+    """
+
+    form: MixtureFormat
+    names: frozenset[str]
+    dtype: torch.dtype
+    is_published: bool
+
+
+def tensors_of(folder: Path) -> MixtureKind:
     """Return the names of a mixture's tensors, and the dtype of its weights.
 
     Raises:
         UpitError: it is no mixture that we write.
     """
     with opened_mixture(folder, str(folder)) as moe:
-        gate = inspect_mixture(moe).format.gate_tensor(0)
-        return {name for name in moe.specs if not is_derived(name)}, moe.specs[gate].dtype
+        form = inspect_mixture(moe).format
+        names = frozenset(name for name in moe.specs if not is_derived(name))
+        return MixtureKind(form, names, moe.specs[form.gate_tensor(0)].dtype, moe.is_published)
 
 
 def merged_adapter(
@@ -137,6 +161,15 @@ def files_besides_weights(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
     ]
+
+
+def _complete_settings(folder: Path) -> None:
+    """Give a mixture from elsewhere the settings that other readers look for."""
+    path = folder / "config.json"
+    config = read_json(path, "the mixture")
+    complete = complete_config(config, FORMATS[config["model_type"]])
+    if complete != config:
+        write_json(path, complete)
 
 
 def _adapt_settings(trainer: Any, job: FinetuneJob, config: Any, folder: Path) -> None:

@@ -18,6 +18,7 @@ class Qwen3Moe(MixtureFormat):
     block = "mlp"
     projections: ClassVar = {projection: projection for projection in PROJECTIONS}
     count_field = "num_experts"
+    required = ("max_window_layers",)
     biases = ("attention_bias",)
 
     def attention_norms(self, head_dim: int) -> dict[str, tuple[int, ...]]:
