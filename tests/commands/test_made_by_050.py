@@ -48,6 +48,11 @@ SHA256 = {
     "tokenizer_config.json": "35c49649703c869bcc94ce0c259281124b35bba41af40686bf6b97cf898e8e2e",
 }
 
+# 0.5.0 copied the tokenizer's settings as transformers 5 saves them; now transformers 4 reads them.
+SHA256_NOW = SHA256 | {
+    "tokenizer_config.json": "6a443c5ceddcd3323e2d1f74b02c4745d62c466395f2cb7d9c6d5dcf2872e8a6"
+}
+
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -174,7 +179,7 @@ def test_an_unfinished_run_goes_on(
     index = json.loads((unfinished / "model.safetensors.index.json").read_text())
     assert written_again == {*index["weight_map"]} - journal.written
     assert not (unfinished / STAGING).exists()
-    assert digests(unfinished, SHA256) == SHA256
+    assert digests(unfinished, SHA256_NOW) == SHA256_NOW
     fitted, reference = load_file(unfinished / GATES), load_file(FIXTURE / "moe" / GATES)
     assert fitted.keys() == reference.keys()
     largest = max(gate.abs().max() for gate in reference.values())

@@ -33,7 +33,8 @@ from tests.support.spoilt import (
     run,
 )
 from upit_merge.io.safetensors_file import SafetensorsFile
-from upit_merge.models.tokenizer import highest_token_id, write_chat_template
+from upit_merge.models.chat_template import write_chat_templates
+from upit_merge.models.tokenizer import highest_token_id
 
 # ---- headers of safetensors ----------------------------------------------------------------
 
@@ -241,7 +242,7 @@ def test_odd_vocabularies(vocabulary: Any, tmp_path: Path) -> None:
 def test_half_a_character_in_a_tokenizer(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer_config.json"
     path.write_text('{"eos_token": "\\ud83d", "pad_token": "\\u00e9"}')
-    write_chat_template("{{ messages }}\ud83d", tmp_path)
+    write_chat_templates({"default": "{{ messages }}\ud83d"}, tmp_path)
     assert json.loads(path.read_text(encoding="utf-8")) == {
         "eos_token": "\ud83d",
         "pad_token": "é",

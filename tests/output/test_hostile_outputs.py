@@ -7,6 +7,7 @@ earlier output came with; both are read from the folder itself.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from upit_merge.errors import UpitError
 from upit_merge.io.text_file import replace_text
 from upit_merge.output.edit import Edit
 from upit_merge.output.lock import LOCK
-from upit_merge.output.staging import REPORT, STAGING, staged_output
+from upit_merge.output.staging import REPORT, STAGING, Staging, staged_output
 from upit_merge.report.write import RECIPE_COPY, recipe_of
 
 STATE = "run.json"
@@ -137,3 +138,95 @@ def test_a_message_does_not_write_to_the_terminal(capsys: pytest.CaptureFixture[
         "Error: a\\x1b[2J\\r\\n\\u202eb\\udce4 is no model é; remove it.\n"
     )
     assert issubclass(UpitError, click.ClickException)
+
+
+# ---- the one folder inside an output: named chat templates -----------------------------------
+
+TEMPLATES = "additional_chat_templates"
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_templates_are_moved_and_removed(root: str, out: Path) -> None:
+    (out / TEMPLATES).mkdir()
+    (out / TEMPLATES / "old.jinja").write_text("old")
+    folder = interrupted(
+        out, root, [f"{TEMPLATES}/old.jinja", f"{TEMPLATES}/../../x", TEMPLATES + "/"]
+    )
+    (folder / "model" / TEMPLATES).mkdir()
+    (folder / "model" / TEMPLATES / "new.jinja").write_text("new")
+    go_on(out, root)
+    assert sorted(path.name for path in out.rglob("*")) == [TEMPLATES, "new", "new.jinja"]
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_a_link_in_the_place_of_the_templates(root: str, out: Path, victim: Path) -> None:
+    (out / TEMPLATES).symlink_to(victim)
+    folder = interrupted(out, root, [f"{TEMPLATES}/file"])
+    (folder / "model" / TEMPLATES).mkdir()
+    (folder / "model" / TEMPLATES / "file").write_text("new")
+    go_on(out, root)
+    assert (victim / "file").read_text() == "precious"
+    assert (out / TEMPLATES / "file").read_text() == "new"
+
+
+def test_templates_of_an_earlier_output_behind_a_link(out: Path, victim: Path) -> None:
+    (out / TEMPLATES).symlink_to(victim)
+    (out / REPORT).write_text(json.dumps({"files": [f"{TEMPLATES}/file", f"{TEMPLATES}/.."]}))
+    with staged_output(out, {}, overwrite=True) as staging:
+        (staging.model / "new").write_text("new")
+    assert (victim / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("call", range(1, 12))
+def test_a_kill_while_templates_are_moved(
+    call: int, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any step; the same command goes on, and nothing loads before all is there."""
+    steps = ("replace", "unlink", "mkdir", "rmdir")
+    left = [call]
+
+    def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return step
+
+    (out / TEMPLATES).mkdir()
+    old = f"{TEMPLATES}/old.jinja"
+    for name in ("config.json", old, REPORT):
+        (out / name).write_text(json.dumps({"files": [old, "config.json"]}))
+    staged = ("config.json", f"{TEMPLATES}/b.jinja", f"{TEMPLATES}/a.jinja")
+    with monkeypatch.context() as patched:
+        try:
+            with staged_output(out, {}, overwrite=True) as staging:
+                (staging.model / TEMPLATES).mkdir()
+                for name in staged:
+                    (staging.model / name).write_text("new")
+                for step in steps:
+                    patched.setattr(os, step, dying(getattr(os, step)))
+        except KeyboardInterrupt:
+            config = out / "config.json"
+            if config.is_file() and config.read_text() == "new":
+                assert all((out / name).is_file() for name in staged)
+            elif config.is_file():
+                assert (out / old).is_file()
+        else:
+            assert call > 5
+    if Staging(out / STAGING).is_moving:
+        go_on(out, STAGING)
+        assert sorted(path.name for path in out.rglob("*.jinja")) == ["a.jinja", "b.jinja"]
+        assert (out / "config.json").read_text() == "new"
+
+
+def test_an_unfinished_run_s_templates_are_made_again(out: Path) -> None:
+    folder = out / STAGING
+    (folder / "model" / TEMPLATES).mkdir(parents=True)
+    (folder / "model" / TEMPLATES / "half.jinja").write_text("half")
+    (folder / STATE).write_text(json.dumps({"identity": {"a": 1}, "moving": None}))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("upit_merge.output.staging.has_progress", lambda _: True)
+        with staged_output(out, {"a": 1}) as staging:
+            assert not list(staging.model.iterdir())

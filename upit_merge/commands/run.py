@@ -26,15 +26,12 @@ from upit_merge.io.text_file import write_json
 from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.merge.lineage import Lineage
 from upit_merge.merge.passes import Merged, merge
+from upit_merge.models.chat_template import DEFAULT, lend_templates, write_chat_templates
 from upit_merge.models.dense import context_length
 from upit_merge.models.gates import named_gates
 from upit_merge.models.mixture import mixture_config, opened_mixture
-from upit_merge.models.tokenizer import (
-    copy_generation_config,
-    copy_tokenizer_files,
-    load_tokenizer,
-    write_chat_template,
-)
+from upit_merge.models.tokenizer import load_tokenizer
+from upit_merge.models.tokenizer_files import copy_generation_config, copy_tokenizer_files
 from upit_merge.output.identity import file_states
 from upit_merge.output.patch import InPlace
 from upit_merge.output.staging import (
@@ -42,6 +39,7 @@ from upit_merge.output.staging import (
     STAGING,
     Staging,
     check_output_is_free,
+    output_files,
     scratch_folder,
     staged_output,
 )
@@ -261,8 +259,7 @@ class _Run:
         if self.options.write_card:
             (folder / RECIPE_COPY).write_text(self.source, encoding="utf-8")
             record = write_card(folder, describe(record), self.source)
-        names = (path.name for path in folder.iterdir())
-        record["files"] = sorted([*names, REPORT, "config.json"])
+        record["files"] = sorted([*output_files(folder), REPORT, "config.json"])
         write_json(folder / REPORT, record)
 
 
@@ -276,6 +273,8 @@ def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
     )
     if inputs.chat_template:
         tokenizer.chat_template = inputs.chat_template
+    elif inputs.borrowed and inputs.borrowed.templates:
+        tokenizer.chat_template = dict(inputs.borrowed.templates)
     seeds = load_seed_set(
         settings,
         tokenizer,
@@ -305,13 +304,16 @@ def write_settings(
     """Write what a model has beside weights and `config.json`: shard index, tokenizer."""
     if len(shards) > 1:
         write_json(folder / WEIGHT_INDEX, shard_index(shards))
-    copy_generation_config(inputs.tokenizer or inputs.settings_donor, folder)
+    donor = inputs.tokenizer or inputs.settings_donor
+    copy_generation_config(donor, inputs.latest_first, folder)
     if inputs.tokenizer is None:
         LOG.warning("No model of the recipe has a tokenizer; the output has none either.")
     elif copy_tokenizer:
         copy_tokenizer_files(inputs.tokenizer, folder)
         if inputs.chat_template:
-            write_chat_template(inputs.chat_template, folder)
+            write_chat_templates({DEFAULT: inputs.chat_template}, folder)
+        elif inputs.borrowed:
+            lend_templates(inputs.tokenizer, inputs.borrowed, folder)
 
 
 def run_identity(

@@ -26,8 +26,10 @@ from upit_merge.merge.lineage import Lineage
 from upit_merge.merge.passes import find_lineage, is_one_pass, measure_similarity, write_gates
 from upit_merge.models.gates import gates_digest, tensors_digest
 from upit_merge.models.mixture import mixture_specs, opened_mixture
+from upit_merge.models.tokenizer import has_tokenizer
+from upit_merge.models.tokenizer_files import CONFIG_FILE, GENERATION_FILE
 from upit_merge.output.journal import Saver
-from upit_merge.output.staging import REPORT, check_output_exists
+from upit_merge.output.staging import REPORT, check_output_exists, output_files
 from upit_merge.report.any_version import AnyReport, AnyRouter
 from upit_merge.report.document import read_report
 from upit_merge.report.tables import show
@@ -343,17 +345,25 @@ def _file_finding(out: Path, inputs: Inputs, options: RunOptions) -> Finding:
     """Compare configuration and tokenizer with those made once more in a scratch folder."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        has_tokenizer = any((out / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-        write_settings(folder, inputs, (), copy_tokenizer=options.copy_tokenizer and has_tokenizer)
+        copy = options.copy_tokenizer and has_tokenizer(out)
+        write_settings(folder, inputs, (), copy_tokenizer=copy)
         write_json(folder / "config.json", output_config(inputs))
-        names = sorted(path.name for path in folder.iterdir())
+        names = output_files(folder)
         faults = []
         for name in names:
             if not (out / name).is_file():
                 faults.append(f"{name} is missing")
-            elif (out / name).read_bytes() != (folder / name).read_bytes():
+            elif (out / name).read_bytes() not in _made(folder / name, inputs):
                 faults.append(f"{name} differs")
     return Finding("settings, tokenizer", f"{len(names)} files", tuple(faults))
+
+
+def _made(path: Path, inputs: Inputs) -> list[bytes]:
+    """Return what may be in a file that was made again: what is, or was up to version 0.5."""
+    donor = inputs.tokenizer or inputs.settings_donor
+    original = donor.small_file(path.name)
+    is_copy = path.name in (CONFIG_FILE, GENERATION_FILE) and original.is_file()
+    return [path.read_bytes(), *([original.read_bytes()] if is_copy else [])]
 
 
 def _table(findings: Sequence[Finding]) -> Table:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upit_merge.errors import UpitError, first_line, one_line
+from upit_merge.io.untrusted import TEMPLATE_FOLDER
 
 # What a download needs: weights, configuration, tokenizer. Not optimizer states, other formats
-# (`consolidated.safetensors` is a second copy of everything), or what is in subfolders.
+# (`consolidated.safetensors` is a second copy of everything), or what is in subfolders, but for
+# chat templates.
 _HUB_PATTERNS = (
     "model*.safetensors",
     "adapter_model.safetensors",
@@ -17,8 +19,16 @@ _HUB_PATTERNS = (
     "*.jinja",
     "tokenizer.model",
     "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
     "README.md",
 )
+# There is no pattern for "all folders but one": these are the folders whose names begin otherwise.
+_OTHER_FOLDERS = [f"{TEMPLATE_FOLDER}/*/*", f"{TEMPLATE_FOLDER}[!/]*/*"]
+for _length, _letter in enumerate(TEMPLATE_FOLDER):
+    _OTHER_FOLDERS += [f"{TEMPLATE_FOLDER[:_length]}{rest}" for rest in (f"[!{_letter}]*/*", "/*")]
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -
                 revision=revision or None,
                 cache_dir=options.cache_dir,
                 allow_patterns=patterns,
-                ignore_patterns=["*/*"],
+                ignore_patterns=_OTHER_FOLDERS,
             )
         )
     except Exception as error:  # the Hub client raises dozens of types, none of them for users

@@ -15,6 +15,7 @@ which names of files and tensors are taken. What only one reader needs stays bes
 * `models/dense.py`: `check_counts`: counts that a `config.json` promises and the tensors do not keep;
 * `models/lora/config.py`: patterns that would take for ever to match;
 * `models/tokenizer.py`: `load_tokenizer`: a tokenizer's code only if the user allows it;
+* `models/chat_template.py`: `chat_templates`, `template_files`: names that are files in one folder;
 * `data/examples.py`: records of the wrong kind, text that is no Unicode;
 * `output/staging.py`, `output/lock.py`: what an earlier report, or a run that was cut off, wants
   removed, and links among our hidden files;
@@ -32,6 +33,8 @@ from typing import Any
 
 from upit_merge.errors import UpitError, one_line, shown
 
+# The one folder inside a model's that we read and write: transformers' chat templates with names.
+TEMPLATE_FOLDER = "additional_chat_templates"
 # Of the files of a model folder, those that we, transformers or mergekit read, besides weights.
 _SMALL_FILES = (
     "*.json",
@@ -41,8 +44,8 @@ _SMALL_FILES = (
     "*.py",
     "*.tiktoken",
     "*.txt",
-    "additional_chat_templates",
-    "additional_chat_templates/*",
+    TEMPLATE_FOLDER,
+    f"{TEMPLATE_FOLDER}/*",
 )
 _MAX_JSON_BYTES = 100_000_000  # as the safetensors library has it for headers
 _MAX_FILE_NAME = 255
@@ -138,6 +141,11 @@ def is_file_name(name: object) -> bool:
         and 0 < len(name) <= _MAX_FILE_NAME
         and not _leads_elsewhere(name)
     )
+
+
+def is_output_name(name: object) -> bool:
+    """Whether a value names a file of an output: in its folder, or among its chat templates."""
+    return isinstance(name, str) and is_file_name(name.removeprefix(f"{TEMPLATE_FOLDER}/"))
 
 
 def check_file_name(source: Path, name: str) -> None:

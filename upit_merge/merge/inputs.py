@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,16 +21,12 @@ from upit_merge.io.hub import OpenOptions, resolve, split_reference
 from upit_merge.io.shards import Shard, plan_shards
 from upit_merge.io.sources import DenseModel
 from upit_merge.merge.density import resolve_densities
+from upit_merge.models.chat_template import Borrowed, borrowed_templates, resolve_chat_template
 from upit_merge.models.dense import DenseArchitecture, default_dtype, inspect_models, stored_dtype
 from upit_merge.models.lora.adapter import open_model, warn_of_unlike_adapters
 from upit_merge.models.mixture import mixture_specs
 from upit_merge.models.tables import open_checkpoint
-from upit_merge.models.tokenizer import (
-    find_model,
-    highest_token_id,
-    resolve_chat_template,
-    tokenizer_donor,
-)
+from upit_merge.models.tokenizer import find_model, highest_token_id, tokenizer_donor
 
 LOG = logging.getLogger(__name__)
 
@@ -61,6 +58,18 @@ class Inputs:
     def models(self) -> tuple[DenseModel, ...]:
         """The base, then the checkpoints."""
         return (self.base, *self.checkpoints)
+
+    @property
+    def latest_first(self) -> tuple[DenseModel, ...]:
+        """Who is asked for what the tokenizer's donor has not: what was trained last knows best."""
+        return (*reversed(self.checkpoints), self.base)
+
+    @cached_property
+    def borrowed(self) -> Borrowed | None:
+        """Chat templates for a tokenizer that has none; None if it has, or the recipe gives one."""
+        if self.tokenizer is None or self.chat_template:
+            return None
+        return borrowed_templates(self.tokenizer, self.latest_first)
 
     @property
     def settings_donor(self) -> DenseModel:
@@ -123,7 +132,7 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
                 "put tokenizer.json into the last checkpoint's folder."
             )
         if donor:
-            _warn_of_large_tokenizer(donor, architecture.settings["vocab_size"])
+            _warn_of_large_tokenizer(donor, architecture.settings["vocab_size"], options)
         yield Inputs(
             recipe=recipe,
             base=base,
@@ -157,9 +166,10 @@ def _base_folder(reference: str, options: OpenOptions) -> Path:
     return resolve(reference, options, role="base_model")
 
 
-def _warn_of_large_tokenizer(donor: DenseModel, vocab_size: int) -> None:
+def _warn_of_large_tokenizer(donor: DenseModel, vocab_size: int, options: OpenOptions) -> None:
     """Token ids without an embedding crash a model only when they occur."""
-    if (highest := highest_token_id(donor.folder)) is not None and highest >= vocab_size:
+    highest = highest_token_id(donor.folder, trust_remote_code=options.trust_remote_code)
+    if highest is not None and highest >= vocab_size:
         LOG.warning(
             "The tokenizer of %s has token ids up to %d, but the models have only %d embeddings; "
             "text with the further tokens will fail.",

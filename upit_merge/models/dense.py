@@ -44,7 +44,7 @@ _SHARED_FIELDS = (
 BESIDES_FFN = ("vocab_size", "tie_word_embeddings", "rope_parameters", "sliding_window")
 # What trainers write for the name that all readers know.
 _ACTIVATIONS = {"swish": "silu"}
-_CARRIED_FIELDS = ("initializer_range", "max_position_embeddings", "use_cache")
+_CARRIED_FIELDS = ("initializer_range", "max_position_embeddings")
 
 
 def diverged(model: DenseModel, name: str) -> UpitError:
@@ -224,7 +224,8 @@ def _plain_rope(rope: Any) -> Any:
 
 def carried_settings(config: Any) -> dict[str, Any]:
     carried = {field: getattr(config, field, None) for field in _CARRIED_FIELDS}
-    return carried | {"attention_dropout": config.attention_dropout or 0.0}
+    # Trainers leave use_cache: false, with which generating takes far longer for the same tokens.
+    return carried | {"attention_dropout": config.attention_dropout or 0.0, "use_cache": True}
 
 
 def context_length(checkpoint: DenseModel) -> int:

@@ -1,41 +1,48 @@
-"""The output's tokenizer, chat template and generation settings."""
+"""Tokenizers: whether a model has one, whose the output gets, and what is in it."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
-from collections import Counter
-from collections.abc import Sequence
-from importlib import resources
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from upit_merge.errors import UpitError, first_line, one_line, shown
+from upit_merge.errors import UpitError, first_line, one_line
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.untrusted import read_json
 
 LOG = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+FAST_FILE = "tokenizer.json"
+# Files that are a vocabulary together, the first found is the one that is read: those that the
+# tokenizer classes of transformers name, and those that AutoTokenizer converts by itself.
+_VOCABULARIES = (
+    (FAST_FILE,),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("tekken.json",),
+    ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+    ("tiktoken.model",),
+    # A list of words may lie in any folder: a tokenizer's has its settings beside it.
+    ("vocab.txt", "tokenizer_config.json"),
 )
-_GENERATION_FILE = "generation_config.json"
+# Read by some classes only; of the rest AutoTokenizer knows what to do with them.
+_OF_ONE_CLASS = ("vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
+VOCABULARY_FILES = tuple(dict.fromkeys(chain.from_iterable(_VOCABULARIES)))
+
+
+def vocabulary_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that a folder's vocabulary is in; () if it has none."""
+    kinds = (names for names in _VOCABULARIES if all((folder / name).is_file() for name in names))
+    return next(kinds, ())
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether the folder holds a tokenizer's vocabulary."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    """Return whether the folder holds a tokenizer's vocabulary, in files that AutoTokenizer reads."""
+    return bool(vocabulary_files(folder))
 
 
 def tokenizer_donor(
@@ -61,8 +68,9 @@ def tokenizer_donor(
     donor = base if source == "base" else find_model(source, "tokenizer_source", checkpoints, base)
     if not has_tokenizer(donor.folder):
         raise UpitError(
-            f"tokenizer_source: {donor.label} has no tokenizer.json or tokenizer.model; name a "
-            "model that has one."
+            f"tokenizer_source: {donor.label} has no tokenizer that transformers could read "
+            "(tokenizer.json, tokenizer.model, or vocab.json and merges.txt); name a model that "
+            "has one."
         )
     return donor
 
@@ -83,92 +91,69 @@ def find_model(
     raise UpitError(f"{key}: {label} is none of the recipe's models ({known}); name one of them.")
 
 
-def copy_tokenizer_files(donor: DenseModel, folder: Path) -> None:
-    """Copy the donor's tokenizer and chat template files."""
-    for name in _TOKENIZER_FILES:
-        if (donor.folder / name).is_file():
-            shutil.copyfile(donor.folder / name, folder / name)
+def highest_token_id(folder: Path, *, trust_remote_code: bool = False) -> int | None:
+    """Return the highest id of a tokenizer, or None if it is unusual.
 
-
-def copy_generation_config(donor: DenseModel, folder: Path) -> None:
-    """Copy the donor's generation settings, if it has any."""
-    if (path := donor.small_file(_GENERATION_FILE)).is_file():
-        shutil.copyfile(path, folder / _GENERATION_FILE)
-
-
-def resolve_chat_template(setting: str, models: Sequence[DenseModel]) -> str | None:
-    """Return the Jinja text a recipe's `chat_template` means.
-
-    Args:
-        setting: A template, the name of one that mergekit ships, or `auto`: the one most of the
-            models have.
+    A `tokenizer.json` is looked into; of other files transformers makes a tokenizer.
 
     Raises:
-        UpitError: it is neither.
+        UpitError: there are other files, and transformers cannot read them.
     """
-    if "{" in setting:
-        return setting
-    if setting == "auto":
-        found = [text for model in models if (text := own_template(model.folder))]
-        return Counter(found).most_common(1)[0][0] if found else None
-    shipped = resources.files("mergekit._data.chat_templates")
-    names = sorted(p.name.removesuffix(".jinja") for p in shipped.iterdir() if ".jinja" in p.name)
-    if setting not in names:
-        raise UpitError(
-            f"chat_template: {shown(setting)} is neither a Jinja template nor one of mergekit's "
-            f"({', '.join(names)}); use one of these."
-        )
-    return shipped.joinpath(f"{setting}.jinja").read_text(encoding="utf-8")
-
-
-def own_template(folder: Path) -> str | None:
-    """Return the chat template in a model's folder, if it has exactly one."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace")
-    template = _tokenizer_config(folder).get("chat_template")
-    return template if isinstance(template, str) else None
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    if (folder / FAST_FILE).is_file():
+        try:
+            highest = max(_fast_vocabulary(folder).values(), default=None)
+        except (UpitError, KeyError, TypeError, AttributeError):
+            return None
+        return highest if isinstance(highest, int) else None
     try:
-        return read_json(folder / "tokenizer_config.json", "the tokenizer")
+        remedy = "check its files, or name another model's with tokenizer_source"
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code, remedy=remedy)
     except UpitError:
+        # Sentencepiece's file needs its library, which whoever uses the output may have.
+        if vocabulary_files(folder) == ("tokenizer.model",):
+            return None
+        raise
+    return max(tokenizer.get_vocab().values(), default=None)
+
+
+def vocabulary(folder: Path) -> Mapping[str, int]:
+    """Return a tokenizer's ids by token, the added ones among them; {} if it cannot be read."""
+    try:
+        if (folder / FAST_FILE).is_file():
+            return _fast_vocabulary(folder)
+        found: dict[str, int] = load_tokenizer(folder).get_vocab()
+        return found
+    except (UpitError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def write_chat_template(template: str, folder: Path) -> None:
-    """Make `template` the one and only chat template of the tokenizer in `folder`.
-
-    It goes where transformers 5 looks (`chat_template.jinja`) and where older readers and
-    llama.cpp do (`tokenizer_config.json`).
-    """
-    # JSON may hold half a character, which UTF-8 cannot; in JSON it can be escaped again.
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8", errors="replace")
-    (folder / "chat_template.json").unlink(missing_ok=True)
-    config = _tokenizer_config(folder) | {"chat_template": template}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(config, indent=2, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-        errors="backslashreplace",
-    )
-
-
-def highest_token_id(folder: Path) -> int | None:
-    """The highest id in `tokenizer.json`, or None if there is no such file or it is unusual."""
+def added_tokens(folder: Path) -> Iterable[str]:
+    """Return the tokens that a tokenizer takes out of a text before all else; [] if unknown."""
     try:
-        content = read_json(folder / "tokenizer.json", "the tokenizer")
-        vocabulary = content["model"]["vocab"]
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        added = (token["id"] for token in content.get("added_tokens", []))
-        highest = max(chain(ids, added), default=None)
-        return highest if isinstance(highest, int) else None
+        if (folder / FAST_FILE).is_file():
+            content = read_json(folder / FAST_FILE, "the tokenizer")
+            return [token["content"] for token in content.get("added_tokens", [])]
+        return list(load_tokenizer(folder).get_added_vocab())
     except (UpitError, KeyError, TypeError, AttributeError):
-        return None
+        return []
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def _fast_vocabulary(folder: Path) -> dict[str, int]:
+    content = read_json(folder / FAST_FILE, "the tokenizer")
+    tokens = content["model"]["vocab"]
+    if not isinstance(tokens, dict):  # Unigram: pairs of token and score
+        tokens = {entry[0]: number for number, entry in enumerate(tokens)}
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    return {**tokens, **added}
+
+
+def load_tokenizer(
+    folder: Path, *, trust_remote_code: bool = False, remedy: str = "check its files"
+) -> Any:
     """Return the tokenizer in a local folder, as transformers loads it.
+
+    Args:
+        remedy: What to do if it cannot be loaded.
 
     Raises:
         UpitError: there is none, or it cannot be loaded.
@@ -181,11 +166,19 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # whatever a broken or foreign tokenizer makes the loader raise
         reason = one_line(first_line(error))
         raise UpitError(
-            f"The tokenizer in {folder} cannot be loaded ({reason}); check its files."
+            f"The tokenizer in {folder} cannot be loaded ({reason}); {remedy}."
         ) from error
+    # A class that finds none of its files makes a tokenizer of nothing.
+    kind, (name, *_) = type(tokenizer), vocabulary_files(folder)
+    if name in _OF_ONE_CLASS and name not in kind.vocab_files_names.values():
+        raise UpitError(
+            f"The tokenizer in {folder} cannot be loaded ({kind.__name__} does not read {name}); "
+            f"{remedy}."
+        )
+    return tokenizer

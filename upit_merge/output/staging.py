@@ -14,7 +14,7 @@ from typing import Any
 from upit_merge.errors import ResumableError, UpitError
 from upit_merge.io.disk import explained
 from upit_merge.io.text_file import read_record, sync_folder, write_json
-from upit_merge.io.untrusted import is_file_name, read_json
+from upit_merge.io.untrusted import TEMPLATE_FOLDER, is_output_name, read_json
 from upit_merge.output.identity import first_difference
 from upit_merge.output.journal import has_progress
 from upit_merge.output.lock import LOCK, exclusive, release
@@ -66,7 +66,7 @@ class Staging:
         Args:
             obsolete: Names of files that go from the output's folder.
         """
-        sync_folder(self.model)
+        _sync(self.model)
         moving = {"obsolete": list(obsolete)}
         write_json(self.root / _STATE, {"identity": identity, "moving": moving})
 
@@ -193,7 +193,11 @@ def _open_staging(out: Path, identity: Mapping[str, Any]) -> Staging:
         LOG.info("Going on with the unfinished run in %s.", out)
         for path in staging.model.iterdir():
             # Small files are made again; a draft of one must not become part of the output.
-            if not moving and path.suffix != ".safetensors":
+            if moving or path.suffix == ".safetensors":
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
         return staging
     try:
@@ -264,10 +268,10 @@ def remove_if_empty(folder: Path) -> None:
 def move_into_place(staging: Staging, out: Path) -> None:
     """Rename every file into `out`; does what is left of it if it was begun before."""
     if not staging.is_moving:
-        new = {path.name for path in staging.model.iterdir()}
+        new = output_files(staging.model)
         old = [name for name in _files_of(out / REPORT) if name not in new]
         staging.begin_moving(staging.state["identity"], old)
-    names = sorted(path.name for path in staging.model.iterdir())
+    names = output_files(staging.model)
     last = "config.json"
     if last in names:
         # An earlier output stops being a model before its files are mixed with the new ones.
@@ -276,11 +280,18 @@ def move_into_place(staging: Staging, out: Path) -> None:
             for folder in EDIT_STAGING.values():
                 shutil.rmtree(out / folder, ignore_errors=True)
     # The state of a folder from elsewhere must not make us remove anything anywhere else.
-    for name in filter(is_file_name, staging.state["moving"]["obsolete"]):
+    obsolete = [*filter(is_output_name, staging.state["moving"]["obsolete"])]
+    templates = out / TEMPLATE_FOLDER
+    if templates.is_symlink() and any("/" in name for name in (*names, *obsolete)):
+        templates.unlink()
+    for name in obsolete:
         (out / name).unlink(missing_ok=True)
     for name in sorted(names, key=lambda name: name == last):
+        (out / name).parent.mkdir(exist_ok=True)
         os.replace(staging.model / name, out / name)
-    sync_folder(out)
+    if templates.is_dir():
+        remove_if_empty(templates)
+    _sync(out)
     # The state goes last: until then the same command finds that all is done.
     for path in staging.root.iterdir():
         if path.is_dir():
@@ -288,6 +299,19 @@ def move_into_place(staging: Staging, out: Path) -> None:
         elif path.name != _STATE:
             path.unlink()
     shutil.rmtree(staging.root, ignore_errors=True)
+
+
+def output_files(folder: Path) -> list[str]:
+    """Return the names of an output's files, those of its named chat templates with their folder."""
+    inner = (folder / TEMPLATE_FOLDER).glob("*")
+    names = [path.name for path in folder.iterdir() if path.name != TEMPLATE_FOLDER]
+    return sorted([*names, *(f"{TEMPLATE_FOLDER}/{path.name}" for path in inner)])
+
+
+def _sync(folder: Path) -> None:
+    if (folder / TEMPLATE_FOLDER).is_dir():
+        sync_folder(folder / TEMPLATE_FOLDER)
+    sync_folder(folder)
 
 
 def _files_of(report: Path) -> list[str]:
@@ -298,7 +322,7 @@ def _files_of(report: Path) -> list[str]:
         return []
     if not isinstance(files, list):
         return []
-    return [name for name in filter(is_file_name, files) if (report.parent / name).is_file()]
+    return [name for name in filter(is_output_name, files) if (report.parent / name).is_file()]
 
 
 def check_output_exists(out: Path) -> None:

@@ -15,9 +15,10 @@ from upit_merge.config.recipe import Recipe
 from upit_merge.io.sources import DenseModel
 from upit_merge.merge.lineage import Lineage
 from upit_merge.merge.similarity import cosine
+from upit_merge.models.chat_template import own_template
 from upit_merge.models.formats import MixtureFormat
 from upit_merge.models.mixture import parameter_counts
-from upit_merge.models.tokenizer import own_template
+from upit_merge.models.tokenizer import has_tokenizer
 from upit_merge.report.sources import describe_sources
 
 _PACKAGES = ("mergekit", "torch", "transformers", "safetensors")
@@ -94,12 +95,11 @@ def mixture_record(
         name: What it is called.
         settings: Of the dense architecture that its experts share.
     """
-    tokenizers = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     return {
         "name": name,
         "format": form.name,
         "num_layers": settings["num_hidden_layers"],
         **parameter_counts(form, settings, num_experts, num_experts_per_token),
-        "tokenizer": any((folder / file).is_file() for file in tokenizers),
+        "tokenizer": has_tokenizer(folder),
         "chat_template": own_template(folder) is not None,
     }

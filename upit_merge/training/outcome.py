@@ -11,12 +11,14 @@ import torch
 
 from upit_merge.errors import UpitError
 from upit_merge.io.text_file import write_json
-from upit_merge.io.untrusted import own_file, read_json
+from upit_merge.io.untrusted import TEMPLATE_FOLDER, own_file, read_json
+from upit_merge.models.chat_template import template_files
 from upit_merge.models.dense import is_derived
 from upit_merge.models.formats import FORMATS, MixtureFormat
 from upit_merge.models.mixture import inspect_mixture, opened_mixture
 from upit_merge.models.published import complete_config, published_tensors
-from upit_merge.output.staging import REPORT, STAGING, Staging, move_into_place
+from upit_merge.models.tokenizer_files import make_readable
+from upit_merge.output.staging import REPORT, STAGING, Staging, move_into_place, output_files
 from upit_merge.report.document import after, read_report
 from upit_merge.report.write import card_is_ours, recipe_of, write_card
 from upit_merge.training.settings import FinetuneJob
@@ -91,7 +93,9 @@ def write_mixture(
         cast = {n: t.contiguous() for n, t in published_tensors(kind.form, str(out), cast).items()}
     model.save_pretrained(staging.model, state_dict=cast)
     for path in files_besides_weights(source):
-        shutil.copyfile(path, staging.model / path.name)
+        copy = staging.model / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
     _complete_settings(staging.model)
     _adapt_settings(trainer, job, model.config, staging.model)
     written = tensors_of(staging.model)
@@ -156,11 +160,12 @@ def files_besides_weights(folder: Path) -> list[Path]:
     Raises:
         UpitError: one of them is a link out of the folder, which would be copied from there.
     """
-    return [
+    files = [
         own_file(path, folder)
         for path in folder.iterdir()
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
     ]
+    return [*files, *template_files(folder)]
 
 
 def _complete_settings(folder: Path) -> None:
@@ -176,7 +181,9 @@ def _adapt_settings(trainer: Any, job: FinetuneJob, config: Any, folder: Path) -
     """Write what a new chat template or end token changes, if one was given."""
     if not (job.training.chat_template_path or job.training.eos_token):
         return
+    shutil.rmtree(folder / TEMPLATE_FOLDER, ignore_errors=True)  # saved again as far as they stay
     trainer.processing_class.save_pretrained(folder)
+    make_readable(folder)
     settings = read_json(folder / "config.json", "the mixture")
     settings |= {"vocab_size": config.vocab_size, "eos_token_id": config.eos_token_id}
     write_json(folder / "config.json", settings)
@@ -197,7 +204,7 @@ def _write_report(
     document = dict(report.document)
     if card_is_ours(source, report):
         document = write_card(folder, report, recipe_of(source))
-    document["files"] = sorted({path.name for path in folder.iterdir()} | {REPORT})
+    document["files"] = sorted({*output_files(folder), REPORT})
     write_json(folder / REPORT, document)
 
 

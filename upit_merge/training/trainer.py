@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -14,6 +15,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 
+from upit_merge.models.tokenizer_files import make_readable
 from upit_merge.runtime.parallel import progress_bar
 from upit_merge.training.routing import RoutingMonitor, balance_each_layer, routing_metrics
 from upit_merge.training.trainable import routers
@@ -50,6 +52,13 @@ class ExpertTrainer(SFTTrainer):
             total = self.accelerator.reduce(sums.float(), "sum")
             logs.update(routing_metrics(total.double()))
         super().log(logs, start_time)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Save, with a tokenizer that transformers 4 and what is built on it can read."""
+        super()._save(output_dir, state_dict)
+        make_readable(Path(output_dir or self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: a mixture has a card, rendered from its report, and checkpoints need none."""
