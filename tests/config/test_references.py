@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from tests.support.recipes import document
 from tests.support.spoilt import refusal
 from upit_merge.config.recipe import parse_recipe
 from upit_merge.config.references import expand_models
-from upit_merge.io.hub import split_reference
+from upit_merge.io.hub import OpenOptions, resolve, split_reference
 
 
 def expanded(*models: str) -> list[str]:
@@ -78,3 +79,23 @@ def test_globs_and_folders_with_a_plus(tmp_path: Path, monkeypatch: Any) -> None
     assert split_reference("a+b+x+y/z+w") == ("a+b", "x+y/z+w")
     assert split_reference("me/base+me/a+b") == ("me/base", "me/a+b")
     assert split_reference("me/base") == ("me/base", None)
+
+
+def test_what_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Everything of a tokenizer, chat templates with names among it, and no other folder."""
+    wanted = ["config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"]
+    wanted += ["tekken.json", "spiece.model", "chat_template.jinja", "model.safetensors"]
+    wanted += ["additional_chat_templates/tool_use.jinja", "generation_config.json"]
+    others = ["onnx/config.json", "add/x.json", "a/x.json", "additional/x.json", "run.py"]
+    others += ["additional_chat_templates2/x.json", "additional_chat_templates/x/y.json"]
+    others += ["checkpoint-5/model.safetensors", "original/consolidated.safetensors", "x.bin"]
+    asked: dict[str, Any] = {}
+
+    def download(_repo: str, **options: Any) -> str:
+        asked.update(options)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    resolve("me/model", OpenOptions())
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted

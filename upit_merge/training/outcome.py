@@ -98,6 +98,7 @@ def write_mixture(
         shutil.copyfile(path, copy)
     _complete_settings(staging.model)
     _adapt_settings(trainer, job, model.config, staging.model)
+    make_readable(staging.model)
     written = tensors_of(staging.model)
     if written.names != kind.names or not written.is_published:
         other = next(iter(sorted(written.names ^ kind.names)), "those of its memory")
@@ -183,7 +184,6 @@ def _adapt_settings(trainer: Any, job: FinetuneJob, config: Any, folder: Path) -
         return
     shutil.rmtree(folder / TEMPLATE_FOLDER, ignore_errors=True)  # saved again as far as they stay
     trainer.processing_class.save_pretrained(folder)
-    make_readable(folder)
     settings = read_json(folder / "config.json", "the mixture")
     settings |= {"vocab_size": config.vocab_size, "eos_token_id": config.eos_token_id}
     write_json(folder / "config.json", settings)
