@@ -18,7 +18,7 @@ CHATML = (
 )
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 # What the kinds of tokenizers here treat differently: spaces, line ends, text after a special token.
-TEXT = "The  capital xyz\n é</s>the<|im_end|> fox ab"
+TEXT = " The  capital xyz\n é</s>the<|im_end|> fox ab"
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -71,7 +71,6 @@ def sentencepiece(folder: Path, model: Path, *, add_bos_token: bool = True) -> N
         "bos_token": "<s>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
-        "legacy": False,
         "add_bos_token": add_bos_token,
         "added_tokens_decoder": added(["<unk>", "<s>", "</s>"], 0),
     }

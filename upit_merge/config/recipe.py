@@ -194,7 +194,7 @@ router:
         None, description="As in mergekit: wins over dtype. Arithmetic is always float32."
     )
     tokenizer_source: Name | None = Field(
-        None, description="`base` or a model; the last checkpoint if it has a tokenizer, else base."
+        None, description="`base` or a model; the last checkpoint that has a tokenizer, else base."
     )
     chat_template: StrictStr | None = Field(
         None, description="A Jinja template, or the name of one that mergekit ships."
