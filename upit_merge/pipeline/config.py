@@ -18,6 +18,7 @@ from upit_merge.config.yaml_file import load_mapping
 from upit_merge.errors import UpitError, shown
 from upit_merge.io.text_file import replace_text
 from upit_merge.models.formats import PROJECTIONS
+from upit_merge.training.targets import dense_targets
 
 # The paper's schedule: 2 epochs each, a checkpoint every quarter of an epoch.
 _PREPARE = {"num_train_epochs": 2, "save_steps": 0.125}
@@ -192,6 +193,8 @@ class Pipeline:
         if settings.pop("lora_target_parameters", None):  # experts; a dense model has modules
             named = settings.get("lora_target_modules") or []
             settings["lora_target_modules"] = [*named, *PROJECTIONS]
+        if isinstance(settings.get("lora_target_modules"), list):
+            settings["lora_target_modules"] = dense_targets(settings["lora_target_modules"])
         if isinstance(self.config.baseline, dict):
             settings |= self._block("baseline", self.config.baseline)
         return {**settings, "model_name_or_path": checkpoint, "output_dir": str(self.dense)}

@@ -12,12 +12,14 @@ _ADAM_BYTES = 8  # two float32 moments for every trained weight
 
 
 def check_training_space(
-    trainer: Any, out: Path, limit: int | None, *, keep_checkpoints: bool
+    trainer: Any, source: Path, out: Path, limit: int | None, *, keep_checkpoints: bool
 ) -> None:
     """Refuse a run whose checkpoints, and result, cannot fit the disk.
 
     Args:
         trainer: Set up, not yet trained.
+        source: The model that is trained, as large as the result, however it is quantised in
+            memory.
         out: Receives everything; what an earlier call has left there counts as free.
         limit: Keep so many checkpoints.
         keep_checkpoints: As for `RunState.finish`; a mixture is written besides.
@@ -30,6 +32,8 @@ def check_training_space(
     is_adapter = hasattr(trainer.model, "peft_config")
     saved = sum(weight.nbytes for weight in (trained if is_adapter else weights))
     whole = sum(weight.nbytes for weight in weights)
+    if any(getattr(trainer.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
+        whole = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     count = _checkpoints(trainer, limit)
     # The newest is written before the oldest of too many is removed.
     present = count if keep_checkpoints else min(count, 2)

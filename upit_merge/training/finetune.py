@@ -24,14 +24,17 @@ from upit_merge.output.staging import REPORT, check_not_half_edited, remove_if_e
 from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.runtime.processes import Processes, joined
 from upit_merge.training.disk import check_training_space
+from upit_merge.training.new_tokens import complete_head, model_with_tokens
 from upit_merge.training.outcome import (
     files_besides_weights,
     finish_move,
     tensors_of,
     write_mixture,
 )
+from upit_merge.training.quantise import quantise_experts
 from upit_merge.training.run_state import RunState
 from upit_merge.training.settings import FinetuneJob, data_files, load_job
+from upit_merge.training.targets import resolve_targets
 from upit_merge.training.trainable import freeze_others
 from upit_merge.training.trainer import ExpertTrainer, Progress, SaveWatch
 
@@ -71,6 +74,7 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
     if is_mixture:
         _check_untied(job, config)
         files_besides_weights(folder)  # what is wrong with them must show now as well
+    resolve_targets(job.model, folder)
     _ = job.training.device  # accelerate meets the other processes first: it knows the device
     with joined() as processes, contextlib.ExitStack() as stack:
         with processes.together():
@@ -101,7 +105,8 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
         trainer = _trainer(job, folder, state.newest)
         if is_mixture:
             _check_new_tokens(job, config, trainer)
-        check_training_space(trainer, out, limit, keep_checkpoints=keep)
+            quantise_experts(trainer.model, job.model)
+        check_training_space(trainer, folder, out, limit, keep_checkpoints=keep)
         seconds = _train(trainer, job, state, limit, quiet=quiet)
         if kind is not None:
             write_mixture(trainer, job, folder, out, kind, seconds)
@@ -176,20 +181,28 @@ def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrain
     set_seed(training.seed)  # TRL below 1.15 draws an adapter's first weights without
     try:
         complete = newest is not None and has_any(newest, SAFE_WEIGHTS)
-        trainer = ExpertTrainer(
-            model=str(newest if complete else folder),
-            processing_class=AutoTokenizer.from_pretrained(folder),
-            args=training,
-            train_dataset=_dataset(job),
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
+        source, tokenizer = (
+            str(newest if complete else folder),
+            AutoTokenizer.from_pretrained(folder),
         )
+        lora, quantization = get_peft_config(model), get_quantization_config(model)
+        made = model_with_tokens(job, source, tokenizer, lora, quantization)
+        with _told_already(training, made is not None):
+            trainer = ExpertTrainer(
+                model=source if made is None else made,
+                processing_class=tokenizer,
+                args=training,
+                train_dataset=_dataset(job),
+                quantization_config=quantization if made is None else None,
+                peft_config=lora,
+            )
     except (ValueError, KeyError, TypeError, ImportError) as error:
         raise UpitError(
             f"The training cannot be set up: {one_line(first_line(error))}; correct the "
             "configuration or the data."
         ) from error
     if model.use_peft:
+        complete_head(trainer.model)
         # The name others know it by, not where it lies on this machine.
         name = str(model.model_name_or_path)
         shown_name = name if Path(name).expanduser().is_dir() else name.partition("@")[0]
@@ -198,6 +211,18 @@ def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrain
     if job.extra.train_modules != "all":
         freeze_others(trainer.model, job.extra.train_modules)
     return trainer
+
+
+@contextlib.contextmanager
+def _told_already(training: Any, made: bool) -> Iterator[None]:
+    """Hide from TRL what was done for it, if a model was made."""
+    kept = {key: getattr(training, key) for key in ("model_init_kwargs", "chat_template_path")}
+    if made:
+        vars(training).update(dict.fromkeys(kept))
+    try:
+        yield
+    finally:
+        vars(training).update(kept)
 
 
 def _dataset(job: FinetuneJob) -> Any:
@@ -249,12 +274,15 @@ def _train(
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(f"train {job.extra.train_modules}", quiet=quiet))
-    trainer.add_callback(
-        SaveWatch(
-            trainer.accelerator.wait_for_everyone,
-            lambda step: state.saved(step, seconds(), limit),
-        )
-    )
+
+    def saved(step: int) -> None:
+        if job.model.use_peft and (job.training.chat_template_path or job.training.eos_token):
+            # An adapter's checkpoint has no settings: the token that ends a text is a new one.
+            settings = trainer.accelerator.unwrap_model(trainer.model).generation_config
+            settings.save_pretrained(state.folder / f"checkpoint-{step}")
+        state.saved(step, seconds(), limit)
+
+    trainer.add_callback(SaveWatch(trainer.accelerator.wait_for_everyone, saved))
     newest = state.newest
     if newest is not None:
         LOG.info("Going on from %s.", newest)

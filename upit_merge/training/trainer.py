@@ -60,6 +60,14 @@ class ExpertTrainer(SFTTrainer):
         super()._save(output_dir, state_dict)
         make_readable(Path(output_dir or self.args.output_dir))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Go on in the dtypes that training began in: PEFT reads factors as float32."""
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes[name]:
+                parameter.data = parameter.data.to(dtypes[name])
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: a mixture has a card, rendered from its report, and checkpoints need none."""
 
