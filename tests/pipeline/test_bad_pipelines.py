@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import Family
+from tests.conftest import Family, byte_tokenizer
 from tests.support.pipelines import Written
 from upit_merge.errors import UpitError
+from upit_merge.pipeline.checks import check_pipeline
+from upit_merge.pipeline.config import load_pipeline
 from upit_merge.pipeline.run import run_pipeline
 
 
@@ -44,6 +46,18 @@ from upit_merge.pipeline.run import run_pipeline
             {"prepare": {"use_peft": True, "lora_target_modules": ["q_proj"]}},
             "lora_target_modules has no part of the FFN",
         ),
+        (
+            {"prepare": {"use_peft": True, "lora_target_modules": ["up_proj", "gate_up_proj"]}},
+            "run.yml: prepare: lora_target_modules has gate_up_proj, which matches nothing",
+        ),
+        (
+            {"post_train": {"use_peft": True, "lora_target_modules": ["q_proj", "expert"]}},
+            "run.yml: post_train: lora_target_modules has expert, which matches nothing in the mod",
+        ),
+        (
+            {"post_train": {"use_peft": True, "lora_target_modules": ["gate_up_proj"]}},
+            "run.yml: post_train: lora_dropout is 0.05",
+        ),
         ({"device": "cuda:7"}, "cuda"),
     ],
 )
@@ -54,6 +68,23 @@ def test_mistakes_are_found_before_anything_is_trained(
         run_pipeline(written(**keys), quiet=True)
     assert "\n" not in caught.value.message
     assert not (tmp_path / "run" / "prepare").exists()
+
+
+def test_tokens_that_a_mixture_cannot_carry_are_refused_before_anything_is_trained(
+    written: Written, tmp_path: Path
+) -> None:
+    """Unless the preparation has added them already."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    template = {"chat_template_path": str(tmp_path / "chat")}
+    lora = {"use_peft": True, "lora_target_modules": ["q_proj"], **template}
+    with pytest.raises(UpitError, match="makes a vocabulary of 320 of one of 259") as caught:
+        run_pipeline(written(post_train=lora), quiet=True)
+    assert "\n" not in caught.value.message
+    assert not (tmp_path / "run" / "prepare").exists()
+    check_pipeline(load_pipeline(written(post_train=lora, prepare=template)))
 
 
 def test_a_base_in_bin_files_is_refused_before_anything_is_trained(

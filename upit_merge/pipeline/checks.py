@@ -7,16 +7,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from upit_merge.config.references import expand_models
 from upit_merge.config.router import ByColumn
 from upit_merge.data.examples import read_seed_data
 from upit_merge.errors import UpitError, shown
-from upit_merge.io.checkpoint import PICKLED_WEIGHTS, SAFE_WEIGHTS, Checkpoint, has_any
+from upit_merge.io.checkpoint import (
+    PICKLED_WEIGHTS,
+    SAFE_WEIGHTS,
+    Checkpoint,
+    has_any,
+    is_adapter,
+)
 from upit_merge.io.hub import OpenOptions, resolve
-from upit_merge.models.dense import read_dense_config
+from upit_merge.io.untrusted import read_json
+from upit_merge.models.dense import (
+    carried_settings,
+    format_of,
+    read_dense_config,
+    shared_settings,
+)
 from upit_merge.models.formats import PROJECTIONS
+from upit_merge.models.tokenizer import has_tokenizer
 from upit_merge.pipeline.config import Pipeline, write_yaml
 from upit_merge.runtime.device import resolve_devices
-from upit_merge.training.settings import load_job
+from upit_merge.training.new_tokens import takes_template_of_model, vocabulary_with_template
+from upit_merge.training.settings import FinetuneJob, load_job
+from upit_merge.training.targets import resolve_targets_of
 
 
 def check_pipeline(pipeline: Pipeline) -> None:
@@ -29,7 +45,7 @@ def check_pipeline(pipeline: Pipeline) -> None:
     if pipeline.out.is_file():
         raise UpitError(f"{pipeline.source}: output is {pipeline.out}, a file; name a folder.")
     resolve_devices(config.device)
-    _check_base(pipeline)
+    configurations = _check_base(pipeline)
     router = pipeline.parsed_recipe().router
     if router is not None:
         column = router.assign.column if isinstance(router.assign, ByColumn) else None
@@ -38,11 +54,17 @@ def check_pipeline(pipeline: Pipeline) -> None:
         read_seed_data(config.evaluate.data, column=config.evaluate.group_by)
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in _training_blocks(pipeline).items():
-            _check_training(pipeline, name, settings, Path(folder) / f"{name}.yml")
+            file, config = Path(folder) / f"{name}.yml", configurations[name]
+            _check_training(pipeline, name, settings, file, config)
 
 
-def _check_base(pipeline: Pipeline) -> None:
-    """Open the base as the merge will, which reads no pickles."""
+def _check_base(pipeline: Pipeline) -> dict[str, Any]:
+    """Open the base as the merge will, which reads no pickles.
+
+    Returns:
+        transformers' configuration of the model that each training begins with; a mixture's has
+        not its number of experts.
+    """
     reference = pipeline.config.base_model
     folder = resolve(reference, OpenOptions(), role="base model")
     if has_any(folder, PICKLED_WEIGHTS) and not has_any(folder, SAFE_WEIGHTS):
@@ -51,7 +73,12 @@ def _check_base(pipeline: Pipeline) -> None:
             "files, which a pipeline does not read; convert it to safetensors."
         )
     with contextlib.closing(Checkpoint(reference, folder, OpenOptions())) as base:
-        read_dense_config(base)
+        dense = read_dense_config(base)
+        form = format_of(base)
+    settings = shared_settings(dense)
+    fields = settings | carried_settings(dense) | form.own_fields(settings, 1)
+    mixture = form.modules().moe_config.from_dict(fields)
+    return {"prepare": dense, "baseline": dense, "post_train": mixture}
 
 
 def _training_blocks(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
@@ -65,7 +92,9 @@ def _training_blocks(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
     return blocks
 
 
-def _check_training(pipeline: Pipeline, name: str, settings: dict[str, Any], file: Path) -> None:
+def _check_training(
+    pipeline: Pipeline, name: str, settings: dict[str, Any], file: Path, config: Any
+) -> None:
     write_yaml(file, settings)
     where = f"{pipeline.source}: {name}"
     try:
@@ -87,4 +116,36 @@ def _check_training(pipeline: Pipeline, name: str, settings: dict[str, Any], fil
         raise UpitError(
             f"{where}: lora_target_modules has no part of the FFN, which becomes the expert; add "
             f"{', '.join(PROJECTIONS)}."
+        )
+    try:
+        resolve_targets_of(job.model, config)
+    except UpitError as error:
+        raise UpitError(f"{where}: {error.message}") from None
+    if name == "post_train":
+        _check_template(pipeline, job, where)
+
+
+def _check_template(pipeline: Pipeline, job: FinetuneJob, where: str) -> None:
+    """Refuse LoRA on a mixture with a chat template that brings tokens which that has not.
+
+    After a preparation with the same template it has them.
+    """
+    template = job.training.chat_template_path
+    if not job.model.use_peft or not takes_template_of_model(job.training):
+        return
+    start = resolve(pipeline.config.base_model, OpenOptions(), role="base model")
+    if pipeline.config.checkpoints is None:
+        if pipeline.prepare_settings().get("chat_template_path") == template:
+            return
+    else:
+        start = Path(expand_models(pipeline.parsed_recipe().models)[-1].model)
+    if is_adapter(start) or not has_tokenizer(start):
+        return
+    before = read_json(start / "config.json", "the model").get("vocab_size")
+    after = vocabulary_with_template(start, template)
+    if before != after:
+        raise UpitError(
+            f"{where}: chat_template_path is {shown(template)}, which makes a vocabulary of {after} "
+            f"of one of {before}, and LoRA on a mixture cannot carry that; give prepare the same "
+            "chat_template_path, or name a .jinja file."
         )

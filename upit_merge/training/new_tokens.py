@@ -6,6 +6,7 @@ embeddings PEFT cannot do both: there the rows alone are trained, which are the 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,23 @@ from upit_merge.errors import UpitError
 from upit_merge.training.settings import FinetuneJob
 
 _TEMPLATE_FILES = (".jinja", ".j2")
+_MULTIPLE = 64  # to which TRL fills up the embeddings
 
 
 def takes_template_of_model(training: Any) -> bool:
     """Return whether `chat_template_path` names a model, whose tokens are added then."""
     path = training.chat_template_path
     return path is not None and not (Path(path).is_file() and path.endswith(_TEMPLATE_FILES))
+
+
+def vocabulary_with_template(tokenizer_folder: Path, template: str) -> int:
+    """Return the size that TRL gives the embeddings for another model's chat template."""
+    from transformers import AutoTokenizer
+
+    own = {*AutoTokenizer.from_pretrained(tokenizer_folder).get_vocab()}
+    others = AutoTokenizer.from_pretrained(template).added_tokens_decoder.values()
+    size = len(own | {token.content for token in others})
+    return math.ceil(size / _MULTIPLE) * _MULTIPLE
 
 
 def model_with_tokens(

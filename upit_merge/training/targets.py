@@ -30,8 +30,7 @@ def resolve_targets(model: Any, folder: Path) -> None:
     from transformers import AutoConfig
 
     if model.use_peft:
-        config = AutoConfig.from_pretrained(folder)
-        resolve_targets_of(model, config)
+        resolve_targets_of(model, AutoConfig.from_pretrained(folder))
 
 
 def resolve_targets_of(model: Any, config: Any) -> None:
@@ -41,6 +40,8 @@ def resolve_targets_of(model: Any, config: Any) -> None:
         model: As there.
         config: transformers' configuration of the model.
     """
+    if not model.use_peft:
+        return
     form = FORMATS.get(config.model_type)
     if form is not None:
         _name_experts(model, form)
