@@ -38,9 +38,13 @@ def expand_models(entries: Iterable[ModelEntry]) -> list[ModelEntry]:
 
 
 def _matches(pattern: str) -> list[str]:
-    """Return the folders a glob matches, or the one without magic, in step order."""
-    paths = glob.glob(os.path.expanduser(pattern), recursive=True)
-    return sorted(filter(os.path.isdir, paths), key=_natural)
+    """Return the folders a glob matches, or the one without magic, in step order.
+
+    GGUF files are returned if there is nothing else: `resolve` says what can be done with them.
+    """
+    paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True), key=_natural)
+    folders = [path for path in paths if os.path.isdir(path)]
+    return folders or [path for path in paths if path.lower().endswith(".gguf")]
 
 
 def _natural(path: str) -> list[tuple[int, int, str]]:

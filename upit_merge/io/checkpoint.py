@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from upit_merge.errors import UpitError, one_line
+from upit_merge.io import leavings
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.pickle_file import PickleFile
 from upit_merge.io.safetensors_file import SafetensorsFile
 from upit_merge.io.tensor_file import TensorSpec
+from upit_merge.io.tensor_names import check_gathered, stored_names
 from upit_merge.io.untrusted import check_file_name, check_own_files, own_file, read_json
 
-WEIGHT_FILE = "model.safetensors"
-WEIGHT_INDEX = "model.safetensors.index.json"
-PICKLE_FILE = "pytorch_model.bin"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
-SAFE_WEIGHTS = (WEIGHT_FILE, WEIGHT_INDEX)
-PICKLED_WEIGHTS = (PICKLE_FILE, PICKLE_INDEX)
+WEIGHT_FILE, WEIGHT_INDEX = SAFE_WEIGHTS = leavings.SAFE_WEIGHTS
+PICKLE_FILE, PICKLE_INDEX = PICKLED_WEIGHTS = leavings.PICKLED_WEIGHTS
 
 
 class Checkpoint:
@@ -30,7 +29,8 @@ class Checkpoint:
         label: The name the recipe gave it.
         folder: The local folder.
         config: The content of `config.json`; read from the folder unless given.
-        specs: Shape and stored dtype of every tensor, by name.
+        specs: Shape and stored dtype of every tensor, by the name that transformers has for it;
+            that in the file may be another, see `stored_names`.
         is_falsely_tied: Its `config.json` ties head and embeddings, which are two tables.
     """
 
@@ -53,12 +53,16 @@ class Checkpoint:
                 "adapter was trained on."
             )
         self.config = config or read_json(folder / "config.json", f"checkpoint {label}")
+        _check_four_bits(label, self.config)
         self._files = [opener(path) for opener, path in _weight_files(label, folder, options)]
         self._owner = {name: file for file in self._files for name in file.specs}
-        self.specs: dict[str, TensorSpec] = {
-            name: file.specs[name] for name, file in self._owner.items()
-        }
         self._check_complete()
+        self._stored = stored_names(label, self._owner, self.config)
+        self.specs: dict[str, TensorSpec] = {
+            name: replace(self._owner[stored].specs[stored], name=name)
+            for name, stored in self._stored.items()
+        }
+        check_gathered(label, folder, self.specs)
 
     def _check_complete(self) -> None:
         """Check that every tensor the index promises is in the files."""
@@ -66,7 +70,7 @@ class Checkpoint:
             path = self.folder / index
             if path.is_file() and not (self.folder / WEIGHT_FILE).is_file():
                 promised = _weight_map(self.label, path)
-                missing = [name for name in promised if name not in self.specs]
+                missing = [name for name in promised if name not in self._owner]
                 if missing:
                     raise UpitError(
                         f"Checkpoint {self.label} lacks {one_line(missing[0])} that its {index} "
@@ -76,7 +80,8 @@ class Checkpoint:
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a tensor in its stored dtype, on the CPU."""
-        return self._owner[name].rows(name, start, stop)
+        stored = self._stored[name]
+        return self._owner[stored].rows(stored, start, stop)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a whole tensor in its stored dtype, on the CPU."""
@@ -84,7 +89,7 @@ class Checkpoint:
 
     def file_of(self, name: str) -> Path:
         """Return the file that holds a tensor."""
-        return self._owner[name].path
+        return self._owner[self._stored[name]].path
 
     def files(self) -> list[Path]:
         """Return the files that decide its weights."""
@@ -97,6 +102,18 @@ class Checkpoint:
     def close(self) -> None:
         for file in self._files:
             file.close()
+
+
+def _check_four_bits(label: str, config: dict[str, Any]) -> None:
+    """Refuse what bitsandbytes has quantised, and name the model it was made from."""
+    quantisation = config.get("quantization_config")
+    if not isinstance(quantisation, dict) or quantisation.get("quant_method") != "bitsandbytes":
+        return
+    full = leavings.without_four_bits(label)
+    made_from = "model it was made from" if full == label else Path(full).name
+    raise UpitError(
+        f"Checkpoint {label} is quantised by bitsandbytes; give the 16-bit {made_from}."
+    )
 
 
 def is_adapter(folder: Path) -> bool:

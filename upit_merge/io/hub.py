@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upit_merge.errors import UpitError, first_line, one_line
+from upit_merge.io.leavings import GGUF, describe_leaving, without_four_bits
 from upit_merge.io.untrusted import TEMPLATE_FOLDER
 
 # What a download needs: weights, configuration, tokenizer. Not optimizer states, other formats
@@ -29,6 +30,10 @@ _HUB_PATTERNS = (
 _OTHER_FOLDERS = [f"{TEMPLATE_FOLDER}/*/*", f"{TEMPLATE_FOLDER}[!/]*/*"]
 for _length, _letter in enumerate(TEMPLATE_FOLDER):
     _OTHER_FOLDERS += [f"{TEMPLATE_FOLDER[:_length]}{rest}" for rest in (f"[!{_letter}]*/*", "/*")]
+
+
+# For whom a model may be quantised: training loads it with transformers.
+_TRAINED = ("model", "base model")
 
 
 @dataclass(frozen=True)
@@ -77,20 +82,31 @@ def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -
     """Return a checkpoint's local folder; downloads a Hub id (`owner/name[@revision]`) if needed.
 
     Raises:
-        UpitError: there is no such folder, or the Hub has no such model or cannot be reached.
+        UpitError: there is no such folder, or it holds what is no model yet, or the Hub has no such
+            model or cannot be reached.
     """
     if not reference.strip():
         raise UpitError(f"The {role} has an empty name; give a folder or a Hub id.")
     # Unlike Path's, these take whatever a recipe may hold: `~nobody`, names too long for the disk.
     folder = Path(os.path.expanduser(reference))
     if os.path.isdir(folder):
+        is_entry = role in ("checkpoint", "adapter")
+        if leaving := describe_leaving(folder, reference, is_entry=is_entry):
+            raise UpitError(f"The {role} {reference} {leaving}")
         return folder
     if os.path.isfile(folder):
+        if folder.suffix.lower() == ".gguf":
+            raise UpitError(f"The {role} {reference} {GGUF.of(reference, reference)}")
         raise UpitError(f"The {role} {reference} is a file; give the folder that holds it.")
     if looks_like_path(reference):
         raise UpitError(
             f"The {role} {reference} does not exist (looked in {Path.cwd()}); correct the path in "
             "the recipe."
+        )
+    full = without_four_bits(reference)
+    if full != reference and role not in _TRAINED:
+        raise UpitError(
+            f"The {role} {reference} is quantised by bitsandbytes; give the 16-bit {full}."
         )
     from huggingface_hub import snapshot_download
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from upit_merge.errors import UpitError, first_line, one_line, shown
 from upit_merge.io.hub import looks_like_path
+from upit_merge.io.leavings import without_four_bits
 from upit_merge.io.untrusted import read_json
 
 LOG = logging.getLogger(__name__)
@@ -296,4 +297,6 @@ def check_adapter_base(config: AdapterConfig, reference: str, folder: Path) -> N
 
 
 def _model_name(reference: str) -> str:
-    return reference.partition("@")[0].rpartition("/")[2].lower()
+    """Return what tells a Hub id's model; an adapter of a 4-bit one fits the 16-bit one."""
+    model = without_four_bits(reference.partition("@")[0])
+    return model.rpartition("/")[2].lower()

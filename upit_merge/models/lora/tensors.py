@@ -12,6 +12,7 @@ from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.pickle_file import PickleFile
 from upit_merge.io.safetensors_file import SafetensorsFile
+from upit_merge.io.tensor_names import check_gathered, plain_name
 from upit_merge.io.untrusted import own_file
 from upit_merge.models.formats import PROJECTIONS
 from upit_merge.models.lora.change import Change, Owner, WeightFile
@@ -72,6 +73,7 @@ def read_changes(
     Raises:
         UpitError: a tensor is unknown, missing, or does not fit the base or the settings.
     """
+    check_gathered(label, file.path.parent, file.specs)
     return _Reader(label, settings, base, file).changes()
 
 
@@ -87,7 +89,7 @@ class _Reader:
     def changes(self) -> dict[str, Change]:
         by_module: dict[str, dict[str, str]] = defaultdict(dict)
         for name in self.file.specs:
-            if name in _REPEATED:
+            if plain_name(name) in _REPEATED:
                 continue
             module, part = self._module_of(name)
             if part in by_module[module]:
@@ -140,8 +142,9 @@ class _Reader:
 
     def _module_of(self, name: str) -> tuple[str, str]:
         """Return the module a tensor belongs to, and which part of it the tensor is."""
-        suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
-        if not name.startswith(_PREFIX) or suffix is None:
+        plain = plain_name(name)
+        suffix = next((suffix for suffix in _SUFFIXES if plain.endswith(suffix)), None)
+        if not plain.startswith(_PREFIX) or suffix is None:
             reason = "cannot be applied"
             if name.endswith(".bias"):
                 reason = "is a bias, which Mixtral cannot express"
@@ -149,4 +152,4 @@ class _Reader:
                 f"Checkpoint {self.label} has the tensor {name}, which {reason}; use a plain LoRA "
                 "adapter without biases, or merge it into its base first (PEFT's merge_and_unload)."
             )
-        return name[len(_PREFIX) : -len(suffix)], _SUFFIXES[suffix]
+        return plain[len(_PREFIX) : -len(suffix)], _SUFFIXES[suffix]

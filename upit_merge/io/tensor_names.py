@@ -1,0 +1,79 @@
+"""Names of a dense model's tensors, for the names that other programs have left in its files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from upit_merge.errors import UpitError
+from upit_merge.io.tensor_file import TensorSpec
+
+# What torch.compile puts before the names in a module that it has wrapped.
+_COMPILED = re.compile(r"(?<![^.])(?:_orig_mod\.)+")
+_EMBEDDINGS, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_LANGUAGE_PART = "language_model."
+
+
+def plain_name(name: str) -> str:
+    """Return a tensor's name without what torch.compile has put into it."""
+    return _COMPILED.sub("", name)
+
+
+def stored_names(label: str, names: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Return by which name each tensor of a model is stored, by the name it has in transformers.
+
+    * Of a model that torch.compile had wrapped, `_orig_mod.` is left out.
+    * What `AutoModel` has saved is a model without its head: `model.` comes before its names.
+    * A tied model may have its one table as `lm_head.weight` only.
+
+    A mixture's names stay as they are: its files are edited in place.
+
+    Raises:
+        UpitError: two tensors would have one name, or the names are of another model's part.
+    """
+    if any(".experts." in name for name in names):
+        return {name: name for name in names}
+    stored: dict[str, str] = {}
+    for name in names:
+        if (plain := plain_name(name)) in stored:
+            raise UpitError(
+                f"Checkpoint {label} has {stored[plain]} and {name}, which are one tensor; save "
+                "the model again, or remove one of them."
+            )
+        stored[plain] = name
+    if _EMBEDDINGS in stored and not any(name.startswith("model.") for name in stored):
+        heads = {_HEAD} & stored.keys()
+        stored = {n if n in heads else f"model.{n}": old for n, old in stored.items()}
+    embeddings = f"model.{_EMBEDDINGS}"
+    if embeddings not in stored:
+        if config.get("tie_word_embeddings") is True and _HEAD in stored:
+            stored[embeddings] = stored.pop(_HEAD)
+        elif part := next((name for name in stored if _LANGUAGE_PART in name), None):
+            raise UpitError(
+                f"Checkpoint {label} has the tensor {part}, as models of text and images have; "
+                "save its language model alone with save_pretrained, and give that."
+            )
+    return stored
+
+
+def check_gathered(label: str, folder: Path, specs: Mapping[str, TensorSpec]) -> None:
+    """Refuse what DeepSpeed's ZeRO-3 leaves in the place of tensors that are on other devices.
+
+    Raises:
+        UpitError: a tensor has no values.
+    """
+    empty = next((name for name, spec in specs.items() if spec.shape == (0,)), None)
+    if empty is None:
+        return
+    remedy = "save it again with stage3_gather_16bit_weights_on_model_save: true"
+    if (folder / "zero_to_fp32.py").is_file():
+        remedy = (
+            f"run `python {folder}/zero_to_fp32.py {folder} OUT --safe_serialization`, and give OUT "
+            "with the other files of this folder"
+        )
+    raise UpitError(
+        f"Checkpoint {label} has {empty} without values, as DeepSpeed ZeRO-3 saves what it has not "
+        f"gathered; {remedy}."
+    )
