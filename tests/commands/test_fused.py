@@ -272,3 +272,17 @@ def test_dense_names_below_a_mixtral(moe, tmp_path) -> None:
     with opened_mixture(folder) as other:
         inspect_mixture(other)
         assert all(torch.equal(other.tensor(name), expected[name]) for name in expected)
+
+
+def test_names_of_a_compiled_mixture(moe, tmp_path, four) -> None:
+    """Read without torch.compile's prefix, and written without it."""
+    expected = load_model(moe)
+    folder = tmp_path / "compiled"
+    fuse(moe, folder)
+    save_file({f"_orig_mod.{n}": t for n, t in expected.items()}, folder / WEIGHTS)
+    data = ("--data", four.seed_file(), "--quiet")
+    done("router", moe, *data)
+    done("router", folder, *data)
+    found, expected = load_model(folder), load_model(moe)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -1,4 +1,4 @@
-"""Names of a dense model's tensors, for the names that other programs have left in its files."""
+"""Names of a model's tensors, for the names that other programs have left in its files."""
 
 from __future__ import annotations
 
@@ -28,13 +28,9 @@ def stored_names(label: str, names: Collection[str], config: Mapping[str, Any]) 
     * What `AutoModel` has saved is a model without its head: `model.` comes before its names.
     * A tied model may have its one table as `lm_head.weight` only.
 
-    A mixture's names stay as they are: its files are edited in place.
-
     Raises:
         UpitError: two tensors would have one name, or the names are of another model's part.
     """
-    if any(".experts." in name for name in names):
-        return {name: name for name in names}
     stored: dict[str, str] = {}
     for name in names:
         if (plain := plain_name(name)) in stored:

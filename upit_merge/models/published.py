@@ -67,7 +67,7 @@ class PublishedMixture(Checkpoint):
     @property
     def is_published(self) -> bool:
         """Whether its files have these names, too."""
-        return not self._slices
+        return not self._slices and all(name == stored for name, stored in self._stored.items())
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a tensor in its stored dtype, on the CPU."""
@@ -76,9 +76,10 @@ class PublishedMixture(Checkpoint):
             return super().rows(name, start, stop)
         if part.first is None:
             return super().rows(part.stored, start, stop)
-        file = self._owner[part.stored]
+        stored = self._stored[part.stored]
+        file = self._owner[stored]
         assert isinstance(file, SafetensorsFile)  # `opened_mixture` opens no other
-        return file.matrix_rows(part.stored, part.first + start, part.first + stop)
+        return file.matrix_rows(stored, part.first + start, part.first + stop)
 
     def file_of(self, name: str) -> Path:
         """Return the file that holds a tensor, maybe in a larger one."""
