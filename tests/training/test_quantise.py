@@ -120,6 +120,7 @@ def test_what_was_learned_is_added_to_the_weights_as_they_were(
     caplog.set_level(logging.INFO)
     out = train(moe, lora_target_modules=modules, **LORA)
     assert "The experts take" in caplog.text
+    assert "saves nothing" not in caplog.text
     names = changed(moe, out)  # all names and shapes are those of the mixture
     assert {"q_proj" in name or ".experts." in name for name in names} == {True}
     assert any(".experts." in name for name in names) == (len(modules) > 1)
@@ -150,6 +151,13 @@ def test_a_run_that_is_cut_off_ends_with_the_same_bytes(
             train(moe, "cut", **settings)
     cut = train(moe, "cut", **settings)
     assert not changed(whole, cut)
+
+
+def test_without_checkpointing_nothing_is_saved(
+    train: Finetune, moe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(moe, lora_target_modules=["q_proj"], gradient_checkpointing=False, **LORA)
+    assert "load_in_4bit saves nothing; turn it on" in caplog.text
 
 
 def test_8_bits_do_not_reach_the_experts(

@@ -105,7 +105,9 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
         trainer = _trainer(job, folder, state.newest)
         if is_mixture:
             _check_new_tokens(job, config, trainer)
-            quantise_experts(trainer.model, job.model)
+            names = ("activation_checkpointing", "gradient_checkpointing")  # new, and of old
+            again = any(getattr(job.training, name, False) for name in names)
+            quantise_experts(trainer.model, job.model, checkpointing=again)
         check_training_space(trainer, folder, out, limit, keep_checkpoints=keep)
         seconds = _train(trainer, job, state, limit, quiet=quiet)
         if kind is not None:

@@ -19,13 +19,14 @@ LOG = logging.getLogger(__name__)
 _GB = 1e9
 
 
-def quantise_experts(model: nn.Module, settings: Any) -> None:
+def quantise_experts(model: nn.Module, settings: Any, *, checkpointing: bool = True) -> None:
     """Bring the experts of a mixture to 4 bits, if the rest of it is loaded so.
 
     Args:
         model: PEFT's, on transformers' mixture. Factors for experts are there already: PEFT does
             not find a parameter that is quantised.
         settings: TRL's `ModelConfig`.
+        checkpointing: Whether layers are computed again for the backward pass.
 
     Raises:
         UpitError: bitsandbytes or PEFT is of a version with which that does not work.
@@ -64,6 +65,11 @@ def quantise_experts(model: nn.Module, settings: Any) -> None:
         shapes[id(held[name])] = shape
     _keep_quantised(model, shapes)
     after = sum(parameter.nbytes for module, _name in experts for parameter in module.parameters())
+    if not checkpointing:
+        LOG.warning(
+            "gradient_checkpointing is off, so that all experts are kept in more bits for the "
+            "backward pass, and load_in_4bit saves nothing; turn it on."
+        )
     LOG.info("The experts take %.1f GB in 4 bits, %.1f GB before.", after / _GB, size / _GB)
 
 
