@@ -7,22 +7,18 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
 
-from tests.conftest import Family, build_family
-from tests.support.lora import adapters, with_adapters
-from tests.support.naive import load_model
+from tests.conftest import Family
+from tests.support.lora import with_adapters
+from tests.support.naive import load_model, unlike
 from tests.support.spoilt import (
-    BASE,
     FIRST,
     LAST,
-    SECOND,
     Case,
     Document,
     Spoil,
@@ -33,14 +29,14 @@ from tests.support.spoilt import (
     each,
     recipe,
     refusal,
-    sharded,
+    renamed,
     weights,
 )
 from upit_merge.io.hub import OpenOptions, resolve
 from upit_merge.models.lora.config import AdapterConfig, check_adapter_base
 
 NORM = "model.norm.weight"
-BESIDE = "with the config.json and the tokenizer of the model it was trained from beside them"
+BESIDE = "put config.json and tokenizer of the model it was trained from beside them"
 
 
 # ---- folders as the tools leave them -------------------------------------------------------
@@ -144,12 +140,12 @@ CASES = {
     "FSDP, with config.json": Case(
         leaves("pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/.metadata"),
         f"The checkpoint {LAST} has its weights in shards of FSDP; join them by `accelerate "
-        f"merge-weights {LAST}/pytorch_model_fsdp_0 {LAST}`, {BESIDE}.",
+        f"merge-weights {LAST}/pytorch_model_fsdp_0 {LAST}`, and {BESIDE}.",
     ),
     "FSDP's own folder": Case(
         lambda family: fsdp(family.root / LAST, family.root / LAST),
         f"The checkpoint {LAST} holds shards of FSDP ({LAST}/__0_0.distcp); join them by "
-        f"`accelerate merge-weights {LAST} OUT` and give OUT, {BESIDE}.",
+        f"`accelerate merge-weights {LAST} OUT`, {BESIDE}, and give OUT.",
     ),
     "FSDP in one pickle": Case(
         leaves("pytorch_model_fsdp.bin"),
@@ -221,7 +217,7 @@ CASES = {
         recipe(models=[{"model": "@sft"}]), f"The checkpoint sft {OF_RUN} write sft/checkpoint-*."
     ),
     "a run with a slash": Case(
-        recipe(models=[{"model": "@sft/"}]), f"The checkpoint sft/ {OF_RUN} write sft/checkpoint-*."
+        recipe(models=[{"model": "@sft/"}]), f"The checkpoint sft {OF_RUN} write sft/checkpoint-*."
     ),
     "a run of adapters": Case(
         adapters_parent, f"The adapter lora {OF_RUN} write lora/checkpoint-*."
@@ -250,16 +246,16 @@ CASES = {
         "or remove one of them.",
     ),
     "an unknown prefix": Case(
-        weights(LAST, lambda t: _renamed(t, lambda name: f"student.{name}")),
+        renamed(LAST, lambda name: f"student.{name}"),
         f"Checkpoint {LAST} should have model.embed_tokens.weight of shape [259, 32] by its "
         "config.json but lacks it; use a complete checkpoint.",
     ),
     "a name that only looks like a prefix": Case(
-        weights(LAST, lambda t: _renamed(t, lambda name: f"not_orig_mod.{name}")),
+        renamed(LAST, lambda name: f"not_orig_mod.{name}"),
         f"Checkpoint {LAST} should have model.embed_tokens.weight of shape [259, 32] by …",
     ),
     "part of a model of text and images": Case(
-        weights(LAST, lambda t: _renamed(t, lambda name: f"language_model.{name}")),
+        renamed(LAST, lambda name: f"language_model.{name}"),
         f"Checkpoint {LAST} has the tensor language_model.…, as models of text and images have; "
         "save its language model alone with save_pretrained, and give that.",
     ),
@@ -274,12 +270,6 @@ CASES = {
         "a complete Hugging Face checkpoint.",
     ),
 }
-
-
-def _renamed(tensors: dict[str, torch.Tensor], new: Callable[[str], str]) -> None:
-    stored = dict(tensors)
-    tensors.clear()
-    tensors.update({new(name): tensor for name, tensor in stored.items()})
 
 
 @each(CASES)
@@ -297,13 +287,7 @@ def test_a_complete_model_may_have_anything_beside_it(
         (family.root / FIRST / name).touch()
     for name in ("global_step500", "checkpoint-100", "pytorch_model_fsdp_0"):
         (family.root / FIRST / name).mkdir()
-    assert_same(load_model(merge(family.recipe(), "beside")), plain)
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+    assert not unlike(load_model(merge(family.recipe(), "beside")), plain)
 
 
 def test_what_accelerate_joins_is_the_model(
@@ -321,92 +305,7 @@ def test_what_accelerate_joins_is_the_model(
     main()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(family.base / name, folder)
-    assert_same(load_model(merge(family.recipe(), "joined")), plain)
-
-
-# ---- other names of the same tensors --------------------------------------------------------
-
-
-def renamed(family: Family, folder: str, new: Callable[[str], str]) -> None:
-    weights(folder, lambda tensors: _renamed(tensors, new))(family)
-
-
-COMPILED = {
-    "whole": lambda name: f"_orig_mod.{name}",
-    "layer by layer": lambda name: (
-        ".".join([*parts[:3], "_orig_mod", *parts[3:]])
-        if (parts := name.split("."))[1] == "layers"
-        else name
-    ),
-}
-
-
-@pytest.mark.parametrize("new", COMPILED.values(), ids=[*COMPILED])
-def test_a_compiled_model_is_the_model(
-    new: Callable[[str], str], family: Family, merge: Callable[..., Path]
-) -> None:
-    document = family.recipe(parameters={"num_experts": 4, "backbone": "average"})
-    plain = load_model(merge(document, "plain"))
-    for folder in (BASE, SECOND, LAST):
-        renamed(family, folder, new)
-    sharded(lambda *_: None)(family)
-    assert_same(load_model(merge(document, "compiled")), plain)
-
-
-def test_torch_compile_names_its_tensors_so(family: Family) -> None:
-    model = AutoModelForCausalLM.from_pretrained(family.base)
-    names = torch.compile(model).state_dict()
-    assert {COMPILED["whole"](name) for name in model.state_dict()} == set(names)
-    model.model.layers[1].compile()  # in place: no other names
-    model.model.layers[0] = torch.compile(model.model.layers[0])
-    regional = set(model.state_dict())
-    assert "model.layers.0._orig_mod.mlp.up_proj.weight" in regional
-    assert COMPILED["layer by layer"]("model.layers.0.mlp.up_proj.weight") in regional
-
-
-@pytest.mark.parametrize("prefix", ["_orig_mod.base_model.model.", "base_model.model._orig_mod."])
-@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}])
-def test_an_adapter_of_a_compiled_model_is_the_adapter(
-    prefix: str, settings: dict[str, Any], family: Family, merge: Callable[..., Path]
-) -> None:
-    with_adapters(family, **settings)
-    plain = load_model(merge(adapters(family), "plain"))
-    for step in (500, 1500):
-        path = family.root / "lora" / f"checkpoint-{step}" / "adapter_model.safetensors"
-        stored = load_file(path)
-        start = len("base_model.model.")
-        save_file({f"{prefix}{name[start:]}": tensor for name, tensor in stored.items()}, path)
-    assert_same(load_model(merge(adapters(family), "compiled")), plain)
-
-
-def test_a_tied_model_may_have_its_table_as_head(
-    tmp_path: Path, merge: Callable[..., Path]
-) -> None:
-    """transformers ties in both directions."""
-    family = build_family(tmp_path / "family", kind="qwen3", tie_word_embeddings=True)
-    document = family.recipe(parameters={"num_experts": 4})
-    plain = load_model(merge(document, "plain"))
-    ids = torch.arange(3, 40).unsqueeze(0)
-    before = AutoModelForCausalLM.from_pretrained(family.checkpoints[-1])(ids).logits
-    for folder in (BASE, LAST):
-        renamed(family, folder, lambda n: n.replace("model.embed_tokens.", "lm_head."))
-    after = AutoModelForCausalLM.from_pretrained(family.checkpoints[-1])(ids).logits
-    assert torch.equal(before, after)
-    assert_same(load_model(merge(document, "head only")), plain)
-
-
-def test_a_model_saved_without_its_head(tmp_path: Path, merge: Callable[..., Path]) -> None:
-    """`AutoModel` saves it without `model.`; being tied, it lacks nothing."""
-    family = build_family(tmp_path / "family", tie_word_embeddings=True)
-    plain = load_model(merge(family.recipe(), "plain"))
-    ids = torch.arange(3, 40).unsqueeze(0)
-    before = AutoModelForCausalLM.from_pretrained(family.checkpoints[-1])(ids).logits
-    for folder in (family.base, family.checkpoints[-1]):
-        AutoModel.from_pretrained(folder).save_pretrained(folder)
-        assert "norm.weight" in load_file(folder / "model.safetensors")
-    after = AutoModelForCausalLM.from_pretrained(family.checkpoints[-1])(ids).logits
-    assert torch.equal(before, after)
-    assert_same(load_model(merge(family.recipe(), "headless")), plain)
+    assert not unlike(load_model(merge(family.recipe(), "joined")), plain)
 
 
 # ---- bases of adapters ------------------------------------------------------------------------

@@ -22,9 +22,9 @@ def texts_in(tree: ast.AST) -> Iterator[str]:
 
 
 def source_messages() -> list[str]:
-    """Of all modules, those of one line; what logging fills in is `…` too."""
+    """Of all modules, those of one line; what logging or a table's `format` fills in is `…` too."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         texts = texts_in(ast.parse(path.read_text(encoding="utf-8")))
-        found += [re.sub("%[sd]", "…", text) for text in texts if "\n" not in text]
+        found += [re.sub(r"%[sd]|\{\w+\}", "…", text) for text in texts if "\n" not in text]
     return found

@@ -148,6 +148,17 @@ def weights(folder: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Sp
     return tensors(f"{folder}/model.safetensors", change)
 
 
+def renamed(folder: str, new: Callable[[str], str]) -> Spoil:
+    """Give every weight another name."""
+
+    def change(stored: dict[str, torch.Tensor]) -> None:
+        old = dict(stored)
+        stored.clear()
+        stored.update({new(name): tensor for name, tensor in old.items()})
+
+    return weights(folder, change)
+
+
 def entry(folder: str, name: str, value: float) -> Spoil:
     """Set one weight."""
     return weights(folder, lambda stored: stored[name].view(-1)[5:6].fill_(value))

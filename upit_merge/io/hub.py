@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upit_merge.errors import UpitError, first_line, one_line
-from upit_merge.io.leavings import GGUF, describe_leaving, without_four_bits
+from upit_merge.io.leavings import GGUF, check_no_leaving, without_four_bits
 from upit_merge.io.untrusted import TEMPLATE_FOLDER
 
 # What a download needs: weights, configuration, tokenizer. Not optimizer states, other formats
@@ -90,13 +90,11 @@ def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -
     # Unlike Path's, these take whatever a recipe may hold: `~nobody`, names too long for the disk.
     folder = Path(os.path.expanduser(reference))
     if os.path.isdir(folder):
-        is_entry = role in ("checkpoint", "adapter")
-        if leaving := describe_leaving(folder, reference, is_entry=is_entry):
-            raise UpitError(f"The {role} {reference} {leaving}")
+        check_no_leaving(folder, reference, role, is_entry=role in ("checkpoint", "adapter"))
         return folder
     if os.path.isfile(folder):
         if folder.suffix.lower() == ".gguf":
-            raise UpitError(f"The {role} {reference} {GGUF.of(reference, reference)}")
+            raise GGUF.of(role, reference, reference)
         raise UpitError(f"The {role} {reference} is a file; give the folder that holds it.")
     if looks_like_path(reference):
         raise UpitError(

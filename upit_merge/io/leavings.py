@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from upit_merge.errors import one_line
+from upit_merge.errors import UpitError, one_line
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -25,73 +25,81 @@ class Leaving:
 
     Attributes:
         patterns: Globs; what matches one of them shows the kind.
-        sentence: What follows the folder's name. `{found}` is what matched, `{folder}` the folder,
-            `{parent}` the folder of what matched.
+        sentence: What users are told. `{role}` is what the folder was given as, `{folder}` its name,
+            `{found}` what matched, `{parent}` the folder of that.
     """
 
     patterns: tuple[str, ...]
     sentence: str
 
-    def of(self, folder: str, found: str) -> str:
-        """Return the sentence for a folder by its name, and for what was found there by its own."""
+    def of(self, role: str, folder: str, found: str) -> UpitError:
+        """Return the error for a folder by its name, and for what was found there by its own."""
         parent = found.rpartition("/")[0]
-        return self.sentence.format(folder=folder, found=found, parent=parent)
+        return UpitError(self.sentence.format(role=role, folder=folder, found=found, parent=parent))
 
-
-_BESIDE = "with the config.json and the tokenizer of the model it was trained from beside them"
 
 GGUF = Leaving(
     ("*.gguf",),
-    "is a GGUF, made to be run and not to be merged; write it out as a dense model first, as "
-    "docs/troubleshooting.md shows under GGUF.",
+    "The {role} {folder} is a GGUF, made to be run and not to be merged; write it out as a dense "
+    "model first, as docs/troubleshooting.md shows under GGUF.",
 )
-_STEPS = ("checkpoint-[0-9]*/",)
-_RUN = "has no weights itself, but checkpoints of a run; "
-MANY_STEPS = Leaving(_STEPS, f"{_RUN}write {{folder}}/checkpoint-*.")
-ONE_STEP = Leaving(_STEPS, f"{_RUN}name one of them, such as {{found}}.")
+# One of a run's checkpoints, or all of them where several can be named.
+ONE_STEP = Leaving(
+    ("checkpoint-[0-9]*/",),
+    "The {role} {folder} has no weights itself, but checkpoints of a run; name one of them, such "
+    "as {found}.",
+)
+MANY_STEPS = Leaving(
+    ("checkpoint-[0-9]*/",),
+    "The {role} {folder} has no weights itself, but checkpoints of a run; write "
+    "{folder}/checkpoint-*.",
+)
 
 # The first that is recognised counts: the narrower kinds come first.
 LEAVINGS = (
     Leaving(
         ("pytorch_model_fsdp_[0-9]*/",),
-        "has its weights in shards of FSDP; join them by `accelerate merge-weights {found} "
-        f"{{folder}}`, {_BESIDE}.",
+        "The {role} {folder} has its weights in shards of FSDP; join them by `accelerate "
+        "merge-weights {found} {folder}`, and put config.json and tokenizer of the model it was "
+        "trained from beside them.",
     ),
     Leaving(
         ("pytorch_model_fsdp.bin",),
-        "has its weights in {found}, FSDP's name for them; rename it to pytorch_model.bin and pass "
-        "--lazy-unpickle.",
+        "The {role} {folder} has its weights in {found}, FSDP's name for them; rename it to "
+        "pytorch_model.bin and pass --lazy-unpickle.",
     ),
     Leaving(
         ("common.pt", "weights/common.pt", "latest_checkpointed_iteration.txt", "*.nemo"),
-        "is a checkpoint of Megatron or NeMo ({found}); export it to Hugging Face's format, with "
-        "Megatron Bridge (AutoBridge.export_ckpt) or NeMo (llm.export_ckpt).",
+        "The {role} {folder} is a checkpoint of Megatron or NeMo ({found}); export it to Hugging "
+        "Face's format, with Megatron Bridge (AutoBridge.export_ckpt) or NeMo (llm.export_ckpt).",
     ),
     Leaving(
         ("*.distcp",),
-        "holds shards of FSDP ({found}); join them by `accelerate merge-weights {folder} OUT` and "
-        f"give OUT, {_BESIDE}.",
+        "The {role} {folder} holds shards of FSDP ({found}); join them by `accelerate "
+        "merge-weights {folder} OUT`, put config.json and tokenizer of the model it was trained "
+        "from beside them, and give OUT.",
     ),
     Leaving(
         ("zero_to_fp32.py",),
-        "has its weights in DeepSpeed's shards; join them by `python {found} {folder} {folder} "
-        "--safe_serialization`.",
+        "The {role} {folder} has its weights in DeepSpeed's shards; join them by `python {found} "
+        "{folder} {folder} --safe_serialization`.",
     ),
     Leaving(
         ("mp_rank_[0-9]*_model_states.pt", "*zero_pp_rank_*.pt", "global_step[0-9]*/"),
-        "has its weights as DeepSpeed keeps them ({found}); join them by the zero_to_fp32.py that "
-        "DeepSpeed leaves beside its global_step folders, or save the model again with "
-        "save_pretrained.",
+        "The {role} {folder} has its weights as DeepSpeed keeps them ({found}); join them by the "
+        "zero_to_fp32.py that DeepSpeed leaves beside its global_step folders, or save the model "
+        "again with save_pretrained.",
     ),
     Leaving(
         ("adapters.safetensors", "adapters.npz"),
-        "is an adapter of mlx ({found}); merge it into its base by `mlx_lm.fuse --model BASE "
-        "--adapter-path {folder} --save-path OUT --dequantize` and give OUT.",
+        "The {role} {folder} is an adapter of mlx ({found}); merge it into its base by "
+        "`mlx_lm.fuse --model BASE --adapter-path {folder} --save-path OUT --dequantize` and give "
+        "OUT.",
     ),
     Leaving(
         ("consolidated*.safetensors", "consolidated*.pth"),
-        "has its weights in {found}, the form of Mistral's and Meta's own programs; take the "
-        "model*.safetensors of the same model, or convert it with transformers' "
+        "The {role} {folder} has its weights in {found}, the form of Mistral's and Meta's own "
+        "programs; take the model*.safetensors of the same model, or convert it with transformers' "
         "convert_mistral_weights_to_hf.py or convert_llama_weights_to_hf.py.",
     ),
     GGUF,
@@ -99,28 +107,31 @@ LEAVINGS = (
     ONE_STEP,
     Leaving(
         tuple(f"*/{name}" for name in ("adapter_config.json", *SAFE_WEIGHTS, *PICKLED_WEIGHTS)),
-        "has no weights itself, but there is a model in it; write {parent}.",
+        "The {role} {folder} has no weights itself, but there is a model in it; write {parent}.",
     ),
 )
 
 
-def describe_leaving(folder: Path, reference: str, *, is_entry: bool) -> str | None:
-    """Return what a folder without weights is and what makes a model of it; None if unknown.
+def check_no_leaving(folder: Path, reference: str, role: str, *, is_entry: bool) -> None:
+    """Refuse a folder without weights that is known to be no model, and say what makes one of it.
 
     Args:
         reference: The user's name for the folder, in which paths are given back.
+        role: What it was given as.
         is_entry: Several checkpoints may be named in its place, by a glob.
+
+    Raises:
+        UpitError: it is one of `LEAVINGS`.
     """
     weights = (*SAFE_WEIGHTS, *PICKLED_WEIGHTS, *ADAPTER_WEIGHTS)
     if any((folder / name).is_file() for name in weights):
-        return None
+        return
     name = reference.rstrip("/")
     for leaving in LEAVINGS:
         if leaving is MANY_STEPS and not is_entry:
             continue
         if found := next(_matches(folder, leaving.patterns), None):
-            return leaving.of(name, f"{name}/{one_line(found)}")
-    return None
+            raise leaving.of(role, name, f"{name}/{one_line(found)}")
 
 
 def _matches(folder: Path, patterns: tuple[str, ...]) -> Iterator[str]:
