@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from upit_merge.errors import UpitError, one_line
 from upit_merge.io import leavings
@@ -15,7 +17,7 @@ from upit_merge.io.hub import OpenOptions
 from upit_merge.io.pickle_file import PickleFile
 from upit_merge.io.safetensors_file import SafetensorsFile
 from upit_merge.io.tensor_file import TensorSpec
-from upit_merge.io.tensor_names import check_gathered, stored_names
+from upit_merge.io.tensor_names import check_gathered, plain_name, stored_names
 from upit_merge.io.untrusted import check_file_name, check_own_files, own_file, read_json
 
 WEIGHT_FILE, WEIGHT_INDEX = SAFE_WEIGHTS = leavings.SAFE_WEIGHTS
@@ -114,6 +116,26 @@ def _check_four_bits(label: str, config: dict[str, Any]) -> None:
     raise UpitError(
         f"Checkpoint {label} is quantised by bitsandbytes; give the 16-bit {made_from}."
     )
+
+
+def check_not_compiled(label: str, folder: Path) -> None:
+    """Refuse a model that transformers would fill with random weights, because of its names.
+
+    Raises:
+        UpitError: torch.compile has put `_orig_mod.` into the names of its safetensors files.
+    """
+    if not has_any(folder, SAFE_WEIGHTS):
+        return
+    for _opener, path in _weight_files(label, folder, OpenOptions()):
+        # What is wrong with the file, transformers says.
+        with contextlib.suppress(SafetensorError), safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+            if compiled := next((name for name in names if plain_name(name) != name), None):
+                raise UpitError(
+                    f"{path} has {one_line(compiled)}, a name of torch.compile's that training "
+                    "does not find; remove _orig_mod. from the names, as docs/troubleshooting.md "
+                    "shows."
+                )
 
 
 def is_adapter(folder: Path) -> bool:

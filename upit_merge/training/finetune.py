@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from upit_merge import __version__
 from upit_merge.errors import UpitError, first_line, one_line
-from upit_merge.io.checkpoint import SAFE_WEIGHTS, has_any
+from upit_merge.io.checkpoint import SAFE_WEIGHTS, check_not_compiled, has_any
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.hub import OpenOptions, resolve
 from upit_merge.io.untrusted import check_own_files, read_json
@@ -62,6 +62,7 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
     folder = resolve(job.model.model_name_or_path, OpenOptions(), role="model")
     check_not_half_edited(folder)
     check_own_files(str(job.model.model_name_or_path), folder)
+    check_not_compiled(str(job.model.model_name_or_path), folder)
     config = read_json(folder / "config.json", "the model")
     is_mixture = config.get("model_type") in FORMATS
     keep = not is_mixture if job.extra.keep_checkpoints is None else job.extra.keep_checkpoints
