@@ -21,7 +21,7 @@ from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.sources import DenseModel
-from upit_merge.models.gates import gates_digest, named_gates, tensors_digest
+from upit_merge.models.gates import distinct_gates, gates_digest, named_gates, tensors_digest
 from upit_merge.models.lora.adapter import open_model
 from upit_merge.models.mixture import check_expert
 from upit_merge.models.tables import open_checkpoint
@@ -184,6 +184,7 @@ def _with_new_row(stage: RouterStage, gates: Sequence[Tensor]) -> RouterResult:
     """Fit the new expert's routing vector beside those that are there."""
     buckets = stage.buckets()
     fitted = stage.gates(buckets, partial(objectives.added_row, gates=gates))
+    fitted = distinct_gates(fitted, stage.model.stored_dtype, stage.seed, rows=[len(gates[0])])
     report = {
         "settings": stage.settings.model_dump(mode="json"),
         "seed": stage.seed,

@@ -18,7 +18,7 @@ from upit_merge.config.router import RouterSettings
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
-from upit_merge.models.gates import gates_digest
+from upit_merge.models.gates import distinct_gates, gates_digest
 from upit_merge.models.mixture import MixtureArchitecture
 from upit_merge.output.staging import scratch_folder
 from upit_merge.report.document import read_report
@@ -65,6 +65,7 @@ def shrink_output(
             statistics = routing_statistics(stage)
             groups = _groups(statistics, num_experts)
             gates = mean_gates(moe, model.architecture, groups)
+            gates = distinct_gates(gates, model.stored_dtype, stage.seed)
             shrunk = ShrunkMixture(moe, model.architecture, groups, gates)
             names = model.format.gate_names(model.num_layers)
             layout = rewritten_layout(moe, shrunk, names, options.max_shard_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from upit_merge.io.sources import TensorSource
 from upit_merge.io.tensor_file import raw_bytes
 from upit_merge.models.dense import norm_tensor
 from upit_merge.models.formats import MixtureFormat
+
+# Size of what sets equal routing vectors apart, beside the spread of all vectors of the gate.
+TIE_BREAKER = 1 / 32
 
 
 def training_free_gates(
@@ -37,6 +40,57 @@ def random_gate(num_experts: int, norm_weight: Tensor, generator: torch.Generato
     """
     gate = torch.randn(num_experts, norm_weight.shape[0], generator=generator)
     return F.normalize(gate, dim=1) / root_mean_square(norm_weight)
+
+
+def distinct_gates(
+    gates: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    seed: int,
+    rows: Collection[int] | None = None,
+) -> list[torch.Tensor]:
+    """Return gates in which no routing vector is another's double once they are stored.
+
+    Experts without a sample all get the same vector from a fit: every token's logits for them
+    would tie, and runtimes break ties differently. Each of them is given a random direction of its
+    own besides, small beside what tells the vectors apart (`TIE_BREAKER`).
+
+    Args:
+        gates: float32, (num_experts, hidden_size) per layer. Vectors without a double are returned
+            as they are.
+        dtype: What they are stored in.
+        seed: Of the directions; an expert's do not depend on which others have doubles.
+        rows: Change only these experts' vectors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return [_distinct_gate(gate, dtype, generator, rows) for gate in gates]
+
+
+def _distinct_gate(
+    gate: torch.Tensor,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    rows: Collection[int] | None,
+) -> torch.Tensor:
+    directions = F.normalize(torch.randn(gate.shape, generator=generator), dim=1)
+    spread = (gate - gate.mean(0)).square().sum(1).mean().sqrt()
+    size = TIE_BREAKER * (float(spread) or float(gate.norm(dim=1).max()) or 1.0)
+    doubles = _doubles(gate.to(dtype), rows)
+    found = gate
+    while doubles and _doubles(found.to(dtype), rows):
+        found = gate.clone()
+        found[doubles] += size * directions[doubles]
+        size *= 2  # in case this one is lost in the rounding
+    return found
+
+
+def _doubles(gate: torch.Tensor, rows: Collection[int] | None) -> list[int]:
+    """Return the rows, of those in `rows`, that are equal to another."""
+    _, owner, counts = gate.unique(dim=0, return_inverse=True, return_counts=True)
+    return [
+        row
+        for row, count in enumerate(counts[owner].tolist())
+        if count > 1 and (rows is None or row in rows)
+    ]
 
 
 def root_mean_square(norm_weight: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from upit_merge.errors import UpitError
 from upit_merge.io.sources import TensorSource
 from upit_merge.models.dense import norm_tensor
 from upit_merge.models.gates import (
+    distinct_gates,
     gates_digest,
     root_mean_square,
     tensors_digest,
@@ -224,11 +225,13 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> Route
             gates, report["experts_sha256"] = tuned_gates(stage, buckets, sink)
         else:
             gates = stage.gates(buckets)
+        gates = distinct_gates(gates, model.stored_dtype, stage.seed)
     if settings.refine is not None and model.num_experts > 1:
         trained = None
         if settings.trains_experts:
             assert sink is not None
             trained = LayerwiseMixture(sink.source, model.device)
         gates, report["refined"] = refined_gates(stage, gates, trained)
+        gates = distinct_gates(gates, model.stored_dtype, stage.seed)
     report["gates_sha256"] = gates_digest(gates, model.stored_dtype)
     return RouterResult(gates, report | {"seconds": stage.clock.seconds})
