@@ -21,7 +21,7 @@ from upit_merge.data.tokens import tokenize_seed_data
 COLUMNS = (
     "give each record `text`, `messages` (a list of {role, content}) or `prompt` and `completion`."
 )
-FILES = ".jsonl, .json, .parquet or .txt"
+FILES = ".jsonl, .json, .parquet, .csv, .tsv or .txt"
 BAD_FILES = {
     "a.jsonl": (
         b'{"text": "a"}\n\n{"text": "a" "b"}\n',
@@ -78,7 +78,33 @@ BAD_FILES = {
         b"ok\ncaf\xe9\n",
         "o.txt line 2 is not UTF-8 text (byte 0xe9 at column 4); save the file as UTF-8.",
     ),
-    "p.csv": (b"text\na\n", f"p.csv has the extension .csv; give seed data as a {FILES} file."),
+    "p.xlsx": (b"text\na\n", f"p.xlsx has the extension .xlsx; give seed data as a {FILES} file."),
+    "r.csv": (
+        b"id,title\n1,a\n",
+        f"r.csv has `id`, `title` and no usable column; {COLUMNS}",
+    ),
+    "s.csv": (
+        b"text,id\na,1\nhello, world,2\n",
+        "s.csv line 3 has 3 cells, but the first line names 2 columns; put texts with separators "
+        "between quotation marks.",
+    ),
+    "t.csv": (
+        b'text\n"a\nb\n',
+        "t.csv line 3 is not readable as a table (unexpected end of data); write it again.",
+    ),
+    "u.csv": (
+        b"text,text\na,b\n",
+        "u.csv has two columns with the name `text`; give each its own.",
+    ),
+    "v.csv": (
+        b"text,id\n,1\n",
+        f"v.csv line 2 has `id` and no usable column; {COLUMNS}",
+    ),
+    "w.csv": (
+        b"text\ncaf\xe9\n",
+        "w.csv line 2 is not UTF-8 text (byte 0xe9 at column 4); save the file as UTF-8.",
+    ),
+    "x.csv": (b"text,id\n", "x.csv is empty; put at least one sample in it."),
     "q": (b"text\n", f"q has no extension; give seed data as a {FILES} file."),
     **{
         f"empty{extension}": (content, f"empty{extension} is empty; put at least one sample in it.")
@@ -86,6 +112,7 @@ BAD_FILES = {
             (".jsonl", b"\n \n"),
             (".json", b"[]"),
             (".txt", b""),
+            (".csv", b""),
             (".parquet", b""),
         ]
     },
@@ -110,8 +137,8 @@ def test_json_that_the_parser_itself_refuses(tmp_path: Path, content: bytes) -> 
     ("columns", "sentence"),
     [
         (
-            {"question": ["a"], "answer": ["b"]},
-            f"seed.parquet has `question`, `answer` and no usable column; {COLUMNS}",
+            {"question": ["a"], "answers": ["b"]},
+            f"seed.parquet has `question`, `answers` and no usable column; {COLUMNS}",
         ),
         (
             {"text": pyarrow.array(["a", "b"], "binary")},

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from upit_merge.data.examples import Messages, SeedExample
+from upit_merge.data.conversations import Messages
+from upit_merge.data.records import SeedExample
 from upit_merge.errors import UpitError, counted, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class SeedSet:
 
     `truncated` counts the kept samples that were cut to `max_length` tokens, `tokens_cut` the
     tokens they lost; `too_short` and `prompt_too_long` count the samples left out because
-    nothing remained to predict.
+    nothing remained to predict. `readings` tells how records were read whose columns do not say it.
     """
 
     samples: list[TokenizedSample]
@@ -55,6 +59,7 @@ class SeedSet:
     tokens_cut: int = 0
     too_short: int = 0
     prompt_too_long: int = 0
+    readings: tuple[str, ...] = ()
 
     @property
     def num_targets(self) -> int:
@@ -71,7 +76,7 @@ class SeedSet:
         kept = (
             f"{counted(len(self.samples), 'sample')}, {counted(self.num_targets, 'target token')}"
         )
-        return f"Seed data: {'; '.join([kept, *self._what_was_cut()])}."
+        return f"Seed data: {'; '.join([kept, *self.readings, *self._what_was_cut()])}."
 
     def to_report(self) -> dict[str, int]:
         """Return the same as plain numbers, for `upit_report.json`."""
@@ -119,6 +124,7 @@ def tokenize_seed_data(
         raise UpitError(
             f"`max_length` is {max_length}; give 2 or more, one token predicts the next."
         )
+    check_tool_calls(examples, tokenizer)
     samples: list[TokenizedSample] = []
     truncated = tokens_cut = too_short = prompt_too_long = 0
     for example in examples:
@@ -140,7 +146,16 @@ def tokenize_seed_data(
                 "that belongs to the checkpoints."
             )
         samples.append(TokenizedSample(kept, loss_start, example.source, example.label))
-    seed_set = SeedSet(samples, max_length, truncated, tokens_cut, too_short, prompt_too_long)
+    has_template = bool(tokenizer.chat_template)
+    seed_set = SeedSet(
+        samples,
+        max_length,
+        truncated,
+        tokens_cut,
+        too_short,
+        prompt_too_long,
+        readings(examples, has_template=has_template),
+    )
     if not samples:
         why = "; ".join(seed_set._what_was_cut()) or "there was none to begin with"
         raise UpitError(
@@ -149,14 +164,80 @@ def tokenize_seed_data(
     return seed_set
 
 
+def readings(examples: Iterable[SeedExample], *, has_template: bool) -> tuple[str, ...]:
+    """Return how examples were read whose columns do not say it, each way once.
+
+    Args:
+        has_template: Whether the tokenizer has a chat template.
+    """
+    found: dict[str, None] = {}
+    for example in examples:
+        if example.reading is not None:
+            plain = example.is_plain(has_template=has_template)
+            way = ", in Alpaca's prompt (there is no chat template)" if plain else ""
+            found[example.reading + way] = None
+    return tuple(found)
+
+
+def check_tool_calls(examples: Iterable[SeedExample], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn, once, of tools and calls of tools that the chat template leaves out.
+
+    Raises:
+        UpitError: nothing would be left of a message, which is a call alone.
+    """
+    if not tokenizer.chat_template:
+        return
+    warned = False
+    for example in examples:
+        unread = _unread(example, tokenizer)
+        if unread is None:
+            continue
+        alone = any(m["content"] is None for m in example.turns if m.get("tool_calls"))
+        if alone and unread == "tool_calls":
+            raise UpitError(
+                f"{example.source} has a message that is a call of a tool, which the tokenizer's "
+                "chat template does not know; set another `chat_template` in the recipe, or leave "
+                "the record out."
+            )
+        if not warned:
+            LOG.warning(
+                "%s has %s, which the tokenizer's chat template leaves out; set a `chat_template` "
+                "that knows them, or leave such records out.",
+                example.source,
+                unread,
+            )
+        warned = True
+
+
+def _unread(example: SeedExample, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what of an example its chat template never speaks of."""
+    has = {
+        "tool_calls": any(message.get("tool_calls") for message in example.turns),
+        "tools": example.tools is not None,
+    }
+    if not any(has.values()):
+        return None
+    template = _template(tokenizer, example.tools)
+    return next((what for what, there in has.items() if there and what not in template), None)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None) -> str:
+    try:
+        return str(tokenizer.get_chat_template(tools=tools))
+    except ValueError:  # of several templates none is the default: applying it will say so
+        return "tools tool_calls"
+
+
 def _encode(example: SeedExample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     """Token ids without any limit, and the index of the first one that counts in the loss."""
     prompt, completion = example.prompt, example.completion
+    if example.plain and example.is_plain(has_template=bool(tokenizer.chat_template)):
+        prompt, completion = example.plain
     if example.messages is not None:
-        return _chat_ids(example.messages, tokenizer, example.source), 1
+        return _chat_ids(example.messages, tokenizer, example), 1
     if isinstance(prompt, list) and isinstance(completion, list):
-        full = _chat_ids(prompt + completion, tokenizer, example.source)
-        asked = _chat_ids(prompt, tokenizer, example.source, add_generation_prompt=True)
+        full = _chat_ids(prompt + completion, tokenizer, example)
+        asked = _chat_ids(prompt, tokenizer, example, add_generation_prompt=True)
         # Where the two part, and not len(asked): a token may span the boundary, and some
         # templates end the generation prompt with what an answer need not have ("<think>").
         same = 0
@@ -194,21 +275,24 @@ def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _chat_ids(
     messages: Messages,
     tokenizer: PreTrainedTokenizerBase,
-    source: str,
+    example: SeedExample,
     add_generation_prompt: bool = False,
 ) -> list[int]:
     if not tokenizer.chat_template:
         raise UpitError(
-            f"{source} is a conversation, but the tokenizer has no chat template; use a `text` "
-            "column, or set `chat_template` in the recipe."
+            f"{example.source} is a conversation, but the tokenizer has no chat template; use a "
+            "`text` column, or set `chat_template` in the recipe."
         )
+    options = dict(example.template_options or {})
+    if example.tools is not None:
+        options["tools"] = example.tools
     try:
         ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, return_dict=False
+            messages, add_generation_prompt=add_generation_prompt, return_dict=False, **options
         )
     except Exception as error:  # templates raise what they like
         raise UpitError(
-            f"{source} does not fit the tokenizer's chat template ({first_line(error)}); change "
-            "the conversation, or set another `chat_template` in the recipe."
+            f"{example.source} does not fit the tokenizer's chat template ({first_line(error)}); "
+            "change the conversation, or set another `chat_template` in the recipe."
         ) from error
     return list(ids)

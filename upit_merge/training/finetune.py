@@ -12,6 +12,8 @@ from typing import Any
 from transformers.trainer_callback import PrinterCallback
 
 from upit_merge import __version__
+from upit_merge.data.examples import local_data
+from upit_merge.data.training_set import tokenized_set, training_set
 from upit_merge.errors import UpitError, first_line, one_line
 from upit_merge.io.checkpoint import SAFE_WEIGHTS, check_not_compiled, has_any
 from upit_merge.io.disk import explained_failures
@@ -183,11 +185,9 @@ def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrain
     training.include_num_input_tokens_seen = "non_padding"
     set_seed(training.seed)  # TRL below 1.15 draws an adapter's first weights without
     try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         complete = newest is not None and has_any(newest, SAFE_WEIGHTS)
-        source, tokenizer = (
-            str(newest if complete else folder),
-            AutoTokenizer.from_pretrained(folder),
-        )
+        source = str(newest if complete else folder)
         lora, quantization = get_peft_config(model), get_quantization_config(model)
         made = model_with_tokens(job, source, tokenizer, lora, quantization)
         with _told_already(training, made is not None):
@@ -195,7 +195,7 @@ def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrain
                 model=source if made is None else made,
                 processing_class=tokenizer,
                 args=training,
-                train_dataset=_dataset(job),
+                train_dataset=_dataset(job, tokenizer),
                 quantization_config=quantization if made is None else None,
                 peft_config=lora,
             )
@@ -228,16 +228,20 @@ def _told_already(training: Any, made: bool) -> Iterator[None]:
         vars(training).update(kept)
 
 
-def _dataset(job: FinetuneJob) -> Any:
+def _dataset(job: FinetuneJob, tokenizer: Any) -> Any:
     from datasets import load_dataset
     from trl import get_dataset
 
     script = job.script
     try:
-        if job.data.datasets:
+        if job.extra.data:
+            splits = _own_data(job, tokenizer)
+        elif job.data.datasets:
             splits = get_dataset(job.data)
         else:
             splits = load_dataset(script.dataset_name, name=script.dataset_config)
+    except UpitError:
+        raise
     except Exception as error:  # a reader of files from elsewhere raises whatever comes up
         raise UpitError(
             f"The training data cannot be read ({one_line(first_line(error))}); check the file, or "
@@ -249,6 +253,25 @@ def _dataset(job: FinetuneJob) -> Any:
             f"{', '.join(map(one_line, splits))}); correct dataset_train_split."
         )
     return splits[script.dataset_train_split]
+
+
+def _own_data(job: FinetuneJob, tokenizer: Any) -> Any:
+    """Return the splits of `data:`, read as the router reads its samples."""
+    data, script = str(job.extra.data), job.script
+    table = tokenized_set(data)
+    if table is None:
+        table = training_set(
+            data,
+            tokenizer,
+            split=script.dataset_train_split,
+            config=script.dataset_config,
+            text=job.training.dataset_text_field,
+            other_template=job.training.chat_template_path is not None,
+        )
+    if job.data.test_split_size is not None:
+        return table.train_test_split(test_size=job.data.test_split_size)
+    # A file has one split, whatever it is called; of a dataset id it is the one that was read.
+    return {"train" if local_data(data) else script.dataset_train_split: table}
 
 
 def _check_new_tokens(job: FinetuneJob, config: Mapping[str, Any], trainer: Any) -> None:

@@ -14,11 +14,9 @@ from typing import Any, NoReturn
 import torch
 
 from upit_merge.config.yaml_file import load_mapping
+from upit_merge.data.examples import EXTENSIONS, local_data
 from upit_merge.errors import UpitError, first_line, one_line, shown
 from upit_merge.training.quiet import quieten
-
-# What reads a file of training data, by its ending, in the words of the datasets library.
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 @dataclass
@@ -27,7 +25,11 @@ class FinetuneArguments:
 
     data: str | None = field(
         default=None,
-        metadata={"help": "Training data: a jsonl, json, parquet, csv or txt file."},
+        metadata={
+            "help": "Training data, in the forms that a router's has: a jsonl, json, parquet, csv, "
+            "tsv or txt file, a folder of them, or a dataset id (dataset_config, "
+            "dataset_train_split)."
+        },
     )
     train_modules: str = field(
         default="all",
@@ -217,7 +219,7 @@ def _check(job: FinetuneJob, path: Path) -> None:
     if extra.data and any(sources[1:]):
         raise UpitError(f"{path}: data and TRL's own dataset keys are both given; remove one.")
     if extra.data:
-        _add_file(job, path)
+        _check_data(extra.data, path)
 
 
 def data_files(data: str | None, datasets: Any, dataset_name: str | None) -> list[Path]:
@@ -248,15 +250,16 @@ def data_files(data: str | None, datasets: Any, dataset_name: str | None) -> lis
     return files_on_disk
 
 
-def _add_file(job: FinetuneJob, path: Path) -> None:
-    """Name our `data:` as TRL wants it named."""
-    from trl.scripts.utils import DatasetConfig
-
-    file = Path(str(job.extra.data)).expanduser()
-    if not file.is_file():
-        raise UpitError(f"{path}: data is {file}, but there is no such file; correct the path.")
-    if file.suffix not in _READERS:
+def _check_data(data: str, path: Path) -> None:
+    """Refuse what `data:` names if it is neither here nor the id of a dataset."""
+    try:
+        found = local_data(data)
+    except UpitError:
         raise UpitError(
-            f"{path}: data is {file}, expected a file that ends in {', '.join(_READERS)}."
+            f"{path}: data is {one_line(data)}, but there is no such file; correct the path."
+        ) from None
+    if found is not None and found.is_file() and found.suffix.lower() not in EXTENSIONS:
+        raise UpitError(
+            f"{path}: data is {one_line(data)}, expected a file that ends in "
+            f"{', '.join(EXTENSIONS)}."
         )
-    job.data.datasets = [DatasetConfig(path=_READERS[file.suffix], data_files=str(file))]
