@@ -138,7 +138,8 @@ def _state(source: str, split: str, config: str | None) -> Any:
         return str(load_hub(source, split, config)._fingerprint)
     files = [*path.iterdir()] if path.is_dir() else [path]
     stats = {str(file): file.stat() for file in sorted(map(Path.absolute, files))}
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+    # No list: that would be taken for shards, to be read one by one.
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
 
 
 def tokenized_set(source: str) -> Any:
