@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Family
-from tests.support.lora import with_adapters
+from tests.support.lora import adapters, with_adapters
 from tests.support.naive import load_model, unlike
 from tests.support.spoilt import (
     FIRST,
@@ -30,6 +30,7 @@ from tests.support.spoilt import (
     recipe,
     refusal,
     renamed,
+    tensors,
     weights,
 )
 from upit_merge.io.hub import OpenOptions, resolve
@@ -67,11 +68,11 @@ def fsdp(folder: Path, shards: Path) -> None:
     dcp.save({"model": model}, checkpoint_id=shards, no_dist=True)
 
 
-def ungathered(tensors: dict[str, torch.Tensor]) -> None:
+def ungathered(stored: dict[str, torch.Tensor]) -> None:
     """`save_pretrained` under ZeRO-3: small tensors are whole, others are elsewhere."""
-    for name, tensor in tensors.items():
+    for name, tensor in stored.items():
         if tensor.dim() == 2:
-            tensors[name] = torch.zeros(0)
+            stored[name] = torch.zeros(0)
 
 
 def beside(folder: str, name: str) -> Spoil:
@@ -109,6 +110,12 @@ def adapter_down(family: Family) -> None:
     shutil.rmtree(family.root / LAST)
     (family.root / LAST).mkdir()
     (family.root / "lora" / "checkpoint-500").rename(family.root / LAST / "adapter")
+
+
+def ungathered_adapters(family: Family) -> Document:
+    with_adapters(family, count=1)
+    tensors("lora/checkpoint-500/adapter_model.safetensors", ungathered)(family)
+    return adapters(family)
 
 
 def gguf_file(family: Family) -> Document:
@@ -212,6 +219,17 @@ CASES = {
         adapter_down,
         f"The checkpoint {LAST} has no weights itself, but there is a model in it; write "
         f"{LAST}/adapter.",
+    ),
+    "a folder whose name is not for terminals": Case(
+        moved_down("po{role}\x1b[1m"),
+        f"The checkpoint {LAST} has no weights itself, but there is a model in it; write "
+        f"{LAST}/po{{role}}\\x1b[1m.",
+    ),
+    "an adapter that ZeRO-3 has not gathered": Case(
+        ungathered_adapters,
+        "Checkpoint lora/checkpoint-500 has …lora_A.weight without values, as DeepSpeed ZeRO-3 "
+        "saves what it has not gathered; save it again with "
+        "stage3_gather_16bit_weights_on_model_save: true.",
     ),
     "a run": Case(
         recipe(models=[{"model": "@sft"}]), f"The checkpoint sft {OF_RUN} write sft/checkpoint-*."
