@@ -58,7 +58,16 @@ def run(recipe: Path, out: Path, overwrite: bool, **values: Any) -> None:
 @click.argument("recipe", type=_PATH)
 @click.argument("out", type=_PATH, required=False)
 @click.option("--data", help="Find out on this seed data whether a router is worth it.")
-def plan(recipe: Path, out: Path | None, data: str | None, **values: Any) -> None:
+@click.option("--subset", help="Configuration name of --data, if that is a dataset id.")
+@click.option("--split", help="Split of --data, if that is a dataset id; train if not given.")
+def plan(
+    recipe: Path,
+    out: Path | None,
+    data: str | None,
+    subset: str | None,
+    split: str | None,
+    **values: Any,
+) -> None:
     """Check RECIPE and its models and show what `run` would make and need; writes nothing.
 
     With the folder OUT, check also that the output would fit its disk. With --data, compute the
@@ -69,7 +78,8 @@ def plan(recipe: Path, out: Path | None, data: str | None, **values: Any) -> Non
     from upit_merge.plugin.method import run_options
 
     parsed, _source = load_recipe(recipe)
-    plan_recipe(parsed, run_options(parse_merge_options(values)), out, data)
+    options = run_options(parse_merge_options(values))
+    plan_recipe(parsed, options, out, data, subset=subset, split=split)
 
 
 @main.command(
@@ -225,7 +235,7 @@ def finetune(config: Path, overrides: tuple[str, ...], quiet: bool) -> None:
     """Train a dense model, whose checkpoints become experts, or a finished mixture (TRL).
 
     CONFIG is YAML with the keys of `trl sft --config`, each of which may also be given as --KEY
-    VALUE, and three of ours: data (a file), train_modules (all, ffn or router) and
+    VALUE, and three of ours: data (read as a router's is), train_modules (all, ffn or router) and
     keep_checkpoints. A mixture's routing is logged, and it is written under the names it had. A
     run that was cut off goes on when it is started again. Needs `pip install 'upit-merge[train]'`.
     """

@@ -15,7 +15,7 @@ from upit_merge.commands.options import ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
 from upit_merge.commands.session import router_session
-from upit_merge.config.router import RouterSettings
+from upit_merge.config.router import OF_DATA, RouterSettings, check_data_is_named
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
@@ -41,8 +41,6 @@ from upit_merge.runtime.processes import check_single_process
 
 LOG = logging.getLogger(__name__)
 
-_DEFAULTS = {key: RouterSettings.model_fields[key].default for key in ("subset", "split")}
-
 
 def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Fill in the data, if none is named: what the gates of `out` were trained on.
@@ -53,9 +51,7 @@ def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
     if values.get("data") is not None:
         return dict(values)
     check_output_exists(out)
-    given = [key for key in ("subset", "split") if values.get(key) not in (None, _DEFAULTS[key])]
-    if given:
-        raise UpitError(f"--{given[0]} is of the data; name that with --data.")
+    check_data_is_named(values)
     router = read_report(out).router
     told = router.settings if router else {}
     if not isinstance(told.get("data"), str):
@@ -63,7 +59,7 @@ def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
             f"The data the gates of {out} were trained on is not known (its {REPORT} has none); "
             "give some with --data."
         )
-    return {**values, **{key: told.get(key) for key in ("data", "subset", "split")}}
+    return {**values, **{key: told.get(key) for key in OF_DATA}}
 
 
 def extend_output(

@@ -11,7 +11,7 @@ from upit_merge.commands.preflight import needs
 from upit_merge.commands.preview import checkpoint_losses
 from upit_merge.commands.run import RunOptions, seed_set
 from upit_merge.config.recipe import Recipe
-from upit_merge.config.router import RouterSettings
+from upit_merge.config.router import RouterSettings, check_data_is_named
 from upit_merge.errors import UpitError
 from upit_merge.merge.inputs import opened
 from upit_merge.merge.passes import find_lineage, measure_similarity
@@ -25,20 +25,28 @@ from upit_merge.runtime.interrupt import ends_at_once
 
 
 def plan_recipe(
-    recipe: Recipe, options: RunOptions, out: Path | None = None, data: str | None = None
+    recipe: Recipe,
+    options: RunOptions,
+    out: Path | None = None,
+    data: str | None = None,
+    *,
+    subset: str | None = None,
+    split: str | None = None,
 ) -> None:
     """Validate, compute the lineage, and print it with what a run would need of this machine.
 
     Args:
         out: Where the output would go, to see whether it fits the disk.
         data: Seed data on which to find out whether the checkpoints differ enough for a router.
+        subset, split: Of the data, see `RouterSettings.for_data`.
 
     Raises:
         UpitError: as `run_recipe` would.
     """
     recipe = recipe.with_seed(options.seed)
+    check_data_is_named({"data": data, "subset": subset, "split": split})
     if data is not None:
-        recipe = _with_data(recipe, data)
+        recipe = _with_data(recipe, data, subset=subset, split=split)
     devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
     if out is not None:
         check_output_is_free(out)
@@ -82,10 +90,10 @@ def plan_recipe(
         raise UpitError(sentence)
 
 
-def _with_data(recipe: Recipe, data: str) -> Recipe:
+def _with_data(recipe: Recipe, data: str, **of_data: str | None) -> Recipe:
     """Return the recipe with this seed data; which experts get it is not the question here."""
     router = recipe.router or RouterSettings(data=data)
-    router = router.model_copy(update={"data": data, "assign": "lowest"})
+    router = router.for_data(data, **of_data).model_copy(update={"assign": "lowest"})
     return recipe.model_copy(update={"router": router})
 
 

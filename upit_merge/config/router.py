@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -16,9 +17,12 @@ from pydantic import (
 )
 
 from upit_merge.config.fields import Name, NotNegative, Number, PositiveNumber, Strict, as_number
+from upit_merge.errors import UpitError
 
 # Router settings that decide how much is computed at a time, but not what.
 NO_MATTER = ("batch_tokens", "memory_gb")
+# They belong together: which part of other data is meant, the settings for these do not say.
+OF_DATA = ("data", "subset", "split")
 
 
 class ByColumn(Strict):
@@ -94,9 +98,10 @@ refine: {steps: 100}
 """
 
     data: Name = Field(
-        description="Seed samples: jsonl or parquet with columns text, or messages, or prompt and "
-        "completion; txt (blank lines separate samples; without any, every line is one); a folder "
-        "of them; or a dataset id."
+        description="Seed samples: jsonl, parquet, csv or tsv with columns text, or messages, or "
+        "prompt and completion, or ShareGPT's conversations, or instruction (or question, query) "
+        "and its answer; txt (blank lines separate samples; without any, every line is one); a "
+        "folder of them; or a dataset id."
     )
     subset: Name | None = Field(None, description="Configuration name of a dataset id.")
     split: Name = Field("train", description="Split of a dataset id.")
@@ -154,6 +159,22 @@ refine: {steps: 100}
             )
         return self
 
+    def for_data(
+        self, data: str, *, subset: str | None = None, split: str | None = None
+    ) -> RouterSettings:
+        """Return the same settings for data that is named apart from them.
+
+        Args:
+            subset, split: Of the data; if not given those of the settings, where it is the data
+                they are for, and else the defaults.
+        """
+        fields = type(self).model_fields
+        kept = {key: getattr(self, key) for key in OF_DATA if data == self.data}
+        named = {"data": data, "subset": subset, "split": split}
+        given = {key: value for key, value in named.items() if value is not None}
+        defaults = {key: fields[key].default for key in ("subset", "split")}
+        return self.model_copy(update={**defaults, **kept, **given})
+
     @property
     def column(self) -> str | None:
         """Return the column of the data that assigns its samples, if one does."""
@@ -172,3 +193,19 @@ refine: {steps: 100}
     def trains_experts(self) -> bool:
         """Whether the FFNs change too."""
         return self.upit is not None and self.upit.train_experts
+
+
+def check_data_is_named(values: Mapping[str, Any]) -> None:
+    """Refuse options of the data where the data itself is not named.
+
+    Args:
+        values: Of options, by the names of settings.
+
+    Raises:
+        UpitError: naming the option.
+    """
+    if values.get("data") is not None:
+        return
+    for key in ("subset", "split"):
+        if values.get(key) not in (None, RouterSettings.model_fields[key].default):
+            raise UpitError(f"--{key} is of the data; name that with --data.")

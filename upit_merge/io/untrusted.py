@@ -18,6 +18,8 @@ which names of files and tensors are taken. What only one reader needs stays bes
 * `models/tokenizer.py`: `load_tokenizer`: a tokenizer's code only if the user allows it;
 * `models/chat_template.py`: `chat_templates`, `template_files`: names that are files in one folder;
 * `data/examples.py`: records of the wrong kind, text that is no Unicode;
+* `data/examples.py`, `data/records.py`, `data/conversations.py`: records of the wrong kind, text
+  that is no Unicode, settings that are not the data's business;
 * `output/staging.py`, `output/lock.py`: what an earlier report, or a run that was cut off, wants
   removed, and links among our hidden files;
 * `report/document.py`, `report/sources.py`, `report/markdown.py`: reports of the wrong kind, cards of
