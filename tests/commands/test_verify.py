@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import Family
-from tests.support.commands import done, invoke
+from tests.conftest import Family, build_family
+from tests.support.commands import done, invoke, refused
 from upit_merge import __version__
+from upit_merge.io.text_file import json_text
 
 CHILD = "model.layers.1.block_sparse_moe.experts.4.w2.weight"
 GATE = "model.layers.0.block_sparse_moe.gate.weight"
@@ -174,3 +175,20 @@ def test_a_recipe_can_be_given(family: Family) -> None:
     out = made(family, "--no-write-model-card")
     assert invoke("verify", out).exit_code == 1
     done("verify", out, "--recipe", family.root / "recipe.yml")
+
+
+def test_settings_of_an_earlier_version(tmp_path, merge) -> None:
+    """Up to 0.5 a Qwen3-MoE had no max_window_layers, and `use_cache` was carried over."""
+    family = build_family(tmp_path, kind="qwen3")
+    for folder in family.checkpoints:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"use_cache": False}))
+    out = merge(family.recipe())
+    path = out / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings["use_cache"] is True
+    assert settings.pop("max_window_layers") == 2
+    path.write_text(json_text(settings | {"use_cache": False}))
+    done("verify", out, "--quiet")
+    path.write_text(json_text(settings | {"use_cache": False, "norm_topk_prob": False}))
+    assert "config.json differs" in refused("verify", out, "--quiet")

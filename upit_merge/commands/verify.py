@@ -19,7 +19,7 @@ from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.tensor_file import TensorSpec
-from upit_merge.io.text_file import write_json
+from upit_merge.io.text_file import json_text, write_json
 from upit_merge.merge.experts import write_experts
 from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.merge.lineage import Lineage
@@ -360,6 +360,11 @@ def _file_finding(out: Path, inputs: Inputs, options: RunOptions) -> Finding:
 
 def _made(path: Path, inputs: Inputs) -> list[bytes]:
     """Return what may be in a file that was made again: what is, or was up to version 0.5."""
+    if path.name == "config.json":
+        later = inputs.architecture.format.required
+        earlier = {key: value for key, value in output_config(inputs).items() if key not in later}
+        earlier["use_cache"] = inputs.settings_donor.config.get("use_cache", True)
+        return [path.read_bytes(), json_text(earlier).encode()]
     donor = inputs.tokenizer or inputs.settings_donor
     original = donor.small_file(path.name)
     is_copy = path.name in (CONFIG_FILE, GENERATION_FILE) and original.is_file()

@@ -10,7 +10,12 @@ from typing import Any
 
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON; an older file is replaced in one step."""
-    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    replace_text(path, json_text(content))
+
+
+def json_text(content: Any) -> str:
+    """Return JSON as we write it."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_record(path: Path) -> dict[str, Any]:

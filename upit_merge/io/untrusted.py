@@ -14,10 +14,10 @@ which names of files and tensors are taken. What only one reader needs stays bes
   keys that grow without end, keys given twice, numbers too long to print;
 * `config/fields.py`: names without control characters;
 * `models/dense.py`: `check_counts`: counts that a `config.json` promises and the tensors do not keep;
+* `models/published.py`: fused tensors of shapes that are no experts';
 * `models/lora/config.py`: patterns that would take for ever to match;
 * `models/tokenizer.py`: `load_tokenizer`: a tokenizer's code only if the user allows it;
 * `models/chat_template.py`: `chat_templates`, `template_files`: names that are files in one folder;
-* `data/examples.py`: records of the wrong kind, text that is no Unicode;
 * `data/examples.py`, `data/records.py`, `data/conversations.py`: records of the wrong kind, text
   that is no Unicode, settings that are not the data's business;
 * `output/staging.py`, `output/lock.py`: what an earlier report, or a run that was cut off, wants
