@@ -217,7 +217,7 @@ def test_a_mixture_that_could_not_be_written_is_refused_first(
 def test_data_that_cannot_be_read(train: Finetune, four: Family, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{nothing\n")
-    with pytest.raises(UpitError, match="broken.jsonl line 1 is not JSON"):
+    with pytest.raises(UpitError, match=r"broken\.jsonl line 1 is not JSON"):
         train(four.base, data=str(broken))
     broken.write_text('{"number": 1}\n')
     with pytest.raises(UpitError, match="line 1 has `number` and no usable column"):
