@@ -26,7 +26,7 @@ from upit_merge.io.untrusted import read_json
 from upit_merge.output.identity import file_states
 from upit_merge.output.staging import whole_folder
 from upit_merge.pipeline.config import Pipeline, write_yaml
-from upit_merge.training.outcome import merged_adapter
+from upit_merge.pipeline.dense_start import write_complete
 from upit_merge.training.parent import VARIABLE, kill_with_parent
 from upit_merge.training.settings import data_files
 
@@ -148,13 +148,8 @@ def _dense_start(pipeline: Pipeline, *, made: bool) -> str:
         return base
     if made and pipeline.last.is_dir():
         return str(pipeline.last)
-    from transformers import AutoTokenizer
-
-    folder = resolve(base, OpenOptions(), role="base model")
-    merged = merged_adapter(folder, adapter)
     with whole_folder(pipeline.last) as draft:
-        merged.save_pretrained(draft)
-        AutoTokenizer.from_pretrained(folder).save_pretrained(draft)
+        write_complete(f"{base}+{adapter}", draft)
     return str(pipeline.last)
 
 
