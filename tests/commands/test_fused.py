@@ -28,6 +28,8 @@ from upit_merge.models.published import complete_config
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 IDS = torch.arange(3, 43).view(1, -1)
 FUSED = "model.layers.1.mlp.experts.gate_up_proj"
+DOWN = "model.layers.1.mlp.experts.down_proj"
+W3 = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
 
 
 def fuse(out: Path, folder: Path, *, parts: int = 1) -> Path:
@@ -204,42 +206,44 @@ def spoil(folder: Path, change: Any) -> None:
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
 
 
+SAYS = "its config.json says [4, 96, 32]; make the model again."
 BROKEN: dict[str, tuple[Any, str]] = {
     "flat": (
         lambda t: t.update({FUSED: t[FUSED].flatten(0, 1)}),
-        f"has {FUSED} of shape [384, 32], which are not the matrices of experts; make the model "
-        "again.",
+        f"has {FUSED} of shape [384, 32], {SAYS}",
     ),
     "odd": (
         lambda t: t.update({FUSED: t[FUSED][:, 1:]}),
-        f"has {FUSED} of shape [4, 95, 32], which are not the matrices of experts; make the model "
-        "again.",
+        f"has {FUSED} of shape [4, 95, 32], {SAYS}",
     ),
     "empty": (
         lambda t: t.update({FUSED: t[FUSED][:, :, :0]}),
-        f"has {FUSED} of shape [4, 96, 0], which are not the matrices of experts; make the model "
-        "again.",
+        f"has {FUSED} of shape [4, 96, 0], {SAYS}",
     ),
-    "other experts": (
+    "fewer experts": (
         lambda t: t.update({FUSED: t[FUSED][:3]}),
-        "has no tensor model.layers.1.block_sparse_moe.experts.3.w1.weight; the router needs a "
-        "complete Mixtral…",
+        f"has {FUSED} of shape [3, 96, 32], {SAYS}",
+    ),
+    "transposed": (
+        lambda t: t.update({FUSED: t[FUSED].transpose(1, 2)}),
+        f"has {FUSED} of shape [4, 32, 96], {SAYS}",
     ),
     "half": (
         lambda t: t.pop(FUSED),
+        f"has {DOWN}, but no {FUSED}; make the model again.",
+    ),
+    "a layer too few": (
+        lambda t: (t.pop(FUSED), t.pop(DOWN)),
         "has no tensor model.layers.1.block_sparse_moe.experts.0.w1.weight; the router needs a "
         "complete Mixtral…",
     ),
     "twice": (
-        lambda t: t.update(
-            {"model.layers.0.block_sparse_moe.experts.2.w3.weight": t["lm_head.weight"].clone()}
-        ),
-        "has model.layers.0.block_sparse_moe.experts.2.w3.weight twice, as …; make the model again.",
+        lambda t: t.update({W3: t["lm_head.weight"].clone()}),
+        f"has {W3} twice, as …; make the model again.",
     ),
-    "transposed": (
-        lambda t: t.update({FUSED: t[FUSED].transpose(1, 2)}),
-        "has model.layers.1.block_sparse_moe.experts.0.w1.weight of shape [16, 96], its config.json "
-        "says [48, 32]; make the model again.",
+    "odd number": (
+        lambda t: t.update({FUSED.replace(".1.", ".01."): t[FUSED].clone()}),
+        f"has the tensor {FUSED.replace('.1.', '.01.')}, which a Mixtral has not; …",
     ),
 }
 
@@ -286,3 +290,16 @@ def test_names_of_a_compiled_mixture(moe, tmp_path, four) -> None:
     found, expected = load_model(folder), load_model(moe)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_small_file_names_no_end_of_experts(moe, tmp_path) -> None:
+    """Whose config.json promises them, too: what is made of a file stays in proportion to it."""
+    many = 20_000
+    folder = fuse(moe, tmp_path / "many")
+    config = json.loads((folder / CONFIG).read_text())
+    config |= {"num_local_experts": many, "intermediate_size": 1, "hidden_size": 1}
+    (folder / CONFIG).write_text(json.dumps(config))
+    stacks = {FUSED: torch.zeros(many, 2, 1), DOWN: torch.zeros(many, 1, 1)}
+    save_file(stacks, folder / WEIGHTS)
+    told = refused("evaluate", folder, "--data", tmp_path / "none.jsonl")
+    assert "which are not the matrices of experts; make the model again." in told

@@ -294,3 +294,12 @@ def test_no_sample_left(tokenizer: Any) -> None:
     assert "(there was none to begin with)" in none
     short = refusal(tokenize_seed_data, examples, tokenizer, max_length=1, **limits)
     assert_sentence(short, "`max_length` is 1; give 2 or more…")
+
+
+def test_tables_of_text_beside_other_data_in_a_folder_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("text\nb\n")
+    (tmp_path / "more.tsv").write_text("text\tkind\nc\td\n")
+    assert [example.text for example in read_seed_data(".")] == ["c", "b"]
+    (tmp_path / "results.csv").write_text("run,loss\n1,2\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    assert [example.text for example in read_seed_data(".")] == ["a"]

@@ -166,8 +166,9 @@ CASES = {
             "global_step500/zero_pp_rank_0_mp_rank_00_model_states.pt",
             "global_step500/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
         ),
-        f"The checkpoint {LAST} has its weights in DeepSpeed's shards; join them by `python "
-        f"{LAST}/zero_to_fp32.py {LAST} {LAST} --safe_serialization`.",
+        f"The checkpoint {LAST} has its weights in DeepSpeed's shards; join them by "
+        f"DeepSpeed's own zero_to_fp32.py: `python -m deepspeed.utils.zero_to_fp32 {LAST} {LAST} "
+        "--safe_serialization`.",
     ),
     "ZeRO-3 not gathered": Case(
         weights(LAST, ungathered),
@@ -177,14 +178,14 @@ CASES = {
     "ZeRO-3 not gathered, with its shards": Case(
         both(weights(LAST, ungathered), beside(LAST, "zero_to_fp32.py")),
         f"Checkpoint {LAST} has … without values, as DeepSpeed ZeRO-3 saves what it has not "
-        f"gathered; run `python {LAST}/zero_to_fp32.py {LAST} OUT --safe_serialization`, and give "
-        "OUT with the other files of this folder.",
+        f"gathered; run DeepSpeed's own `python -m deepspeed.utils.zero_to_fp32 {LAST} OUT "
+        "--safe_serialization`, and give OUT with the other files of this folder.",
     ),
     "DeepSpeed's own folder": Case(
         leaves("mp_rank_00_model_states.pt"),
         f"The checkpoint {LAST} has its weights as DeepSpeed keeps them "
-        f"({LAST}/mp_rank_00_model_states.pt); join them by the zero_to_fp32.py that DeepSpeed "
-        "leaves beside its global_step folders, or save the model again with save_pretrained.",
+        f"({LAST}/mp_rank_00_model_states.pt); join them by DeepSpeed's "
+        "zero_to_fp32.py, or save the model again with save_pretrained.",
     ),
     "Megatron": Case(
         leaves("common.pt", "metadata.json", ".metadata", "__0_0.distcp"),
@@ -262,6 +263,11 @@ CASES = {
         weights(LAST, lambda t: t.update({f"_orig_mod.{NORM}": t[NORM].clone()})),
         f"Checkpoint {LAST} has …{NORM} and …{NORM}, which are one tensor; save the model again, "
         "or remove one of them.",
+    ),
+    "a PEFT model, saved whole": Case(
+        renamed(LAST, lambda name: f"base_model.model.{name}"),
+        f"Checkpoint {LAST} has the tensor base_model.model.…, as PEFT's models have; save it again "
+        "after merge_and_unload, or save the adapter alone with save_pretrained.",
     ),
     "an unknown prefix": Case(
         renamed(LAST, lambda name: f"student.{name}"),

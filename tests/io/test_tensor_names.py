@@ -18,6 +18,10 @@ from tests.support.spoilt import BASE, LAST, SECOND, renamed, sharded
 
 COMPILED = {
     "whole": lambda name: f"_orig_mod.{name}",
+    "data parallel": lambda name: f"module.{name}",
+    "FSDP, checkpointed": lambda name: name.replace(
+        ".mlp.", "._fsdp_wrapped_module._checkpoint_wrapped_module.mlp."
+    ),
     "layer by layer": lambda name: (
         ".".join([*parts[:3], "_orig_mod", *parts[3:]])
         if (parts := name.split("."))[1] == "layers"

@@ -99,8 +99,8 @@ def test_a_training_and_the_router_have_the_same_samples(tmp_path: Path, tokeniz
         table = training_set(str(tmp_path / name), tokenizer)
         assert table["text"] == [e.text for e in read_seed_data(str(tmp_path / name))]
         assert len(table) == count
-    whole = training_set(str(tmp_path), tokenizer)
-    assert whole["text"] == ["one\nmore", "two\nlines", "a,\nb", "NA"]
+    whole = training_set(str(tmp_path), tokenizer)  # tables are read where there is nothing else
+    assert whole["text"] == ["one\nmore", "two\nlines"]
 
 
 def test_arguments_of_calls_are_not_mixed_up(tmp_path: Path, tokenizer: Any) -> None:
@@ -228,3 +228,14 @@ def test_what_a_run_refuses(train: Finetune, four: Family, tmp_path: Path) -> No
         train, four.base, data=str(path)
     )
     assert not (tmp_path / "trained").exists()
+
+
+def test_tools_that_the_template_leaves_out_are_told_of_once(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    tool = {"type": "function", "function": {"name": "add"}}
+    training_set(
+        str(jsonl(tmp_path / "a.jsonl", *[{"messages": CHAT, "tools": [tool]}] * 5)), tokenizer
+    )
+    (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert "a.jsonl line 1 has tools, which the tokenizer's chat template leaves out" in warning

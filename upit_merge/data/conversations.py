@@ -144,7 +144,7 @@ def _joined(parts: list[Any], what: str, source: str) -> str:
             )
         check_string(part.get("text"), f"`text` in `content` of {what}", source)
         texts.append(part["text"])
-    return "\n".join(texts)
+    return "".join(texts)  # as templates do that take parts themselves
 
 
 def check_string(value: Any, what: str, source: str) -> None:

@@ -42,7 +42,7 @@ def read_seed_data(
         source: A `.jsonl` or `.json` file (an object on each line, or one list of objects), a
             `.parquet`, `.csv` or `.tsv` file, a `.txt` file (blank lines separate the samples;
             without any, line ends do), a folder of such files (other files and subfolders are
-            passed over), or a dataset id.
+            passed over, and .csv and .tsv where there is anything else), or a dataset id.
         split, config: Of the dataset id, which may end in `@revision`; files have none.
         column: A further column, whose value becomes every example's `label`.
 
@@ -103,6 +103,8 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in EXTENSIONS]
     files = [file for file in files if not file.name.startswith(".")]
+    # Tables of text beside other data are more often results than samples.
+    files = [file for file in files if file.suffix.lower() not in _SEPARATORS] or files
     if not files:
         raise UpitError(f"The folder {path} holds no {FILES} file; put the seed data there.")
     return files

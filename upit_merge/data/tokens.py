@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,10 +124,9 @@ def tokenize_seed_data(
         raise UpitError(
             f"`max_length` is {max_length}; give 2 or more, one token predicts the next."
         )
-    check_tool_calls(examples, tokenizer)
     samples: list[TokenizedSample] = []
     truncated = tokens_cut = too_short = prompt_too_long = 0
-    for example in examples:
+    for example in with_known_calls(examples, tokenizer):
         input_ids, loss_start = _encode(example, tokenizer)
         if len(input_ids) <= loss_start:
             too_short += 1
@@ -179,18 +178,19 @@ def readings(examples: Iterable[SeedExample], *, has_template: bool) -> tuple[st
     return tuple(found)
 
 
-def check_tool_calls(examples: Iterable[SeedExample], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn, once, of tools and calls of tools that the chat template leaves out.
+def with_known_calls(
+    examples: Iterable[SeedExample], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[SeedExample]:
+    """Yield the examples; warn, once, of tools and calls that the chat template leaves out.
 
     Raises:
         UpitError: nothing would be left of a message, which is a call alone.
     """
-    if not tokenizer.chat_template:
-        return
     warned = False
     for example in examples:
-        unread = _unread(example, tokenizer)
+        unread = _unread(example, tokenizer) if tokenizer.chat_template else None
         if unread is None:
+            yield example
             continue
         alone = any(m["content"] is None for m in example.turns if m.get("tool_calls"))
         if alone and unread == "tool_calls":
@@ -207,6 +207,7 @@ def check_tool_calls(examples: Iterable[SeedExample], tokenizer: PreTrainedToken
                 unread,
             )
         warned = True
+        yield example
 
 
 def _unread(example: SeedExample, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from upit_merge import __version__
 from upit_merge.data.examples import iter_examples, load_hub, local_data
 from upit_merge.data.records import SeedExample
-from upit_merge.data.tokens import check_tool_calls, readings
+from upit_merge.data.tokens import readings, with_known_calls
 from upit_merge.errors import UpitError
 
 if TYPE_CHECKING:
@@ -60,9 +60,10 @@ def training_set(
     first, first_kind = "", ""
     besides: dict[str, None] = {}
     found: dict[str, None] = {}
-    for example in iter_examples(source, **options):
-        if not other_template:
-            check_tool_calls([example], tokenizer)
+    examples = iter_examples(source, **options)
+    if not other_template:
+        examples = with_known_calls(examples, tokenizer)
+    for example in examples:
         kind = _kind(example, has_template=has_template)
         if kind in ("messages", "chat pair") and not has_template:
             raise UpitError(

@@ -69,29 +69,39 @@ LEAVINGS = (
         "pytorch_model.bin and pass --lazy-unpickle.",
     ),
     Leaving(
-        ("common.pt", "weights/common.pt", "latest_checkpointed_iteration.txt", "*.nemo"),
+        (
+            "common.pt",
+            "weights/common.pt",
+            "iter_*/common.pt",
+            "iter_*/mp_rank_*/",
+            "latest_checkpointed_iteration.txt",
+            "*.nemo",
+        ),
         "The {role} {folder} is a checkpoint of Megatron or NeMo ({found}); export it to Hugging "
         "Face's format, with Megatron Bridge (AutoBridge.export_ckpt) or NeMo (llm.export_ckpt).",
     ),
     Leaving(
-        ("*.distcp",),
+        ("*.distcp", "*/*.distcp"),
         "The {role} {folder} holds shards of FSDP ({found}); join them by `accelerate "
-        "merge-weights {folder} OUT`, put config.json and tokenizer of the model it was trained "
+        "merge-weights {parent} OUT`, put config.json and tokenizer of the model it was trained "
         "from beside them, and give OUT.",
     ),
     Leaving(
         ("zero_to_fp32.py",),
-        "The {role} {folder} has its weights in DeepSpeed's shards; join them by `python {found} "
-        "{folder} {folder} --safe_serialization`.",
+        "The {role} {folder} has its weights in DeepSpeed's shards; join them by DeepSpeed's own "
+        "zero_to_fp32.py: `python -m deepspeed.utils.zero_to_fp32 {folder} {folder} "
+        "--safe_serialization`.",
     ),
     Leaving(
-        ("mp_rank_[0-9]*_model_states.pt", "*zero_pp_rank_*.pt", "global_step[0-9]*/"),
-        "The {role} {folder} has its weights as DeepSpeed keeps them ({found}); join them by the "
-        "zero_to_fp32.py that DeepSpeed leaves beside its global_step folders, or save the model "
-        "again with save_pretrained.",
+        (
+            *("mp_rank_[0-9]*_model_states.pt", "pytorch_model/mp_rank_[0-9]*_model_states.pt"),
+            *("*zero_pp_rank_*.pt", "expert_*_model_states.pt", "global_step[0-9]*/"),
+        ),
+        "The {role} {folder} has its weights as DeepSpeed keeps them ({found}); join them by "
+        "DeepSpeed's zero_to_fp32.py, or save the model again with save_pretrained.",
     ),
     Leaving(
-        ("adapters.safetensors", "adapters.npz"),
+        ("adapters.safetensors", "adapters.npz", "[0-9]*_adapters.safetensors"),
         "The {role} {folder} is an adapter of mlx ({found}); merge it into its base by "
         "`mlx_lm.fuse --model BASE --adapter-path {folder} --save-path OUT --dequantize` and give "
         "OUT.",
@@ -99,8 +109,8 @@ LEAVINGS = (
     Leaving(
         ("consolidated*.safetensors", "consolidated*.pth"),
         "The {role} {folder} has its weights in {found}, the form of Mistral's and Meta's own "
-        "programs; take the model*.safetensors of the same model, or convert it with transformers' "
-        "convert_mistral_weights_to_hf.py or convert_llama_weights_to_hf.py.",
+        "programs; take the model*.safetensors of the same model, or its conversion to Hugging Face's "
+        "format.",
     ),
     GGUF,
     MANY_STEPS,

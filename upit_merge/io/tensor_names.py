@@ -10,21 +10,25 @@ from typing import Any
 from upit_merge.errors import UpitError
 from upit_merge.io.tensor_file import TensorSpec
 
-# What torch.compile puts before the names in a module that it has wrapped.
-_COMPILED = re.compile(r"(?<![^.])(?:_orig_mod\.)+")
+# What torch.compile, DDP, FSDP and activation checkpointing put before the names in a module that
+# they have wrapped.
+_WRAPPED = re.compile(
+    r"(?<![^.])(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+)
+_OF_PEFT = "base_model.model."
 _EMBEDDINGS, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _LANGUAGE_PART = "language_model."
 
 
 def plain_name(name: str) -> str:
-    """Return a tensor's name without what torch.compile has put into it."""
-    return _COMPILED.sub("", name)
+    """Return a tensor's name without what torch's wrappers have put into it."""
+    return _WRAPPED.sub("", name)
 
 
 def stored_names(label: str, names: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
     """Return by which name each tensor of a model is stored, by the name it has in transformers.
 
-    * Of a model that torch.compile had wrapped, `_orig_mod.` is left out.
+    * Of a model that torch.compile, DDP or FSDP had wrapped, `_orig_mod.` and the like are left out.
     * What `AutoModel` has saved is a model without its head: `model.` comes before its names.
     * A tied model may have its one table as `lm_head.weight` only.
 
@@ -33,6 +37,11 @@ def stored_names(label: str, names: Collection[str], config: Mapping[str, Any]) 
     """
     stored: dict[str, str] = {}
     for name in names:
+        if name.startswith(_OF_PEFT):
+            raise UpitError(
+                f"Checkpoint {label} has the tensor {name}, as PEFT's models have; save it again "
+                "after merge_and_unload, or save the adapter alone with save_pretrained."
+            )
         if (plain := plain_name(name)) in stored:
             raise UpitError(
                 f"Checkpoint {label} has {stored[plain]} and {name}, which are one tensor; save "
@@ -66,8 +75,8 @@ def check_gathered(label: str, folder: Path, specs: Mapping[str, TensorSpec]) ->
     remedy = "save it again with stage3_gather_16bit_weights_on_model_save: true"
     if (folder / "zero_to_fp32.py").is_file():
         remedy = (
-            f"run `python {folder}/zero_to_fp32.py {folder} OUT --safe_serialization`, and give OUT "
-            "with the other files of this folder"
+            f"run DeepSpeed's own `python -m deepspeed.utils.zero_to_fp32 {folder} OUT "
+            "--safe_serialization`, and give OUT with the other files of this folder"
         )
     raise UpitError(
         f"Checkpoint {label} has {empty} without values, as DeepSpeed ZeRO-3 saves what it has not "

@@ -22,12 +22,11 @@ from upit_merge.io.safetensors_file import SafetensorsFile
 from upit_merge.io.tensor_file import TensorSpec
 from upit_merge.models.formats import COUNT_FIELDS, FORMATS, PROJECTIONS, MixtureFormat
 
-_PLACE = r"model\.layers\.(?P<layer>\d{1,4})\.(?:mlp|block_sparse_moe)\."
+_PLACE = r"model\.layers\.(?P<layer>0|[1-9]\d{0,3})\.(?:mlp|block_sparse_moe)\."
 _FUSED = re.compile(_PLACE + r"experts\.(?P<kind>gate_up_proj|down_proj)")
 _SINGLE = re.compile(
-    _PLACE + rf"experts\.(?P<expert>\d{{1,4}})\.(?P<kind>{'|'.join(PROJECTIONS)})\.weight"
+    _PLACE + rf"experts\.(?P<expert>0|[1-9]\d{{0,3}})\.(?P<kind>{'|'.join(PROJECTIONS)})\.weight"
 )
-_MOST_EXPERTS = 9999  # as many as have names above
 _GATE = re.compile(_PLACE + r"gate\.weight")
 
 
@@ -88,6 +87,7 @@ class PublishedMixture(Checkpoint):
 
     def _publish(self, form: MixtureFormat) -> None:
         specs: dict[str, TensorSpec] = {}
+        self._check_fused(form)
         for stored, spec in self.specs.items():
             parts = _parts(form, self.label, stored, spec.shape)
             for name, shape, first in parts or [(stored, spec.shape, None)]:
@@ -100,6 +100,32 @@ class PublishedMixture(Checkpoint):
                 if name != stored:
                     self._slices[name] = _Slice(stored, first)
         self.specs = specs
+
+    def _check_fused(self, form: MixtureFormat) -> None:
+        """Check fused tensors against the configuration, in the file's own words.
+
+        Raises:
+            UpitError: one has another shape, or is missing beside its like.
+        """
+        hidden, inner = (self.config.get(key) for key in ("hidden_size", form.inner_field))
+        count = next((self.config[key] for key in COUNT_FIELDS if key in self.config), None)
+        if not (isinstance(count, int) and isinstance(hidden, int) and isinstance(inner, int)):
+            return  # told of when the configuration is read
+        wanted = {"gate_up_proj": [count, 2 * inner, hidden], "down_proj": [count, hidden, inner]}
+        fused = [match for name in self.specs if (match := _FUSED.fullmatch(name))]
+        for match in fused:
+            found = [*self.specs[match[0]].shape]
+            if found != wanted[match["kind"]]:
+                raise UpitError(
+                    f"{self.label} has {match[0]} of shape {shown(found)}, its config.json says "
+                    f"{wanted[match['kind']]}; make the model again."
+                )
+            for kind in wanted:
+                other = f"{match[0].removesuffix(match['kind'])}{kind}"
+                if other not in self.specs:
+                    raise UpitError(
+                        f"{self.label} has {match[0]}, but no {other}; make the model again."
+                    )
 
 
 def _parts(
@@ -116,7 +142,8 @@ def _parts(
         return []
     kinds = ("gate_proj", "up_proj") if match["kind"] == "gate_up_proj" else ("down_proj",)
     fits = len(shape) == 3 and not shape[1] % len(kinds) and math.prod(shape) > 0
-    if not fits or shape[0] > _MOST_EXPERTS:
+    # As many experts as a matrix has elements: names must not outgrow the file.
+    if not fits or shape[0] > shape[1] * shape[2]:
         raise UpitError(
             f"{label} has {stored} of shape {shown(list(shape))}, which are not the matrices of "
             "experts; make the model again."

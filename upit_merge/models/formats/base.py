@@ -41,6 +41,7 @@ class MixtureFormat(ABC):
         block: What the mixture of a layer is called in tensors' names.
         projections: What an expert's matrices are called, by their dense names.
         count_field: The setting with the number of experts.
+        inner_field: The setting with the intermediate size of an expert.
         required: Settings of its own that some reader insists on, and others do not write.
         biases: Settings of dense models that give them biases, for which there is no place.
     """
@@ -52,6 +53,7 @@ class MixtureFormat(ABC):
     block: ClassVar[str]
     projections: ClassVar[Mapping[str, str]]
     count_field: ClassVar[str]
+    inner_field: ClassVar[str] = "intermediate_size"
     required: ClassVar[tuple[str, ...]] = ()
     biases: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
 

@@ -18,6 +18,7 @@ class Qwen3Moe(MixtureFormat):
     block = "mlp"
     projections: ClassVar = {projection: projection for projection in PROJECTIONS}
     count_field = "num_experts"
+    inner_field = "moe_intermediate_size"
     required = ("max_window_layers",)
     biases = ("attention_bias",)
 
@@ -53,7 +54,7 @@ class Qwen3Moe(MixtureFormat):
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
         return {
             self.count_field: num_experts,
-            "moe_intermediate_size": settings["intermediate_size"],
+            self.inner_field: settings["intermediate_size"],
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
