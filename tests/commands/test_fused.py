@@ -232,8 +232,12 @@ BROKEN: dict[str, tuple[Any, str]] = {
         lambda t: t.pop(FUSED),
         f"has {DOWN}, but no {FUSED}; make the model again.",
     ),
+    "no gate": (
+        lambda t: t.pop("model.layers.1.mlp.gate.weight"),
+        "has …, but no model.layers.1.mlp.gate.weight; make the model again.",
+    ),
     "a layer too few": (
-        lambda t: (t.pop(FUSED), t.pop(DOWN)),
+        lambda t: [t.pop(n) for n in [*t] if n.startswith("model.layers.1.mlp.")],
         "has no tensor model.layers.1.block_sparse_moe.experts.0.w1.weight; the router needs a "
         "complete Mixtral…",
     ),
@@ -300,6 +304,7 @@ def test_a_small_file_names_no_end_of_experts(moe, tmp_path) -> None:
     config |= {"num_local_experts": many, "intermediate_size": 1, "hidden_size": 1}
     (folder / CONFIG).write_text(json.dumps(config))
     stacks = {FUSED: torch.zeros(many, 2, 1), DOWN: torch.zeros(many, 1, 1)}
-    save_file(stacks, folder / WEIGHTS)
+    gate = {"model.layers.1.mlp.gate.weight": torch.zeros(many, 1)}
+    save_file(stacks | gate, folder / WEIGHTS)
     told = refused("evaluate", folder, "--data", tmp_path / "none.jsonl")
     assert "which are not the matrices of experts; make the model again." in told

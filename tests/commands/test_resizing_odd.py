@@ -43,6 +43,7 @@ def test_expert_of_another_vocabulary(four, moe, tmp_path, caplog) -> None:
     model.save_pretrained(tmp_path / "resized")
     done("extend", moe, "--model", tmp_path / "resized", "--quiet")
     assert "resized has a vocabulary of 264" in caplog.text
+    assert "its FFN has learned with another attention" in caplog.text
     tensors = load_model(moe)
     assert torch.equal(
         tensors["model.layers.1.block_sparse_moe.experts.4.w1.weight"],

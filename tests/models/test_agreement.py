@@ -204,9 +204,8 @@ def test_some_heads_are_trained_and_some_are_not(tmp_path) -> None:
     recipe = family.write_recipe(family.recipe())
     told = refused("plan", recipe)
     assert told.endswith(
-        "has tie_word_embeddings True, "
-        f"{family.checkpoints[-1]}, which the backbone comes from, has False; all checkpoints must "
-        "come from the same run."
+        f"has one table for embeddings and head, {family.checkpoints[-1]}, which the backbone comes "
+        "from, a head of its own; save all checkpoints in one way."
     )
 
 

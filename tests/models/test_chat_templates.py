@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from tests.conftest import Family, build_family, byte_tokenizer
-from tests.support.commands import done
+from tests.support.commands import done, refused
 from tests.support.lora import with_adapters
 from tests.support.tokenizers import CHATML, add_chat_tokens, edit_json, slow
 from upit_merge.models.chat_template import chat_templates
@@ -217,3 +217,27 @@ def test_the_cache_is_used_again(family: Family, merge: Merge) -> None:
     assert read(out) == read(last) | {"use_cache": True}
     (last / GENERATION).write_text("{half")  # which transformers passes over
     assert (merge(family.recipe(), "other") / GENERATION).read_text() == "{half"
+
+
+def test_template_of_a_lost_vocabulary(family, merge, caplog) -> None:
+    """It writes tokens that were the checkpoint's alone: the base's tokenizer has none of them."""
+    last = family.checkpoints[-1]
+    for folder in family.checkpoints:
+        (folder / "tokenizer.json").unlink()
+    (last / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    )
+    out = merge(family.recipe())
+    assert f"Checkpoint {last} has the settings of a tokenizer, but no vocabulary" in caplog.text
+    assert "does not fit, as it writes '<|im_start|>'" in caplog.text
+    assert AutoTokenizer.from_pretrained(out).chat_template is None
+
+
+@pytest.mark.parametrize("content", ["{}", '{"version": "1.0", "trunc'])
+def test_broken_tokenizer_is_not_passed_on(family, content: str) -> None:
+    last = family.checkpoints[-1]
+    (last / "tokenizer.json").write_text(content)
+    told = refused("run", family.write_recipe(family.recipe()), family.root / "out", "--quiet")
+    assert told.startswith(f"The tokenizer in {last} cannot be loaded (")
+    assert told.endswith("check its files, or name another model's with tokenizer_source.")
+    assert not (family.root / "out").exists()

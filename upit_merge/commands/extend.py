@@ -21,6 +21,7 @@ from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.sources import DenseModel
+from upit_merge.models.dense import read_dense_config, same_setting, shared_settings
 from upit_merge.models.gates import distinct_gates, gates_digest, named_gates, tensors_digest
 from upit_merge.models.lora.adapter import open_model
 from upit_merge.models.mixture import check_expert
@@ -133,6 +134,19 @@ def _warn_of_odd_expert(
             moe.label,
             moe.config.get("vocab_size"),
         )
+    theirs = shared_settings(read_dense_config(dense))
+    for field in ("rope_parameters", "sliding_window"):
+        value = extended.architecture.dense_settings()[field]
+        if not same_setting(field, theirs[field], value):
+            LOG.warning(
+                "Checkpoint %s has %s %s, %s has %s: its FFN has learned with another attention "
+                "than it will follow here.",
+                dense.label,
+                field,
+                theirs[field],
+                moe.label,
+                value,
+            )
     if is_same_model(dense, before.document.get("base_model")):
         LOG.warning(
             "Checkpoint %s is the base that %s was made from; its expert will know nothing that "

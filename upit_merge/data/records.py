@@ -26,6 +26,7 @@ _PAIRS = {
 # What the instruction is about, which follows it.
 _CONTEXTS = {"instruction": ("input", "context"), "question": ("context",)}
 _SYSTEM = ("system", "system_prompt")
+_SHAREGPT_ROLES = ("human", "gpt")
 # What a conversation or an instruction may have besides.
 _BESIDES = (*_SYSTEM, "history", "tools", "chat_template_kwargs")
 # Arguments of `apply_chat_template` that data must not set.
@@ -113,8 +114,7 @@ def to_example(
     # Tables have every column in every row, so an absent value arrives as None.
     found = {name: value for name, value in record.items() if value is not None}
     if "messages" in found:
-        messages = as_messages(found["messages"], "messages", source)
-        return SeedExample(source, messages=messages, label=label, **_options(found, source))
+        return _messages(found, source, label)
     if "prompt" in found and "completion" in found:
         return _prompt_and_completion(found, source, label)
     if text in found:
@@ -130,10 +130,38 @@ def to_example(
     raise no_usable_column(source, list(found))
 
 
+def _messages(found: Mapping[str, Any], source: str, label: str | int | None) -> SeedExample:
+    messages = as_messages(found["messages"], "messages", source)
+    reading = None
+    if any(message["role"] in _SHAREGPT_ROLES for message in messages):
+        messages = as_messages(found["messages"], "messages", source, other_roles=True)
+        reading = "ShareGPT's roles in `messages` read as user and assistant"
+    messages, system = _with_system(messages, found, source)
+    reading = reading or (f"{system}`messages` read as messages" if system else None)
+    return SeedExample(
+        source, messages=messages, label=label, reading=reading, **_options(found, source)
+    )
+
+
+def _with_system(messages: Messages, found: Mapping[str, Any], source: str) -> tuple[Messages, str]:
+    """Put what a column has for the system first, unless a message has it; return what to say."""
+    system, column = _system(found, source)
+    if not system or (messages[0]["role"] == "system" and messages[0]["content"] == system):
+        return messages, ""
+    if messages[0]["role"] == "system":
+        return messages, f"`{column}` left out beside the system's message, "
+    return [{"role": "system", "content": system}, *messages], f"`{column}` and "
+
+
 def _prompt_and_completion(
     found: Mapping[str, Any], source: str, label: str | int | None
 ) -> SeedExample:
     prompt, completion = found["prompt"], found["completion"]
+    reading = None
+    decoded = from_json(prompt), from_json(completion)
+    if isinstance(prompt, str) and all(map(_is_chat, decoded)):
+        prompt, completion = decoded
+        reading = "JSON in `prompt` and `completion` read as messages"
     if isinstance(prompt, list) != isinstance(completion, list):
         raise UpitError(
             f"{source} has {kind_of(prompt)} as `prompt` and {kind_of(completion)} as "
@@ -145,7 +173,21 @@ def _prompt_and_completion(
         return SeedExample(source, prompt=prompt, completion=completion, label=label)
     asked, told = (as_messages(found[name], name, source) for name in ("prompt", "completion"))
     return SeedExample(
-        source, prompt=asked, completion=told, label=label, **_options(found, source)
+        source,
+        prompt=asked,
+        completion=told,
+        label=label,
+        reading=reading,
+        **_options(found, source),
+    )
+
+
+def _is_chat(value: Any) -> bool:
+    """Return whether a value is a list of messages."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) and "role" in message for message in value)
     )
 
 
@@ -153,12 +195,9 @@ def _conversation(
     found: Mapping[str, Any], name: str, source: str, label: str | int | None
 ) -> SeedExample:
     messages = as_messages(found[name], name, source, other_roles=True)
-    system, column = _system(found, source)
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-        name = f"{column}` and `{name}"
+    messages, system = _with_system(messages, found, source)
     options = _options(found, source, bare_tools=True)
-    reading = f"`{name}` read as messages"
+    reading = f"{system}`{name}` read as messages"
     return SeedExample(source, messages=messages, label=label, reading=reading, **options)
 
 

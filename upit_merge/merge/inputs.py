@@ -26,7 +26,7 @@ from upit_merge.models.dense import DenseArchitecture, default_dtype, inspect_mo
 from upit_merge.models.lora.adapter import open_model, warn_of_unlike_adapters
 from upit_merge.models.mixture import mixture_specs
 from upit_merge.models.tables import open_checkpoint
-from upit_merge.models.tokenizer import find_model, highest_token_id, tokenizer_donor
+from upit_merge.models.tokenizer import check_loads, find_model, highest_token_id, tokenizer_donor
 
 LOG = logging.getLogger(__name__)
 
@@ -131,7 +131,10 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
                 "router: needs a tokenizer for its seed data, but no model of the recipe has one; "
                 "put tokenizer.json into the last checkpoint's folder."
             )
+        if donor is base and recipe.tokenizer_source is None:
+            _warn_of_lost_vocabularies(base, checkpoints)
         if donor:
+            check_loads(donor.folder)
             _warn_of_large_tokenizer(donor, architecture.settings["vocab_size"], options)
         yield Inputs(
             recipe=recipe,
@@ -196,14 +199,27 @@ def _warn_of_mixed_dtypes(
             return
 
 
+def _warn_of_lost_vocabularies(base: Checkpoint, checkpoints: Sequence[DenseModel]) -> None:
+    """Say that checkpoints had a tokenizer, of which only the settings are there."""
+    for checkpoint in reversed(checkpoints):
+        if (checkpoint.folder / "tokenizer_config.json").is_file():
+            LOG.warning(
+                "Checkpoint %s has the settings of a tokenizer, but no vocabulary (tokenizer.json, "
+                "or others); the output has the tokenizer of the base %s.",
+                checkpoint.label,
+                base.label,
+            )
+            return
+
+
 def _tell_of_own_heads(checkpoints: Sequence[DenseModel]) -> None:
     """Say that the output is not tied, although the configuration of what it is made from says so."""
     models = [model for model in checkpoints if isinstance(model, Checkpoint)]
-    if told := next((model for model in models if model.is_falsely_tied), None):
+    if falsely := next((model for model in models if model.is_falsely_tied), None):
         LOG.warning(
             "The config.json of checkpoint %s says tie_word_embeddings: true, but its lm_head.weight "
             "is not its embeddings; the output has both, and says false.",
-            told.label,
+            falsely.label,
         )
 
 

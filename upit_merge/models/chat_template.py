@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,15 @@ from typing import Any
 from upit_merge.errors import UpitError, shown
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.untrusted import TEMPLATE_FOLDER, is_file_name, own_file, read_json
-from upit_merge.models.tokenizer import added_tokens, vocabulary
+from upit_merge.models.tokenizer import added_tokens, has_tokenizer, vocabulary
 
 LOG = logging.getLogger(__name__)
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
 DEFAULT = "default"
+# How tokens of chat formats are spelled that no text would have.
+_TOKEN = re.compile(r"<\|\w+\|>")
 
 
 @dataclass(frozen=True)
@@ -138,11 +141,23 @@ def borrowed_templates(donor: DenseModel, others: Sequence[DenseModel]) -> Borro
             continue
         known = vocabulary(donor.folder) if known is None else known
         text = "".join(templates.values())
-        unknown = [t for t in added_tokens(model.folder) if t and t in text and t not in known]
+        tokens = added_tokens(model.folder)
+        if not has_tokenizer(model.folder):
+            # Its vocabulary is lost, but not what its tokens are called.
+            tokens = [*_settings_tokens(model.folder), *_TOKEN.findall(text)]
+        unknown = [t for t in tokens if t and t in text and t not in known]
         if not unknown:
             return Borrowed(model.label, templates)
         unfit = unfit or Borrowed(model.label, {}, unknown[0])
     return unfit
+
+
+def _settings_tokens(folder: Path) -> list[str]:
+    """Return the added tokens that a tokenizer's settings name."""
+    added = tokenizer_config(folder).get("added_tokens_decoder")
+    entries = added.values() if isinstance(added, Mapping) else ()
+    texts = (entry.get("content") for entry in entries if isinstance(entry, Mapping))
+    return [text for text in texts if isinstance(text, str)]
 
 
 def lend_templates(donor: DenseModel, borrowed: Borrowed, folder: Path) -> None:

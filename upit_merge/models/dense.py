@@ -300,6 +300,12 @@ def _misfit(
             f"{expected}; {remedy}."
         )
     remedy = "all checkpoints must come from the same run"
+    if field == "tie_word_embeddings":
+        kinds = {True: "one table for embeddings and head", False: "a head of its own"}
+        return UpitError(
+            f"Checkpoint {checkpoint.label} has {kinds[bool(value)]}, {other.label}, which the "
+            f"backbone comes from, {kinds[bool(expected)]}; save all checkpoints in one way."
+        )
     if field == "vocab_size":
         remedy = "resize the embeddings of those that have fewer"
     return UpitError(

@@ -16,6 +16,7 @@ from upit_merge.models.formats import MixtureFormat
 
 # Size of what sets equal routing vectors apart, beside the spread of all vectors of the gate.
 TIE_BREAKER = 1 / 32
+_MOST_TRIES = 16
 
 
 def training_free_gates(
@@ -76,7 +77,9 @@ def _distinct_gate(
     size = TIE_BREAKER * (float(spread) or float(gate.norm(dim=1).max()) or 1.0)
     doubles = _doubles(gate.to(dtype), rows)
     found = gate
-    while doubles and _doubles(found.to(dtype), rows):
+    for _ in range(_MOST_TRIES):
+        if not (doubles and _doubles(found.to(dtype), rows)):
+            break
         found = gate.clone()
         found[doubles] += size * directions[doubles]
         size *= 2  # in case this one is lost in the rounding

@@ -120,8 +120,10 @@ class PublishedMixture(Checkpoint):
                     f"{self.label} has {match[0]} of shape {shown(found)}, its config.json says "
                     f"{wanted[match['kind']]}; make the model again."
                 )
-            for kind in wanted:
-                other = f"{match[0].removesuffix(match['kind'])}{kind}"
+            before = match[0].removesuffix(f"experts.{match['kind']}")
+            gates = f"{before}gate.weight", form.gate_tensor(int(match["layer"]))
+            gate = next((name for name in gates if name in self.specs), gates[0])
+            for other in (*(f"{before}experts.{kind}" for kind in wanted), gate):
                 if other not in self.specs:
                     raise UpitError(
                         f"{self.label} has {match[0]}, but no {other}; make the model again."

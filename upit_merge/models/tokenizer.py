@@ -116,6 +116,25 @@ def highest_token_id(folder: Path, *, trust_remote_code: bool = False) -> int | 
     return max(tokenizer.get_vocab().values(), default=None)
 
 
+def check_loads(folder: Path) -> None:
+    """Refuse a `tokenizer.json` that the library it is made for cannot load.
+
+    Raises:
+        UpitError: naming the folder.
+    """
+    from tokenizers import Tokenizer
+
+    if not (folder / FAST_FILE).is_file():
+        return
+    try:
+        Tokenizer.from_file(str(folder / FAST_FILE))
+    except Exception as error:  # the library raises nothing more special
+        raise UpitError(
+            f"The tokenizer in {folder} cannot be loaded ({one_line(first_line(error))}); check "
+            "its files, or name another model's with tokenizer_source."
+        ) from None
+
+
 def vocabulary(folder: Path) -> Mapping[str, int]:
     """Return a tokenizer's ids by token, the added ones among them; {} if it cannot be read."""
     try:

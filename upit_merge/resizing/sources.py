@@ -34,6 +34,7 @@ class ResizedMixture:
     ) -> None:
         form = architecture.format
         self._moe = moe
+        self.architecture = architecture
         dtype = moe.specs[form.expert_tensor(0, 0, PROJECTIONS[0])].dtype
         self._form = form
         self.label = moe.label
