@@ -138,7 +138,8 @@ SEED_CASES = {
         both(
             content(f"{LAST}/tokenizer.json", lambda old: old[:500]), seed_data('{"text": "one"}')
         ),
-        "The tokenizer in sft/checkpoint-1500 cannot be loaded (…); check its files.",
+        "The tokenizer in sft/checkpoint-1500 cannot be loaded (…); check its files, or name "
+        "another model's with tokenizer_source.",
     ),
 }
 

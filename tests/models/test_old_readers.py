@@ -23,6 +23,7 @@ from tests.support.tokenizers import (
     ids,
     slow,
 )
+from upit_merge.errors import UpitError
 from upit_merge.models.tokenizer_files import make_readable
 
 Merge = Callable[..., Path]
@@ -125,11 +126,12 @@ def test_what_the_settings_say_already_stays(family: Family, merge: Merge) -> No
 
 
 def test_a_tokenizer_json_that_the_library_refuses(family: Family, merge: Merge) -> None:
-    """It is copied, as it was before: whoever cannot read it says so."""
+    """Nobody could use it: it is refused, and not passed on."""
     last = family.checkpoints[-1]
     edit_json(last / CONFIG, tokenizer_class="LlamaTokenizer")
     (last / "tokenizer.json").write_text('{"model": 3}')
-    assert (merge(family.recipe()) / "tokenizer.json").read_text() == '{"model": 3}'
+    with pytest.raises(UpitError, match=r"cannot be loaded .*name another model's with"):
+        merge(family.recipe())
 
 
 def test_an_earlier_version_s_output_is_still_verified(tmp_path: Path, merge: Merge) -> None:

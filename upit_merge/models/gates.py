@@ -16,7 +16,7 @@ from upit_merge.models.formats import MixtureFormat
 
 # Size of what sets equal routing vectors apart, beside the spread of all vectors of the gate.
 TIE_BREAKER = 1 / 32
-_MOST_TRIES = 16
+_MOST_TRIES = 64
 
 
 def training_free_gates(
