@@ -13,8 +13,8 @@
 #            2 experts, 3 calls: parametrisations 2 3 4, differences to the first output 1.0 2.0
 #            (in units of what LoRA adds)
 # For users: training LoRA on experts in 4 bits optimises something that no loaded adapter
-#            computes. Until it is settled, take off the last parametrisation by its place, as
-#            upit_merge/training/quantise.py does, or leave the experts out of LoRA.
+#            computes. Until it is settled, take off the last parametrisation by its place
+#            after each forward, or leave the experts out of LoRA.
 #
 # Needs Python 3 with venv, and a package index. Exits with 1 if it is not as described.
 set -euo pipefail

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -19,6 +20,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_COMPARED_ELEMENTS = 1 << 20
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -123,3 +125,23 @@ def row_blocks(spec: TensorSpec, max_elements: int) -> Iterator[tuple[int, int]]
     step = max(1, max_elements // per_row)
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
+
+
+class Rows(Protocol):
+    """Has tensors by name, read row by row."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+
+
+def equal_tensors(source: Rows, first: str, second: str) -> bool:
+    """Return whether two tensors have the same shape and values, looked at block by block."""
+    if source.specs[first].shape != source.specs[second].shape:
+        return False
+    for start, stop in row_blocks(source.specs[first], _COMPARED_ELEMENTS):
+        ours, theirs = (source.rows(name, start, stop) for name in (first, second))
+        if not torch.equal(ours, theirs.to(ours.dtype)):
+            return False
+    return True

@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
+from upit_merge.io.tensor_file import equal_tensors
 
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-
-_ROWS = 1024
 
 
 Kind = TypeVar("Kind", bound=Checkpoint)
@@ -48,14 +45,7 @@ def with_own_head(model: Kind) -> Kind:
 
 
 def _are_two(model: Checkpoint) -> bool:
-    """Return whether there is a head that differs from the embeddings, looked at in blocks."""
+    """Return whether there is a head that differs from the embeddings."""
     if not {EMBEDDINGS, HEAD} <= model.specs.keys():
         return False
-    if model.specs[EMBEDDINGS].shape != model.specs[HEAD].shape:
-        return True
-    for start in range(0, model.specs[HEAD].shape[0], _ROWS):
-        stop = min(start + _ROWS, model.specs[HEAD].shape[0])
-        embeddings, head = (model.rows(name, start, stop) for name in (EMBEDDINGS, HEAD))
-        if not torch.equal(embeddings, head.to(embeddings.dtype)):
-            return True
-    return False
+    return not equal_tensors(model, EMBEDDINGS, HEAD)

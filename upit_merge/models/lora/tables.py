@@ -13,6 +13,7 @@ import torch
 
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
+from upit_merge.io.tensor_file import equal_tensors
 from upit_merge.models.lora.change import FACTORS, Change, Owner, Parts
 from upit_merge.models.lora.config import CONFIG
 
@@ -213,12 +214,4 @@ class Tables:
         return self.owner.file.rows(part, 0, self.owner.file.specs[part].shape[0])
 
     def _equal(self, first: str, second: str) -> bool:
-        """Return whether two tensors of the file are the same, looked at block by block."""
-        specs = self.owner.file.specs
-        if specs[first].shape != specs[second].shape:
-            return False
-        for start in range(0, specs[first].shape[0], 1024):
-            stop = min(start + 1024, specs[first].shape[0])
-            if not torch.equal(*(self.owner.file.rows(n, start, stop) for n in (first, second))):
-                return False
-        return True
+        return equal_tensors(self.owner.file, first, second)
