@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from upit_merge.training.finetune import finetune
+from upit_merge.training.run_state import RunState
 
 Finetune = Callable[..., Path]
 STEPS = 16  # 32 samples, 4 at a time, 2 epochs
@@ -53,3 +56,18 @@ def changed(before: Path, after: Path) -> set[str]:
     old, new = weights(before), weights(after)
     assert old.keys() == new.keys()
     return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+@contextlib.contextmanager
+def cut_off_after_saving() -> Iterator[None]:
+    """Let the training inside die as soon as its first checkpoint is recorded."""
+    saved = RunState.saved
+
+    def dies(*arguments: Any) -> None:
+        saved(*arguments)
+        raise KeyError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunState, "saved", dies)
+        with pytest.raises(KeyError):
+            yield

@@ -13,12 +13,11 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import VOCABULARY, build_family, byte_tokenizer
-from tests.support.training import Finetune
+from tests.support.training import Finetune, cut_off_after_saving
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
 from upit_merge.models.lora.adapter import Adapter, open_model
-from upit_merge.training.run_state import RunState
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -92,20 +91,12 @@ def test_adapters_with_new_tokens_are_what_peft_makes_of_them(
 
 
 def test_a_run_with_new_tokens_that_is_cut_off_ends_with_the_same_bytes(
-    train: Finetune, tmp_path: Path, chat: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    train: Finetune, tmp_path: Path, chat: dict[str, Any]
 ) -> None:
     base = build_family(tmp_path / "family", count=0, tie_word_embeddings=True).base
     whole = train(base, "whole", **LORA, **chat)
-    saved = RunState.saved
-
-    def dies(*arguments: Any) -> None:
-        saved(*arguments)
-        raise KeyError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunState, "saved", dies)
-        with pytest.raises(KeyError):
-            train(base, "cut", **LORA, **chat)
+    with cut_off_after_saving():
+        train(base, "cut", **LORA, **chat)
     cut = train(base, "cut", **LORA, **chat)
     for name in ("adapter_model.safetensors", "generation_config.json", "tokenizer.json"):
         pair = [folder / "checkpoint-4" / name for folder in (whole, cut)]

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import TINY, Family
-from tests.support.training import Finetune, changed
+from tests.support.training import Finetune, changed, cut_off_after_saving
 from upit_merge.training.quantise import quantise_experts
 
 pytest.importorskip("bitsandbytes.nn.parametrize")
@@ -133,22 +133,13 @@ def test_what_was_learned_is_added_to_the_weights_as_they_were(
     "modules", [["q_proj"], ["gate_up_proj"], ["q_proj", "gate_up_proj", "down_proj"]]
 )
 def test_a_run_that_is_cut_off_ends_with_the_same_bytes(
-    train: Finetune, moe: Path, monkeypatch: pytest.MonkeyPatch, bits: bool, modules: list[str]
+    train: Finetune, moe: Path, bits: bool, modules: list[str]
 ) -> None:
-    from upit_merge.training.run_state import RunState
 
     settings = {**LORA, "lora_target_modules": modules, "load_in_4bit": bits}
     whole = train(moe, "whole", **settings)
-    saved = RunState.saved
-
-    def dies(*arguments: Any) -> None:
-        saved(*arguments)
-        raise KeyError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunState, "saved", dies)
-        with pytest.raises(KeyError):
-            train(moe, "cut", **settings)
+    with cut_off_after_saving():
+        train(moe, "cut", **settings)
     cut = train(moe, "cut", **settings)
     assert not changed(whole, cut)
 
