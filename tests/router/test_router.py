@@ -115,14 +115,6 @@ def test_mean_stream_uses_the_mean_of_the_experts(shared_family, merge) -> None:
         torch.testing.assert_close(mean, torch.stack([m[name] for m in models]).mean(0))
 
 
-def test_token_batches_cover_everything_within_the_limit() -> None:
-    lengths = [5, 30, 7, 100, 1, 6, 8]
-    batches = list(token_batches(range(7), lengths, 32))
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 32
-
-
 def report_of(out: Path) -> dict:
     return json.loads((out / "upit_report.json").read_text())["router"]
 
@@ -160,12 +152,12 @@ def test_router_settings_reach_their_stages(shared_family, merge) -> None:
     _, other = run(stream="expert")
     for name, gate in other.items():
         # Before the first layer's gate there is no FFN in which streams could differ.
-        is_same = torch.allclose(gate, plain_gates[name], rtol=1e-4)
+        # In other batches all is rounded differently, and the solver stops at its own tolerance.
+        is_same = torch.allclose(gate, plain_gates[name], rtol=0, atol=0.01)
         assert is_same == (".layers.0." in name)
     for settings in ({"batch_tokens": 1}, {"memory_gb": 1e-9}):
         _, same = run(**settings)
         for name, gate in same.items():
-            # Other batches round differently, and the solver stops at its own tolerance.
             torch.testing.assert_close(gate, plain_gates[name], rtol=0, atol=0.01)
 
 

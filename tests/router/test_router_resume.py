@@ -96,18 +96,19 @@ def layers_computed(monkeypatch, words: list[str]) -> int:
 def test_it_goes_on_at_the_layer_where_it_stopped(
     out, shared_family, tmp_path, monkeypatch
 ) -> None:
-    """24 samples are one batch: 4 experts in 2 layers for the losses, then 2 for the gates."""
+    """4 experts in 2 layers for the losses, then 2 layers for the gates."""
     data = shared_family.seed_file()
     whole = copied(out, tmp_path / "whole")
-    done(*command(whole, data))
+    batches, rest = divmod(layers_computed(monkeypatch, command(whole, data)), 10)
+    assert rest == 0
     expected = contents(whole)
     before = contents(out)
     for cuts in range(10):
         copy = copied(out, tmp_path / f"cut-{cuts}")
         words = command(copy, data)
-        assert cut_off(monkeypatch, LayerwiseMixture, "_layer_batch", cuts, words)
+        assert cut_off(monkeypatch, LayerwiseMixture, "_layer_batch", cuts * batches, words)
         assert contents(copy) == before
-        assert layers_computed(monkeypatch, words) == 10 - cuts
+        assert layers_computed(monkeypatch, words) == (10 - cuts) * batches
         assert contents(copy) == expected
         assert not (copy / EDIT_STAGING["router"]).exists()
 
@@ -116,9 +117,10 @@ def test_it_goes_on_at_the_layer_where_it_stopped(
 def test_another_command_starts_over(out, shared_family, tmp_path, monkeypatch, share) -> None:
     data = shared_family.seed_file()
     whole = copied(out, tmp_path / "whole")
-    done(*command(whole, data, *share))
-    assert cut_off(monkeypatch, LayerwiseMixture, "_layer_batch", 5, command(out, data))
-    assert layers_computed(monkeypatch, command(out, data, *share)) == 10
+    everything = layers_computed(monkeypatch, command(whole, data, *share))
+    half = everything // 2
+    assert cut_off(monkeypatch, LayerwiseMixture, "_layer_batch", half, command(out, data))
+    assert layers_computed(monkeypatch, command(out, data, *share)) == everything
     assert contents(out) == contents(whole)
 
 
@@ -169,11 +171,14 @@ def test_another_tokenizer_starts_over(out, shared_family, tmp_path, monkeypatch
     data = shared_family.seed_file()
     template = '{"type": "TemplateProcessing"'
     tokenizer = (out / "tokenizer.json").read_text()
-    assert cut_off(monkeypatch, LayerwiseMixture, "_layer_batch", 5, command(out, data))
+    everything = layers_computed(monkeypatch, command(copied(out, tmp_path / "whole"), data))
+    half = everything // 2
+    assert cut_off(monkeypatch, LayerwiseMixture, "_layer_batch", half, command(out, data))
     # Without the text's first token.
     changed = json.loads(tokenizer) | {"post_processor": None}
     (out / "tokenizer.json").write_text(json.dumps(changed))
-    assert layers_computed(monkeypatch, command(out, data)) == 10
+    # The texts are one token shorter, and a batch holds no fewer of them.
+    assert everything - 10 <= layers_computed(monkeypatch, command(out, data)) <= everything
     assert template not in (out / "tokenizer.json").read_text()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from upit_merge.io.disk import check_space, reserve
@@ -15,6 +17,15 @@ from upit_merge.runtime.processes import Processes
 MEAN = -1  # stands for the expert whose FFN is the mean of all
 
 Batch = tuple[int, ...]  # indices of samples
+
+# Share of the computed tokens that may be padding.
+MOST_PADDING = 0.02
+# A layer takes about as long for fewer tokens than this as for so many.
+LEAST_TOKENS = 128
+# What a batch costs beside its tokens, in tokens.
+BATCH_PRICE = 8.0
+# Prices that are tried, each twice the one before: the last makes batches as large as they may be.
+_PRICES = 11
 
 
 @dataclass(frozen=True)
@@ -45,17 +56,56 @@ class Stream:
 
 
 def token_batches(
-    samples: Sequence[int], lengths: Sequence[int], batch_tokens: int
-) -> Iterator[Batch]:
-    """Batches of similar length with at most `batch_tokens` tokens, padding included."""
-    batch: list[int] = []
-    for index in sorted(samples, key=lambda index: (lengths[index], index)):
-        if batch and lengths[index] * (len(batch) + 1) > batch_tokens:
-            yield tuple(batch)
-            batch = []
-        batch.append(index)
-    if batch:
-        yield tuple(batch)
+    samples: Sequence[int],
+    lengths: Sequence[int],
+    batch_tokens: int,
+    *,
+    price: float = BATCH_PRICE,
+) -> list[Batch]:
+    """Return batches of similar length: as few as keep padding under `MOST_PADDING`.
+
+    Where the samples are too few for that, batches would become so small that their matrix
+    products are slow: then it is what saves more, padding or batches.
+
+    Args:
+        samples: Indices of the samples.
+        lengths: Tokens of every sample.
+        batch_tokens: Upper bound of a batch's tokens, padding included; a longer sample is alone.
+        price: A batch takes at least as long as this many tokens, however small it is.
+    """
+    order = sorted(samples, key=lambda index: (lengths[index], index))
+    sizes = np.array([lengths[index] for index in order], dtype=np.int64)
+    real = int(sizes.sum())
+    # The dearer a batch, the fewer there are, and the more is padded.
+    for asked in (price * 2**power for power in range(_PRICES - 1, -1, -1)):
+        ends = _cuts(sizes, batch_tokens, asked)
+        starts = [0, *ends][:-1]
+        padded = sum(
+            int(sizes[end - 1]) * (end - start) for start, end in zip(starts, ends, strict=True)
+        )
+        if padded - real <= MOST_PADDING * padded:
+            break
+    return [tuple(order[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def _cuts(sizes: NDArray[np.int64], batch_tokens: int, price: float) -> list[int]:
+    """Cut sorted lengths where padded tokens plus `price` per batch are least; where batches end."""
+    count = len(sizes)
+    best = np.zeros(count + 1)  # cost of the first so many samples
+    start = np.zeros(count + 1, dtype=np.int64)  # of the batch that ends there
+    for end in range(1, count + 1):
+        longest = int(sizes[end - 1])
+        least = max(0, end - max(1, batch_tokens // max(longest, 1)))
+        padded = np.maximum(longest * np.arange(end - least, 0, -1), LEAST_TOKENS)
+        costs = best[least:end] + padded + price
+        # Of equals the first, which is the largest batch.
+        start[end] = least + int(costs.argmin())
+        best[end] = costs[start[end] - least]
+    ends = []
+    while count:
+        ends.append(count)
+        count = int(start[count])
+    return ends[::-1]
 
 
 class PackedStates:

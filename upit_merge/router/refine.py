@@ -20,7 +20,7 @@ from torch import Tensor
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.assembled import AssembledMixture
-from upit_merge.engine.hidden_states import Batch, PackedStates, token_batches
+from upit_merge.engine.hidden_states import BATCH_PRICE, Batch, PackedStates, token_batches
 from upit_merge.engine.layerwise import LayerwiseMixture, row_parts
 from upit_merge.runtime.processes import ALONE, Processes
 
@@ -80,7 +80,9 @@ class GateTrainer:
             balance: Weight of the load-balancing loss.
         """
         lengths = [len(sample.input_ids) for sample in self.samples]
-        batches = list(token_batches(chosen, lengths, self.settings.batch_tokens))
+        # The tokens of a small batch are few for each of its experts.
+        price = BATCH_PRICE * self.model.num_experts
+        batches = token_batches(chosen, lengths, self.settings.batch_tokens, price=price)
         mine = batches[self.processes.rank :: self.processes.size]
         held = {index for batch in mine for index in batch}
         local = [length if index in held else 0 for index, length in enumerate(lengths)]
