@@ -205,7 +205,7 @@ UNKNOWN_KEYS = {
     "objective": "it belongs under router:",
     "parameters.dtype": "it belongs at the top level",
     "flavour": "known here: architecture, base_model, chat_template, dtype, merge_method, models, out_dtype, parameters, router, tokenizer_source",
-    "router.learning rate": "known here: assign, batch_tokens, data, max_length, memory_gb, objective, refine, sample, split, stream, subset, temperature, upit",
+    "router.learning rate": "known here: assign, batch_tokens, compute, data, max_length, memory_gb, objective, refine, sample, split, stream, subset, temperature, upit",
 }
 
 

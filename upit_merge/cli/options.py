@@ -13,7 +13,10 @@ from pydantic import BaseModel
 LazyOptions = Callable[[], list[click.Option]]
 
 # The `router:` settings that say which data, and how it is computed.
-DATA_SETTINGS = ("data", "subset", "split", "sample", "max_length", "batch_tokens", "memory_gb")
+DATA_SETTINGS = (
+    *("data", "subset", "split", "sample", "max_length"),
+    *("batch_tokens", "memory_gb", "compute"),
+)
 
 
 class Command(click.Command):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from upit_merge.commands.preview import checkpoint_losses
 from upit_merge.config.recipe import METHOD, parse_recipe
-from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import is_adapter
 from upit_merge.io.hub import OpenOptions, resolve, split_reference
@@ -20,6 +19,7 @@ from upit_merge.models.formats import FORMATS
 from upit_merge.models.mixture import opened_mixture
 from upit_merge.models.tokenizer import has_tokenizer, load_tokenizer
 from upit_merge.router.evaluation import run_mixture
+from upit_merge.router.pretrain import computed_mixture
 from upit_merge.router.stage import RouterStage
 
 
@@ -76,7 +76,8 @@ def rival_losses(
                 "it to the mixture's weights first."
             )
         with opened_mixture(folder, f"the model {rival.name}") as moe:
-            return run_mixture(replace(held_out, model=LayerwiseMixture(moe, device)))[0]
+            model = computed_mixture(moe, device, held_out.settings)
+            return run_mixture(replace(held_out, model=model))[0]
     # A dense model is a mixture with one expert.
     document = {
         "merge_method": METHOD,

@@ -28,7 +28,7 @@ from upit_merge.report.tables import show
 from upit_merge.report.write import write_report_and_card
 from upit_merge.router.buckets import assign_by_loss
 from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
-from upit_merge.router.pretrain import refined_gates
+from upit_merge.router.pretrain import computed_mixture, refined_gates
 from upit_merge.router.router_gain import measure_router_gain
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.interrupt import ends_at_once
@@ -168,7 +168,8 @@ def _evaluate(
     if control is not None:
         gates: Sequence[Tensor] = control.gates(control.buckets())
         if control.settings.refine is not None:
-            gates, _ = refined_gates(control, gates)
+            exact = computed_mixture(session.moe, control.model.device, control.settings)
+            gates, _ = refined_gates(control, gates, exact)
         evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
     rivals = {r.name: rival_losses(r, held_out, out, options.open) for r in options.against}
     return replace(evaluation, rivals=rivals), held_out.seeds.digest()
@@ -179,7 +180,7 @@ def _control(session: RouterSession, scratch: Path) -> RouterStage:
     out = session.edit.out
     router = read_report(out).router
     recorded = router.fit() if router else None
-    if recorded is None:
+    if router is None or recorded is None:
         raise UpitError(
             f"{out} has no record of how its gates were trained, so there is nothing to compare "
             "shuffled buckets with; leave out --control, or train them with `upit-merge router`."
@@ -192,7 +193,7 @@ def _control(session: RouterSession, scratch: Path) -> RouterStage:
             "--control."
         )
     shuffled = settings.model_copy(update={"assign": "shuffled"})
-    return session.stage(shuffled, scratch, seed=seed)
+    return session.stage(shuffled, scratch, seed=seed, quick=router.compute == "bfloat16")
 
 
 def _tell(evaluation: Evaluation, options: EvaluateOptions) -> None:

@@ -16,6 +16,7 @@ from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
 from upit_merge.commands.session import router_session
 from upit_merge.config.router import OF_DATA, RouterSettings, check_data_is_named
+from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
@@ -92,7 +93,7 @@ def extend_output(
         extended = ExtendedMixture(moe, check_expert(moe, dense), dense)
         before = read_report(out)
         _warn_of_odd_expert(extended, moe, dense, before)
-        stage = session.stage(settings, scratch, source=extended)
+        stage = session.stage(settings, scratch, source=extended, quick=has_fast_bfloat16())
         model = stage.model
         check_router_memory(model, stage.lengths, settings, out)
         added = {"model": file_states(dense.files(), ""), "all gates": all_gates}
@@ -197,6 +198,7 @@ def _with_new_row(stage: RouterStage, gates: Sequence[Tensor]) -> RouterResult:
     fitted = distinct_gates(fitted, stage.model.stored_dtype, stage.seed, rows=[len(gates[0])])
     report = {
         "settings": stage.settings.model_dump(mode="json"),
+        "compute": stage.model.arithmetic.name,
         "seed": stage.seed,
         "data": stage.seeds.to_report(),
         "buckets": buckets.to_report(),

@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from upit_merge.commands.foretell import NO_ROUTER, planned_router_time
 from upit_merge.commands.preflight import needs
 from upit_merge.commands.preview import checkpoint_losses
 from upit_merge.commands.run import RunOptions, seed_set
 from upit_merge.config.recipe import Recipe
 from upit_merge.config.router import RouterSettings, check_data_is_named
+from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.errors import UpitError
 from upit_merge.merge.inputs import opened
 from upit_merge.merge.passes import find_lineage, measure_similarity
@@ -45,6 +47,7 @@ def plan_recipe(
     """
     recipe = recipe.with_seed(options.seed)
     check_data_is_named({"data": data, "subset": subset, "split": split})
+    planned = recipe.router
     if data is not None:
         recipe = _with_data(recipe, data, subset=subset, split=split)
     devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
@@ -75,9 +78,20 @@ def plan_recipe(
             print(seeds.summary())
         for line in required.lines(out):
             print(line)
+        if planned is None:
+            print(NO_ROUTER)
+        elif seeds is not None and recipe.router is not None:
+            settings = recipe.router.model_copy(update={"assign": planned.assign})
+            for sentence in planned_router_time(inputs, seeds, settings, devices[0]):
+                print(sentence)
         if data is not None and seeds is not None and recipe.router is not None:
             losses = checkpoint_losses(
-                inputs, seeds, recipe.router, devices[0], quiet=options.quiet
+                inputs,
+                seeds,
+                recipe.router,
+                devices[0],
+                quiet=options.quiet,
+                quick=has_fast_bfloat16(),
             )
             show(_loss_table(inputs.labels, losses))
             print(measure_router_gain(losses).verdict())

@@ -12,6 +12,7 @@ import torch
 
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import SeedSet
+from upit_merge.engine.arithmetic import Arithmetic, has_fast_bfloat16
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.disk import free_bytes, missing_space
@@ -134,7 +135,11 @@ def needs(
         inputs.num_experts,
         inputs.dtype,
     )
-    memory = router_memory(shape, lengths, inputs.recipe.router, cpu=cpu)
+    settings = inputs.recipe.router
+    arithmetic = Arithmetic.of(
+        settings.compute, devices[0], inputs.dtype, quick=has_fast_bfloat16()
+    )
+    memory = router_memory(shape, lengths, settings, cpu=cpu, arithmetic=arithmetic)
     router = router_needs(memory, devices[0])
     return replace(
         merge,
@@ -164,7 +169,9 @@ def check_router_memory(
     cpu = model.device.type == "cpu"
     dense = model.architecture.dense_settings()
     shape = shape_of(model.format, dense, model.num_experts, model.stored_dtype)
-    memory = router_memory(shape, lengths, settings, cpu=cpu, evaluated=evaluated)
+    memory = router_memory(
+        shape, lengths, settings, cpu=cpu, evaluated=evaluated, arithmetic=model.arithmetic
+    )
     router_needs(memory, model.device).check(out)
 
 

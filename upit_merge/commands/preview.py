@@ -11,12 +11,12 @@ import torch
 
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import SeedSet
-from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.io.tensor_file import TensorSpec
 from upit_merge.merge.inputs import Inputs
 from upit_merge.models.dense import ffn_tensor
 from upit_merge.models.formats import PROJECTIONS
 from upit_merge.models.mixture import mixture_config, mixture_specs
+from upit_merge.router.pretrain import computed_mixture
 from upit_merge.router.router_gain import SampleLosses
 from upit_merge.router.stage import RouterStage
 
@@ -63,9 +63,14 @@ def checkpoint_losses(
     device: torch.device,
     *,
     quiet: bool,
+    quick: bool = False,
 ) -> SampleLosses:
-    """Compute every sample's loss under every checkpoint's FFN on the shared backbone."""
+    """Compute every sample's loss under every checkpoint's FFN on the shared backbone.
+
+    Args:
+        quick: On the CPU, `compute: auto` means products in bfloat16, see `Arithmetic`.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        model = LayerwiseMixture(PlannedMixture(inputs), device)
+        model = computed_mixture(PlannedMixture(inputs), device, settings, quick=quick)
         stage = RouterStage(model, seeds, settings, inputs.recipe.seed, Path(scratch), quiet=quiet)
         return stage.losses()

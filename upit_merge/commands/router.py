@@ -12,11 +12,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from upit_merge import __version__
+from upit_merge.commands.foretell import tell_router_time
 from upit_merge.commands.options import MixtureOptions, ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.explain import explain
 from upit_merge.config.router import NO_MATTER, RouterSettings
+from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.errors import UpitError
 from upit_merge.io.text_file import write_json
 from upit_merge.io.untrusted import read_json
@@ -63,7 +65,7 @@ def parse_settings(values: Mapping[str, Any]) -> RouterSettings:
 
 
 _BLOCKS = ("upit", "refine")
-_TEXTS = ("data", "subset", "split", "assign", "objective", "stream")
+_TEXTS = ("data", "subset", "split", "assign", "objective", "stream", "compute")
 
 
 def _number(value: Any) -> Any:
@@ -90,9 +92,11 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
         scratch_folder(out, processes.rank) as scratch,
     ):
         edit = session.edit
+        # The processes may be on machines of several kinds, which must not be mixed.
+        quick = all(processes.gather(has_fast_bfloat16()))
         with processes.together():
             before = read_report(out)
-            stage = session.stage(settings, scratch)
+            stage = session.stage(settings, scratch, quick=quick)
             check_router_memory(stage.model, stage.lengths, settings, out)
         identity = router_identity(stage)
         if edit.was_finished(identity):
@@ -101,6 +105,7 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
         copies = _copies(session, stage)
         with edit.interruptible("the gates are as they were", keeps_files=True):
             _prepare(copies, stage)
+            tell_router_time(stage)
             result = pretrain_router(stage, copies)
             processes.gather(None)  # nobody looks into the folders any more
             if processes.is_first:
@@ -117,7 +122,12 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
 def router_identity(stage: RouterStage) -> dict[str, Any]:
     """Return what decides the gates, but for the model: where any of it differs, it starts over."""
     values = stage.settings.model_dump(mode="json", exclude=set(NO_MATTER))
-    identity = {"settings": values, "seed": stage.seed, "samples": stage.seeds.digest()}
+    identity = {
+        "settings": values,
+        "compute": stage.model.arithmetic.identity(),
+        "seed": stage.seed,
+        "samples": stage.seeds.digest(),
+    }
     # As it is read back from a file: JSON has texts for keys only.
     return dict(json.loads(json.dumps({"upit-merge": __version__, **identity})))
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from upit_merge import __version__
+from upit_merge.commands.foretell import tell_router_time
 from upit_merge.commands.options import CommandOptions
 from upit_merge.commands.preflight import needs
 from upit_merge.config.recipe import Recipe
 from upit_merge.config.router import NO_MATTER, ByColumn
 from upit_merge.data.tokens import SeedSet
-from upit_merge.engine.layerwise import LayerwiseMixture
+from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.io.checkpoint import WEIGHT_INDEX
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.shards import Shard, shard_index
@@ -48,7 +49,12 @@ from upit_merge.report.record import merge_record, mixture_record
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import RECIPE_COPY, write_card
 from upit_merge.router.buckets import by_column
-from upit_merge.router.pretrain import RouterResult, load_seed_set, pretrain_router
+from upit_merge.router.pretrain import (
+    RouterResult,
+    computed_mixture,
+    load_seed_set,
+    pretrain_router,
+)
 from upit_merge.router.progress import Progress
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.clock import Clock
@@ -192,9 +198,12 @@ class _Run:
             scratch_folder(self.out, processes.rank) as scratch,
             opened_mixture(self.staging.model, config=output_config(inputs)) as moe,
         ):
-            progress = Progress(self.staging.root / "router", {}, processes)
+            quick = all(processes.gather(has_fast_bfloat16()))
+            model = computed_mixture(moe, device, settings, quick=quick)
+            identity = {"compute": model.arithmetic.identity()}
+            progress = Progress(self.staging.root / "router", identity, processes)
             stage = RouterStage(
-                LayerwiseMixture(moe, device),
+                model,
                 seeds,
                 settings,
                 inputs.recipe.seed,
@@ -204,6 +213,7 @@ class _Run:
                 self.options.quiet,
             )
             output = InPlace(moe)
+            tell_router_time(stage)
             router = pretrain_router(stage, output)
             if processes.is_first:
                 output.write(named_gates(inputs.architecture.format, router.gates))

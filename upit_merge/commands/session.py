@@ -10,14 +10,13 @@ from typing import Any
 
 from upit_merge.commands.options import MixtureOptions
 from upit_merge.config.router import RouterSettings
-from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.sources import TensorSource
 from upit_merge.models.mixture import opened_mixture
 from upit_merge.models.published import PublishedMixture
 from upit_merge.output.edit import Edit
 from upit_merge.output.identity import file_states
-from upit_merge.router.pretrain import seed_set_for
+from upit_merge.router.pretrain import computed_mixture, seed_set_for
 from upit_merge.router.progress import Progress
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.device import resolve_devices
@@ -46,6 +45,7 @@ class RouterSession:
         source: TensorSource | None = None,
         seed: int | None = None,
         column: str | None = None,
+        quick: bool = False,
     ) -> RouterStage:
         """Read data, and return what runs it through the mixture.
 
@@ -55,12 +55,15 @@ class RouterSession:
             source: Instead of the folder: what it is to become.
             seed: Instead of the options'.
             column: Becomes the samples' label, see `load_seed_set`.
+            quick: On the CPU, `compute: auto` means products in bfloat16, see `Arithmetic`.
 
         Raises:
             UpitError: the folder is no mixture with a tokenizer, or the data does not fit.
         """
         options, seed = self.options, self.options.seed if seed is None else seed
-        model = LayerwiseMixture(source or self.moe, resolve_devices(options.device)[0])
+        model = computed_mixture(
+            source or self.moe, resolve_devices(options.device)[0], settings, quick=quick
+        )
         seeds = seed_set_for(
             model,
             self.edit.out,

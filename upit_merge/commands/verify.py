@@ -15,7 +15,6 @@ from rich.table import Table
 from upit_merge import __version__
 from upit_merge.commands.run import RunOptions, output_config, write_settings
 from upit_merge.config.recipe import Recipe, load_recipe
-from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.tensor_file import TensorSpec
@@ -34,7 +33,7 @@ from upit_merge.report.any_version import AnyReport, AnyRouter
 from upit_merge.report.document import read_report
 from upit_merge.report.tables import show
 from upit_merge.report.write import RECIPE_COPY
-from upit_merge.router.pretrain import pretrain_router, seed_set_for
+from upit_merge.router.pretrain import computed_mixture, pretrain_router, seed_set_for
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.device import resolve_devices
 from upit_merge.runtime.interrupt import ends_at_once
@@ -328,7 +327,9 @@ def _fitted_gates(
             "version's words; verify it without --gates."
         )
     settings, seed = recorded
-    model = LayerwiseMixture(moe, resolve_devices(options.device, multi_gpu=options.multi_gpu)[0])
+    device = resolve_devices(options.device, multi_gpu=options.multi_gpu)[0]
+    # As it was computed, whatever this machine would choose by itself.
+    model = computed_mixture(moe, device, settings, quick=router.compute == "bfloat16")
     seeds = seed_set_for(
         model,
         moe.folder,

@@ -144,6 +144,12 @@ refine: {steps: 100}
     memory_gb: PositiveNumber = Field(
         4.0, description="GiB of hidden states kept in memory; more than that go to disk."
     )
+    compute: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Dtype of the matrix products; all that is summed stays in float32 on the CPU. "
+        "auto: on a GPU the stored dtype; on a CPU with AVX512-BF16 or AMX bfloat16 for the "
+        "experts' losses and the gates' inputs, else float32.",
+    )
     upit: UpitObjective | None = Field(None, description="For objective: upit.")
     refine: Refinement | None = Field(
         None,

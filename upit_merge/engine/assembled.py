@@ -53,7 +53,7 @@ class AssembledMixture:
         prefix = "model.layers.0."
         specs = self.model.moe.specs
         elements = sum(spec.numel for name, spec in specs.items() if name.startswith(prefix))
-        return elements * self.model.dtype.itemsize
+        return elements * self.model.arithmetic.products.itemsize
 
     def set_gates(self, gates: Sequence[Tensor]) -> None:
         """Use other gates from now on, float32, (num_experts, hidden_size) per layer."""
@@ -80,7 +80,7 @@ class AssembledMixture:
         down = "mlp.experts.down_proj"
         for name in (up, down):
             shape = module.get_parameter(name).shape
-            state[name] = torch.empty(shape, dtype=model.dtype, device=model.device)
+            state[name] = torch.empty(shape, dtype=model.arithmetic.products, device=model.device)
         inner = model.architecture.intermediate_size
         for expert in range(model.num_experts):
             # transformers keeps the two input projections of an expert as one matrix.
@@ -89,11 +89,14 @@ class AssembledMixture:
             state[down][expert] = model.load(name_of(layer, expert, "down_proj"))
         state["mlp.gate.weight"] = self._gate(layer)
         module.load_state_dict(state, assign=True)
+        # Which experts are chosen is decided in the dtype of the states.
+        gate = module.get_submodule("mlp.gate")
+        gate.forward = torch.autocast(model.device.type, enabled=False)(gate.forward)
         return module.eval().requires_grad_(False)
 
     def _gate(self, layer: int) -> Tensor:
         if self._gates is None:
-            return self.model.load(self.model.format.gate_tensor(layer))
+            return self.model.load(self.model.format.gate_tensor(layer), product=False)
         # Rounded, as the stored model will have it.
         stored = self.model.moe.specs[self.model.format.gate_tensor(layer)].dtype
         return self._gates[layer].to(stored).to(self.model.device, self.model.dtype)
@@ -146,7 +149,6 @@ class AssembledMixture:
 
         handle = module.get_submodule("mlp.gate").register_forward_hook(look)
         try:
-            output: Tensor = module(padded, **self.model.attention_inputs(padded))
-            return output
+            return self.model.layer_output(module, padded)
         finally:
             handle.remove()

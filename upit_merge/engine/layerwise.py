@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upit_merge.data.tokens import TokenizedSample
+from upit_merge.engine.arithmetic import Arithmetic
 from upit_merge.engine.hidden_states import MEAN, Batch, PackedStates, Stream
 from upit_merge.io.sources import TensorSource
 from upit_merge.models.formats import PROJECTIONS
@@ -33,13 +34,16 @@ class LayerwiseMixture:
 
     Args:
         moe: An open folder in one of the formats, or what will be one.
-        device: Where a layer is computed. On the CPU in float32, else in the stored dtype.
+        device: Where a layer is computed.
+        arithmetic: In which dtypes; if not given, on the CPU in float32, else in the stored one.
 
     Raises:
         UpitError: the folder is not a mixture, or a tensor is missing or has another shape.
     """
 
-    def __init__(self, moe: TensorSource, device: torch.device) -> None:
+    def __init__(
+        self, moe: TensorSource, device: torch.device, arithmetic: Arithmetic | None = None
+    ) -> None:
         self.architecture = inspect_mixture(moe)
         self.format = self.architecture.format
         self.moe = moe
@@ -51,15 +55,22 @@ class LayerwiseMixture:
         self.vocab_size: int = config.vocab_size
         self.context: int = config.max_position_embeddings
         self.stored_dtype = moe.specs[self.format.gate_tensor(0)].dtype
-        self.dtype = torch.float32 if device.type == "cpu" else self.stored_dtype
+        self.arithmetic = arithmetic or Arithmetic.of("auto", device, self.stored_dtype)
+        self.dtype = self.arithmetic.states
         self._modules = self.format.modules()
         self._config = self.architecture.dense_config()
         self._config._attn_implementation = "sdpa"
         self._tied: bool = bool(config.tie_word_embeddings)
 
-    def load(self, name: str) -> Tensor:
-        """Return a tensor of the folder on the device, in the computing dtype."""
-        return self.moe.tensor(name).to(device=self.device, dtype=self.dtype)
+    def load(self, name: str, *, product: bool = True) -> Tensor:
+        """Return a tensor of the folder on the device, in the computing dtype.
+
+        Args:
+            product: A matrix is one that a layer's products need, see `Arithmetic`.
+        """
+        rounded = product and len(self.moe.specs[name].shape) > 1
+        dtype = self.arithmetic.products if rounded else self.dtype
+        return self.moe.tensor(name).to(device=self.device, dtype=dtype)
 
     def ffn(self, layer: int, expert: int) -> Weights:
         """Return the FFN weights of an expert, or of the mean of all, by projection."""
@@ -71,7 +82,7 @@ class LayerwiseMixture:
             total = self.moe.tensor(name_of(layer, 0, projection)).float()
             for other in range(1, self.num_experts):
                 total += self.moe.tensor(name_of(layer, other, projection)).float()
-            means[projection] = (total / self.num_experts).to(self.device, self.dtype)
+            means[projection] = (total / self.num_experts).to(self.device, self.arithmetic.products)
         return means
 
     def backbone(self, layer: int) -> Weights:
@@ -143,15 +154,23 @@ class LayerwiseMixture:
         """Final norm and output head: (tokens, hidden_size) -> logits, float32."""
         norm = self._modules.norm(self.hidden_size, eps=self._config.rms_norm_eps)
         norm.weight = nn.Parameter(self.load("model.norm.weight"), requires_grad=False)
-        head = self.load("model.embed_tokens.weight" if self._tied else "lm_head.weight")
+        name = "model.embed_tokens.weight" if self._tied else "lm_head.weight"
+        head = self.load(name, product=False)
         return lambda rows: F.linear(norm(rows), head).float()
 
     @torch.no_grad()
-    def losses(self, samples: Sequence[TokenizedSample], states: PackedStates) -> Tensor:
+    def losses(
+        self,
+        samples: Sequence[TokenizedSample],
+        states: PackedStates,
+        *,
+        on_progress: Callable[[float], object] | None = None,
+    ) -> Tensor:
         """Negative log-likelihood of each sample's target tokens, summed over either half of them.
 
         Args:
             states: The hidden states after the last layer.
+            on_progress: Called with the number of target tokens done.
 
         Returns:
             float64, (num_samples, 2); zero for samples that are another process's.
@@ -172,6 +191,8 @@ class LayerwiseMixture:
             losses = torch.cat(parts)
             sums[index, 0] = float(losses[:first].sum())
             sums[index, 1] = float(losses[first : first + second].sum())
+            if on_progress:
+                on_progress(len(targets))
         return sums
 
     @torch.no_grad()
@@ -225,6 +246,13 @@ class LayerwiseMixture:
                 if after_layer:
                     after_layer(layer)
 
+    def layer_output(self, module: nn.Module, padded: Tensor) -> Tensor:
+        """One decoder layer on a right-padded batch, (samples, tokens, hidden_size)."""
+        inputs = self.attention_inputs(padded)
+        with self.arithmetic.active(self.device):
+            output: Tensor = module(padded, **inputs)
+        return output
+
     def _layer_batch(
         self,
         module: nn.Module,
@@ -232,15 +260,15 @@ class LayerwiseMixture:
         states: PackedStates,
         router_inputs: PackedStates | None,
     ) -> None:
-        padded = states.padded(batch).to(self.device)
         seen: list[Tensor] = []
         handle = module.get_submodule("post_attention_layernorm").register_forward_hook(
             lambda _module, _inputs, output: seen.append(output)
         )
         try:
-            states.put(batch, module(padded, **self.attention_inputs(padded)))
+            output = self.layer_output(module, states.padded(batch).to(self.device))
         finally:
             handle.remove()
+        states.put(batch, output)
         if router_inputs is not None:
             router_inputs.put(batch, seen[0])
 

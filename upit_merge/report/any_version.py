@@ -47,6 +47,7 @@ class AnyRouter(Part):
     """Says how the gates were fitted, in any version's report."""
 
     settings: dict[str, Any] = {}
+    compute: str | None = None
     seed: StrictInt | None = None
     data: Object = {}
     gates_sha256: StrictStr | None = None

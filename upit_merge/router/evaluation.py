@@ -211,28 +211,36 @@ def swept(
     on_routing: RoutingCallback,
     description: str,
     gates: Sequence[Tensor] | None = None,
-) -> Iterator[PackedStates]:
-    """Push all samples through the assembled mixture; gives the hidden states that come out.
+    *,
+    with_losses: bool = False,
+) -> Iterator[tuple[PackedStates, Callable[[float], None]]]:
+    """Push all samples through the assembled mixture.
+
+    Gives the hidden states that come out, and what moves the bar by target tokens.
 
     Args:
         on_routing: Told what the router does.
         description: Of the progress bar.
         gates: Instead of the folder's, float32, (num_experts, hidden_size) per layer.
+        with_losses: They are computed next, and belong to the bar's work.
     """
     stream = stage.stream(0, stage.everything)
     tokens = sum(stage.lengths[index] for index in stream.samples)
+    effort = stage.effort
+    layers = tokens * stage.model.num_layers * effort.mixture
+    head = effort.head * stage.targets(stream.samples) if with_losses else 0.0
     with (
         stage.states([stream]) as states,
-        stage.bar(tokens * stage.model.num_layers, description) as bar,
+        stage.bar(layers + head, description) as bar,
     ):
         AssembledMixture(stage.model, gates).sweep(
             stage.seeds.samples,
             stream.batches,
             states,
             on_routing=on_routing,
-            on_progress=bar.update,
+            on_progress=bar.part(effort.mixture),
         )
-        yield states
+        yield states, bar.part(effort.head)
 
 
 def run_mixture(
@@ -253,8 +261,10 @@ def run_mixture(
     model, samples = stage.model, stage.seeds.samples
     routing = Routing(len(samples), model.num_layers, model.num_experts)
     description = "the mixture" if gates is None else "the control"
-    with swept(stage, routing.counter(samples), description, gates) as states:
-        sums = stage.processes.total(model.losses(samples, states)).sum(1)
+    count = routing.counter(samples)
+    with swept(stage, count, description, gates, with_losses=True) as (states, on_targets):
+        losses = model.losses(samples, states, on_progress=on_targets)
+        sums = stage.processes.total(losses).sum(1)
     if not sums.isfinite().all():
         raise UpitError(
             f"{model.moe.label} gives NaN or infinite losses; its weights are broken, or overflow: "

@@ -13,7 +13,7 @@ import gc
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -189,6 +189,7 @@ def tune_expert(
     device: torch.device,
     scratch: Path,
     quiet: bool,
+    on_progress: Callable[[float], object] | None = None,
 ) -> TunedExpert:
     """Train one expert's FFN and its routing vectors on its own samples (paper, section 3.3).
 
@@ -201,6 +202,7 @@ def tune_expert(
         samples: The expert's bucket. Where it is empty, the FFN is returned as it is stored.
         seed: Of the order of the samples and of LoRA's factors.
         scratch: A folder for the Trainer, which is told to write nothing.
+        on_progress: Called with the number of samples of each step.
 
     Raises:
         UpitError: the loss, a weight or a routing vector is NaN or infinite after the training.
@@ -215,12 +217,14 @@ def tune_expert(
     total, title = steps * settings.epochs, f"training of expert {expert}"
     with _alone(device, seed), progress_bar(total, title, quiet=quiet, unit="step") as bar:
 
-        def after_step(_model: Any, _inputs: Any, output: dict[str, Tensor]) -> None:
+        def after_step(_model: Any, _args: Any, batch: Any, output: dict[str, Tensor]) -> None:
             losses.append(output["loss"].detach())
             bar.update()
+            if on_progress:
+                on_progress(len(batch["input_ids"]))
 
         model = load_expert(moe, expert, settings, device)
-        model.register_forward_hook(after_step)
+        model.register_forward_hook(after_step, with_kwargs=True)
         _train(model, samples, settings, output_dir=str(scratch), seed=seed % 2**32)  # for numpy
     for dense_name, name in names.items():
         module: Any = model.dense.get_submodule(dense_name.removesuffix(".weight"))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from upit_merge.config.router import RouterSettings
+from upit_merge.engine.arithmetic import Arithmetic
 from upit_merge.engine.layerwise import LOGIT_ROWS
 from upit_merge.models.formats import MixtureFormat
 from upit_merge.models.mixture import mixture_shapes
@@ -95,27 +96,33 @@ def router_memory(
     *,
     cpu: bool,
     evaluated: bool = False,
+    arithmetic: Arithmetic | None = None,
 ) -> RouterMemory:
     """Return the peak over the parts of the stage that the settings ask for.
 
     Args:
         lengths: Tokens of this process's samples.
-        cpu: Whether the arithmetic is done on the CPU, in float32; else in the stored dtype.
+        cpu: Whether the arithmetic is done on the CPU.
         evaluated: The mixture is only evaluated, nothing is trained.
+        arithmetic: Of the sweeps; if not given, on the CPU in float32, else in the stored dtype.
     """
-    item = 4 if cpu else shape.itemsize
+    stored = item = weight = 4 if cpu else shape.itemsize
+    if arithmetic is not None:
+        item, weight = arithmetic.states.itemsize, arithmetic.products.itemsize
     budget = int(float(settings.memory_gb) * 2**30)
     states = 2 * item * shape.hidden_size * sum(lengths)
-    parts = [_sweeps(shape, lengths, settings, item), _head(shape, item)]
+    parts = [_sweeps(shape, lengths, settings, item, weight), _head(shape, item)]
     if evaluated:
-        parts.append(_mixture(shape, lengths, settings, item, 0))
+        parts.append(_mixture(shape, lengths, settings, item, weight, 0))
     if settings.refine is not None:
         tokens = max(settings.refine.tokens, *lengths)
         kept = (shape.num_layers + 1) * item + 4
         states = max(states, kept * shape.hidden_size * min(tokens, sum(lengths)))
-        parts.append(_mixture(shape, lengths, settings, item, budget))
+        # `auto` makes only the sweeps faster.
+        refined = stored if settings.compute == "auto" else weight
+        parts.append(_mixture(shape, lengths, settings, item, refined, budget))
     if settings.trains_experts:
-        parts.append(_training(shape, lengths, settings, item))
+        parts.append(_training(shape, lengths, settings, stored))
     kept_states = min(states, budget)
     compute = int(_MARGIN * max(parts)) + _SMALL_THINGS
     return RouterMemory(compute, kept_states, states - kept_states)
@@ -126,9 +133,11 @@ def _batch(lengths: Sequence[int], settings: RouterSettings) -> int:
     return min(sum(lengths), max(settings.batch_tokens, *lengths))
 
 
-def _sweeps(shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, item: int) -> int:
+def _sweeps(
+    shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, item: int, weight: int
+) -> int:
     """Return a dense layer, the next one, and a batch; or a covariance and a solver's matrices."""
-    layer = (shape.attention + 3 * shape.projection) * item
+    layer = (shape.attention + 3 * shape.projection) * weight
     # While the next FFN is made from all experts: a sum, a summand, and that as it is stored.
     reading = shape.projection * (8 + shape.itemsize)
     # The FFN's four activations, and the attention's.
@@ -145,16 +154,21 @@ def _head(shape: ModelShape, item: int) -> int:
 
 
 def _mixture(
-    shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, item: int, budget: int
+    shape: ModelShape,
+    lengths: Sequence[int],
+    settings: RouterSettings,
+    item: int,
+    weight: int,
+    budget: int,
 ) -> int:
     """Two layers with all experts, or all layers if they fit, and a batch with its gradients."""
-    layer = (shape.attention + 3 * shape.num_experts * shape.projection) * item
+    layer = (shape.attention + 3 * shape.num_experts * shape.projection) * weight
     whole = layer * shape.num_layers
     weights = whole if whole <= budget else 2 * layer
     # Four activations of each of two experts, and the attention's, kept for the gradients.
     wide = 8 * shape.intermediate_size + 16 * shape.hidden_size
     activations = _batch(lengths, settings) * item * wide
-    return weights + shape.projection * (item + shape.itemsize) + activations
+    return weights + shape.projection * (weight + shape.itemsize) + activations
 
 
 def _training(

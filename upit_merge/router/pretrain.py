@@ -13,6 +13,7 @@ from torch import Tensor
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.examples import read_seed_data, sample_examples
 from upit_merge.data.tokens import SeedSet, tokenize_seed_data
+from upit_merge.engine.arithmetic import Arithmetic
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.sources import TensorSource
@@ -105,6 +106,20 @@ def seed_set_for(
     )
 
 
+def computed_mixture(
+    moe: TensorSource, device: torch.device, settings: RouterSettings, *, quick: bool = False
+) -> LayerwiseMixture:
+    """Open a mixture that is computed as the settings say.
+
+    Args:
+        moe: See `LayerwiseMixture`.
+        quick: On the CPU, `compute: auto` means products in bfloat16, see `Arithmetic`.
+    """
+    model = LayerwiseMixture(moe, device)
+    arithmetic = Arithmetic.of(settings.compute, device, model.stored_dtype, quick=quick)
+    return model if arithmetic == model.arithmetic else LayerwiseMixture(moe, device, arithmetic)
+
+
 def tuned_gates(
     stage: RouterStage, buckets: Buckets, sink: ExpertSink
 ) -> tuple[list[Tensor], list[str]]:
@@ -117,26 +132,35 @@ def tuned_gates(
     """
     model, experts = stage.model, range(stage.model.num_experts)
     found: dict[int, tuple[Tensor, str]] = {}
-    with stage.clock.measure("experts"), stage.bar(len(experts), "experts", "expert") as bar:
-        for expert in experts[stage.processes.rank :: stage.processes.size]:
+    mine = experts[stage.processes.rank :: stage.processes.size]
+    passes = stage.settings.upit_settings.epochs
+    work = {expert: passes * buckets.sizes[expert] for expert in mine}
+    with (
+        stage.clock.measure("experts"),
+        stage.bar(sum(work.values()), "training the experts") as bar,
+    ):
+        for expert in mine:
             name = f"tuned-{expert}"
             kept = stage.progress.kept(name)
             if kept is None:
-                mine = (buckets.assigned == expert).nonzero().flatten().tolist()
+                bucket = (buckets.assigned == expert).nonzero().flatten().tolist()
                 tuned = tune_expert(
                     model.moe,
                     expert,
-                    [stage.seeds.samples[index] for index in mine],
+                    [stage.seeds.samples[index] for index in bucket],
                     stage.settings.upit_settings,
                     seed=stage.seed + expert,
                     device=model.device,
                     scratch=stage.scratch,
                     quiet=True,
+                    on_progress=bar.advance,
                 )
                 digest = tensors_digest(tuned.ffn[key] for key in sorted(tuned.ffn))
                 kept = {"vectors": tuned.vectors, **tuned.ffn}, {"sha256": digest}
                 stage.progress.keep(name, kept[0], own=True, **kept[1])
                 del tuned
+            else:
+                bar.skip(work[expert])
             ffn, facts = kept
             vectors = ffn.pop("vectors")
             if ffn:  # kept first: a kill may leave half of an FFN where the sink puts it
@@ -144,7 +168,6 @@ def tuned_gates(
                 stage.progress.keep(name, {"vectors": vectors}, own=True, **facts)
             found[expert] = vectors, facts["sha256"]
             del ffn, kept  # the next expert needs the memory
-            bar.update(stage.processes.size)
     for others in stage.processes.gather(found):
         found |= others
     gates = []
@@ -162,7 +185,7 @@ def refined_gates(
     """Train the gates end to end; returns them with what to say about it.
 
     Args:
-        model: Instead of the stage's: with experts that were trained.
+        model: Instead of the stage's: with experts that were trained, or computed more exactly.
 
     Raises:
         UpitError: the training diverged.
@@ -173,20 +196,26 @@ def refined_gates(
         model or stage.model, stage.seeds.samples, stage.settings, stage.scratch, stage.processes
     )
     kept = stage.progress.kept("refined")
-    with stage.clock.measure("refine"), stage.bar(refine.steps, "refining", "step") as bar:
+    done = RefineState(**kept[0]) if kept else None
+    steps = refine.steps
+    with (
+        stage.clock.measure("refine"),
+        stage.bar(steps, "refining", units=steps, unit="step") as bar,
+    ):
+        bar.skip(len(done.history) if done else 0)
 
         def after_step(state: RefineState) -> None:
             if stage.progress.is_due:
                 stage.progress.keep("refined", state.to_tensors())
             bar.set_postfix_str(f"loss {float(state.history[-1, 0]):.3f}", refresh=False)
-            bar.update(len(state.history) - bar.n)
+            bar.advance(1)
 
         state = refine_gates(
             trainer,
             gates,
             seed=stage.seed,
             keep_bytes=float(stage.settings.memory_gb) * 2**30,
-            done=None if kept is None else RefineState(**kept[0]),
+            done=done,
             after_step=after_step,
         )
     if not state.entries.isfinite().all():
@@ -211,6 +240,7 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> Route
     model, settings = stage.model, stage.settings
     report: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),
+        "compute": model.arithmetic.name,
         "seed": stage.seed,
         "data": stage.seeds.to_report(),
     }
@@ -227,11 +257,12 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> Route
             gates = stage.gates(buckets)
         gates = distinct_gates(gates, model.stored_dtype, stage.seed)
     if settings.refine is not None and model.num_experts > 1:
-        trained = None
+        source = model.moe
         if settings.trains_experts:
             assert sink is not None
-            trained = LayerwiseMixture(sink.source, model.device)
-        gates, report["refined"] = refined_gates(stage, gates, trained)
+            source = sink.source
+        exact = computed_mixture(source, model.device, settings)
+        gates, report["refined"] = refined_gates(stage, gates, exact)
         gates = distinct_gates(gates, model.stored_dtype, stage.seed)
     report["gates_sha256"] = gates_digest(gates, model.stored_dtype)
     return RouterResult(gates, report | {"seconds": stage.clock.seconds})

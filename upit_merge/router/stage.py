@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +20,13 @@ from upit_merge.errors import UpitError
 from upit_merge.io.tensor_file import all_finite
 from upit_merge.router import objectives
 from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
+from upit_merge.router.effort import Effort
 from upit_merge.router.objectives import GateData, Objective
 from upit_merge.router.progress import Progress
 from upit_merge.router.router_gain import SampleLosses, measure_router_gain
 from upit_merge.runtime.clock import Clock
-from upit_merge.runtime.parallel import progress_bar
 from upit_merge.runtime.processes import ALONE, Processes
+from upit_merge.runtime.work_bar import WorkBar
 
 LOG = logging.getLogger(__name__)
 
@@ -97,10 +97,27 @@ class RouterStage:
         ) as states:
             yield states
 
-    def bar(self, total: int, description: str, unit: str = "tok") -> Any:
-        """Return a progress bar, of the first process."""
+    def bar(
+        self, work: float, description: str, *, units: int | None = None, unit: str = "sample"
+    ) -> WorkBar:
+        """Return a progress bar, of the first process.
+
+        Args:
+            work: This process's, in whatever measure the bar is told of what is done.
+            units: What users see; if not given, all samples.
+        """
         quiet = self.quiet or not self.processes.is_first
-        return progress_bar(total, description, quiet=quiet, unit=unit)
+        units = len(self.everything) if units is None else units
+        return WorkBar(units, work, description, quiet=quiet, unit=unit)
+
+    @cached_property
+    def effort(self) -> Effort:
+        """What the parts of the stage cost, in tokens through a dense layer."""
+        return Effort.of_model(self.model, self.settings, sum(self.lengths))
+
+    def targets(self, indices: Iterable[int]) -> int:
+        """Return how many tokens of some samples count in a loss."""
+        return sum(self.seeds.samples[index].num_targets for index in indices)
 
     # ---- buckets ---------------------------------------------------------------------------
 
@@ -112,7 +129,8 @@ class RouterStage:
         """
         stream = self.stream(0, self.everything)
         tokens = sum(self.lengths[index] for index in stream.samples)
-        per_sweep = tokens * self.model.num_layers
+        head = self.effort.head
+        per_sweep = tokens * self.model.num_layers + head * self.targets(stream.samples)
         found: list[Tensor] = []
         # One expert at a time: hidden states of one stream, at the price of reading the attention
         # weights once per expert, a fifth more than reading everything once.
@@ -125,19 +143,21 @@ class RouterStage:
                 name = f"losses-{expert}"
                 if kept := self.progress.kept(name):
                     found.append(kept[0]["sums"])
-                    bar.update(per_sweep)
+                    bar.skip(per_sweep)
                     continue
                 layer, _gates = self.progress.states(name, states)
-                bar.update(tokens * layer)
+                bar.skip(tokens * layer)
                 self.model.sweep(
                     self.seeds.samples,
                     [Stream(expert, stream.batches)],
                     states,
                     first_layer=layer,
                     after_layer=partial(self._after_layer, name, states, ()),
-                    on_progress=bar.update,
+                    on_progress=bar.advance,
                 )
-                sums = self.processes.total(self.model.losses(self.seeds.samples, states))
+                sums = self.processes.total(
+                    self.model.losses(self.seeds.samples, states, on_progress=bar.part(head))
+                )
                 if not sums.isfinite().all():
                     raise UpitError(
                         f"Expert {expert} gives NaN or infinite losses on the seed data; its "
@@ -205,18 +225,20 @@ class RouterStage:
             ]
         fit = objective or self._scaled
         tokens = sum(self.lengths[index] for stream in streams for index in stream.samples)
+        per_layer = tokens * (1 + self.effort.fit)
         with (
             self.clock.measure("gates"),
             self.states(streams) as states,
             self.states(streams) as inputs,
-            self.bar(tokens * self.model.num_layers, "fitting the gates") as bar,
+            self.bar(per_layer * self.model.num_layers, "fitting the gates") as bar,
         ):
             first, gates = self.progress.states("gates", states, with_gates=True)
-            bar.update(tokens * first)
+            bar.skip(per_layer * first)
 
             def after_layer(layer: int) -> None:
                 with self.clock.measure("fitting"):
                     gates.append(self._fit(layer, fit, inputs, buckets))
+                bar.advance(tokens * self.effort.fit)
                 self._after_layer("gates", states, gates, layer)
 
             self.model.sweep(
@@ -226,7 +248,7 @@ class RouterStage:
                 router_inputs=inputs,
                 first_layer=first,
                 after_layer=after_layer,
-                on_progress=bar.update,
+                on_progress=bar.advance,
             )
         # Kept whole: what follows may take long.
         self.progress.keep_gates("fitted", gates)
