@@ -157,6 +157,7 @@ WRONG_VALUES: list[tuple[str, str, list[Any]]] = [
     ("router.stream", "'mean' or 'expert'", ["all"]),
     ("router.temperature", POSITIVE, [0, "hot", float("inf")]),
     ("router.batch_tokens", "1 or more", [0]),
+    ("router.compute", "'auto', 'float32' or 'bfloat16'", ["float16", 32]),
     ("router.memory_gb", POSITIVE, ["4GB", -1]),
 ]
 
