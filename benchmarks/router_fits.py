@@ -28,6 +28,7 @@ from upit_merge.models.gates import training_free_gates
 from upit_merge.models.mixture import opened_mixture
 from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.output.patch import PatchedCopies
+from upit_merge.router.assignment import assigned
 from upit_merge.router.expert_tuning import load_expert, padded_batch
 from upit_merge.router.pretrain import load_seed_set, pretrain_router
 from upit_merge.router.progress import Progress
@@ -111,7 +112,7 @@ def sweep(folder: Path, _variant: str, scratch: Path) -> tuple[list[Tensor], dic
     """One forward sweep of all samples through the mean of the experts, with nothing fitted."""
     with opened_mixture(folder / "moe") as moe:
         stage = stage_of(LayerwiseMixture(moe, CPU), folder, settings_of(folder, ""), scratch)
-        buckets = stage.buckets()
+        buckets = assigned(stage)
         stage.gates(buckets, lambda data: torch.zeros(data.num_experts, data.width))
     return [], {"sweep": stage.clock.seconds["gates"] - stage.clock.seconds["fitting"]}
 
@@ -132,7 +133,7 @@ def mergekit(folder: Path, variant: str, scratch: Path) -> tuple[list[Tensor], d
 
     with opened_mixture(folder / "moe") as moe:
         stage = stage_of(LayerwiseMixture(moe, CPU), folder, settings_of(folder, ""), scratch)
-        buckets = stage.buckets()
+        buckets = assigned(stage)
     last = sorted((folder / "sft").iterdir(), key=lambda path: int(path.name.split("-")[1]))[-1]
     reference = ModelReference.model_validate(str(last))
     tokenizer = load_tokenizer(folder / "moe")
@@ -165,7 +166,7 @@ def in_the_loop(
     seconds = 0.0
     with opened_mixture(folder / "moe") as moe:
         stage = stage_of(LayerwiseMixture(moe, CPU), folder, settings, scratch)
-        buckets = stage.buckets()
+        buckets = assigned(stage)
         for expert in range(buckets.num_experts):
             mine = (buckets.assigned == expert).nonzero().flatten()
             started = time.perf_counter()

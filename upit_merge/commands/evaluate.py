@@ -26,6 +26,7 @@ from upit_merge.report.document import read_report
 from upit_merge.report.heatmap import check_format, draw_routing
 from upit_merge.report.tables import show
 from upit_merge.report.write import write_report_and_card
+from upit_merge.router.assignment import assigned, sample_losses
 from upit_merge.router.buckets import assign_by_loss
 from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
 from upit_merge.router.pretrain import computed_mixture, refined_gates
@@ -163,10 +164,10 @@ def _evaluate(
     samples = held_out.seeds.samples
     evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
     if options.experts and model.num_experts > 1:
-        buckets = assign_by_loss(held_out.losses(), "lowest")
+        buckets = assign_by_loss(sample_losses(held_out), "lowest")
         evaluation = replace(evaluation, buckets=buckets)
     if control is not None:
-        gates: Sequence[Tensor] = control.gates(control.buckets())
+        gates: Sequence[Tensor] = control.gates(assigned(control))
         if control.settings.refine is not None:
             exact = computed_mixture(session.moe, control.model.device, control.settings)
             gates, _ = refined_gates(control, gates, exact)

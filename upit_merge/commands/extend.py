@@ -37,6 +37,7 @@ from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.rewriting import extended_layout, resized, rewritten_layout, write_model
 from upit_merge.resizing.sources import ExtendedMixture
 from upit_merge.router import objectives
+from upit_merge.router.assignment import assigned
 from upit_merge.router.pretrain import RouterResult, pretrain_router
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.processes import check_single_process
@@ -193,7 +194,7 @@ def _check_joint(settings: RouterSettings, *, all_gates: bool) -> None:
 
 def _with_new_row(stage: RouterStage, gates: Sequence[Tensor]) -> RouterResult:
     """Fit the new expert's routing vector beside those that are there."""
-    buckets = stage.buckets()
+    buckets = assigned(stage)
     fitted = stage.gates(buckets, partial(objectives.added_row, gates=gates))
     fitted = distinct_gates(fitted, stage.model.stored_dtype, stage.seed, rows=[len(gates[0])])
     report = {

@@ -16,6 +16,7 @@ from upit_merge.merge.inputs import Inputs
 from upit_merge.models.dense import ffn_tensor
 from upit_merge.models.formats import PROJECTIONS
 from upit_merge.models.mixture import mixture_config, mixture_specs
+from upit_merge.router.assignment import sample_losses
 from upit_merge.router.pretrain import computed_mixture
 from upit_merge.router.router_gain import SampleLosses
 from upit_merge.router.stage import RouterStage
@@ -46,11 +47,15 @@ class PlannedMixture:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return what the run would write under this name; gates there are none."""
+        return self.rows(name, 0, self.specs[name].shape[0])
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) of the same."""
         dtype = self.specs[name].dtype
         if name in self._ffn:
             expert, dense = self._ffn[name]
-            return self._inputs.checkpoints[expert].tensor(dense).to(dtype)
-        first, *others = (model.tensor(name) for model in self._inputs.backbone)
+            return self._inputs.checkpoints[expert].rows(dense, start, stop).to(dtype)
+        first, *others = (model.rows(name, start, stop) for model in self._inputs.backbone)
         if not others:
             return first.to(dtype)
         return (sum((t.float() for t in others), first.float()) / (1 + len(others))).to(dtype)
@@ -73,4 +78,4 @@ def checkpoint_losses(
     with tempfile.TemporaryDirectory() as scratch:
         model = computed_mixture(PlannedMixture(inputs), device, settings, quick=quick)
         stage = RouterStage(model, seeds, settings, inputs.recipe.seed, Path(scratch), quiet=quiet)
-        return stage.losses()
+        return sample_losses(stage)

@@ -124,6 +124,12 @@ refine: {steps: 100}
         "equal buckets of least loss, so that no expert is left out; column:NAME, as the data "
         "says; or shuffled, a control.",
     )
+    losses: Literal["auto", "first_order", "exact"] = Field(
+        "auto",
+        description="How the samples' losses under the experts are computed: first_order, for all "
+        "experts by one forward and one backward sweep; exact, by one sweep for each; auto, to "
+        "first order where that is cheaper and a control group of samples says that it holds.",
+    )
     objective: Literal["one_vs_rest", "softmax", "ridge", "hidden", "upit", "random"] = Field(
         "one_vs_rest",
         description="How the gates are fitted: one_vs_rest and softmax (logistic regressions), "
@@ -139,7 +145,7 @@ refine: {steps: 100}
         1.0, description="Divides the gate logits: higher mixes the chosen experts more evenly."
     )
     batch_tokens: StrictInt = Field(
-        8192, ge=1, description="Tokens pushed through a layer at a time."
+        2048, ge=1, description="Tokens pushed through a layer at a time."
     )
     memory_gb: PositiveNumber = Field(
         4.0, description="GiB of hidden states kept in memory; more than that go to disk."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upit_merge.io.disk import check_space, reserve
+from upit_merge.io.tensor_file import tensor_memory
 from upit_merge.runtime.processes import Processes
 
 MEAN = -1  # stands for the expert whose FFN is the mean of all
@@ -108,13 +110,51 @@ def _cuts(sizes: NDArray[np.int64], batch_tokens: int, price: float) -> list[int
     return ends[::-1]
 
 
-class PackedStates:
-    """One row per token of every sample, without padding: (num_tokens, hidden_size).
+class Rows:
+    """Which rows of samples are kept, one after the other: all their tokens, or some.
+
+    Args:
+        lengths: Tokens of every sample; 0 for those that are another process's.
+        width: Of a row.
+        dtype: Of a row.
+        every: One token of so many is kept, the same distance apart, at least one of a sample.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], width: int, dtype: torch.dtype, *, every: int = 1
+    ) -> None:
+        self._every = every
+        self.counts = [-(-length // every) for length in lengths]
+        self._lengths = lengths
+        self.offsets = [0, *itertools.accumulate(self.counts)]
+        self.shape = (self.offsets[-1], width)
+        self.dtype = dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def span(self, sample: int) -> slice:
+        """Return the rows of one sample."""
+        return slice(self.offsets[sample], self.offsets[sample + 1])
+
+    def pick(self, padded: Tensor, row: int, sample: int) -> Tensor:
+        """Return what is kept of a sample's rows, (rows, width), out of a padded batch."""
+        length, count = self._lengths[sample], self.counts[sample]
+        if self._every == 1:
+            return padded[row, :length]
+        return padded[row, torch.linspace(0, length - 1, count).round().long()]
+
+
+class PackedStates(Rows):
+    """Rows of every sample, without padding: (num_rows, hidden_size).
 
     Kept in memory, or in a memory-mapped scratch file when larger than the budget.
 
     Args:
-        lengths: Tokens of every sample; 0 for those that are another process's.
+        lengths, width, dtype, every: See `Rows`.
+        scratch: A folder for the file.
+        budget_bytes: What may be kept in memory.
     """
 
     def __init__(
@@ -125,28 +165,21 @@ class PackedStates:
         *,
         scratch: Path,
         budget_bytes: float,
+        every: int = 1,
     ) -> None:
-        self.offsets = [0]
-        for length in lengths:
-            self.offsets.append(self.offsets[-1] + length)
-        shape = (self.offsets[-1], width)
-        num_bytes = shape[0] * width * dtype.itemsize
+        super().__init__(lengths, width, dtype, every=every)
         self._file: Path | None = None
-        if num_bytes <= budget_bytes:
-            self.rows = torch.empty(shape, dtype=dtype)
+        if self.num_bytes <= budget_bytes:
+            self.rows = torch.empty(self.shape, dtype=dtype)
         else:
-            check_space(scratch, num_bytes, "the router's hidden states")
+            check_space(scratch, self.num_bytes, "the router's hidden states")
             self._file = scratch / f"hidden-{id(self):x}.bin"
             # A hole in a mapped file kills the process when the disk is full: fill it first.
-            reserve(self._file, num_bytes)
+            reserve(self._file, self.num_bytes)
             mapped = torch.from_file(
-                str(self._file), shared=True, size=shape[0] * width, dtype=dtype
+                str(self._file), shared=True, size=self.shape[0] * width, dtype=dtype
             )
-            self.rows = mapped.view(shape)
-
-    def span(self, sample: int) -> slice:
-        """Return the rows of one sample."""
-        return slice(self.offsets[sample], self.offsets[sample + 1])
+            self.rows = mapped.view(self.shape)
 
     def padded(self, batch: Batch) -> Tensor:
         """Return the rows of some samples, (samples, longest, hidden_size), zeros on the right."""
@@ -161,10 +194,62 @@ class PackedStates:
         """Take the rows of some samples back, without their padding."""
         padded = padded.to(device="cpu", dtype=self.rows.dtype)
         for row, index in enumerate(batch):
-            span = self.span(index)
-            self.rows[span] = padded[row, : span.stop - span.start]
+            self.rows[self.span(index)] = self.pick(padded, row, index)
 
     def close(self) -> None:
         self.rows = torch.empty(0)
         if self._file:
             self._file.unlink(missing_ok=True)
+
+
+class LayersOnDisk(Rows):
+    """Rows of every sample in every layer, in files: nothing of them stays in memory.
+
+    Args:
+        lengths, width, dtype, every: See `Rows`.
+        num_layers: How many files there are.
+        folder: Where they are.
+        name: What theirs begin with.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        *,
+        num_layers: int,
+        folder: Path,
+        name: str,
+        every: int = 1,
+    ) -> None:
+        super().__init__(lengths, width, dtype, every=every)
+        self._files = [folder / f"{name}-{layer}.bin" for layer in range(num_layers)]
+        for path in self._files:
+            path.write_bytes(b"")
+        self._missing = num_layers * sum(count > 0 for count in self.counts)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample's rows are there in every layer."""
+        return self._missing == 0
+
+    def put(self, layer: int, batch: Batch, padded: Tensor) -> None:
+        """Keep the rows of some samples, (samples, longest, hidden_size); each once."""
+        padded = padded.to(device="cpu", dtype=self.dtype)
+        with self._files[layer].open("rb+") as file:
+            for row, index in enumerate(batch):
+                file.seek(self.offsets[index] * self.shape[1] * self.dtype.itemsize)
+                file.write(tensor_memory(self.pick(padded, row, index).contiguous()))
+        self._missing -= len(batch)
+
+    def read(self, layer: int, into: PackedStates) -> None:
+        """Fill the rows of all samples with those of a layer."""
+        if self.num_bytes:
+            with self._files[layer].open("rb") as file:
+                file.readinto(tensor_memory(into.rows))
+
+    def close(self) -> None:
+        """Remove the files."""
+        for path in self._files:
+            path.unlink(missing_ok=True)

@@ -152,11 +152,15 @@ class LayerwiseMixture:
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """Final norm and output head: (tokens, hidden_size) -> logits, float32."""
+        norm, head = self.final()
+        return lambda rows: F.linear(norm(rows), head).float()
+
+    def final(self) -> tuple[nn.Module, Tensor]:
+        """Return the final norm and the output head's weight, (vocab_size, hidden_size)."""
         norm = self._modules.norm(self.hidden_size, eps=self._config.rms_norm_eps)
         norm.weight = nn.Parameter(self.load("model.norm.weight"), requires_grad=False)
         name = "model.embed_tokens.weight" if self._tied else "lm_head.weight"
-        head = self.load(name, product=False)
-        return lambda rows: F.linear(norm(rows), head).float()
+        return norm, self.load(name, product=False)
 
     @torch.no_grad()
     def losses(
@@ -260,17 +264,25 @@ class LayerwiseMixture:
         states: PackedStates,
         router_inputs: PackedStates | None,
     ) -> None:
+        output, seen = self.run(module, states.padded(batch).to(self.device))
+        states.put(batch, output)
+        if router_inputs is not None:
+            router_inputs.put(batch, seen)
+
+    def run(self, module: nn.Module, padded: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer on one padded batch: what leaves it, and what its gate sees.
+
+        Args:
+            padded: (samples, tokens, hidden_size), as are both results.
+        """
         seen: list[Tensor] = []
         handle = module.get_submodule("post_attention_layernorm").register_forward_hook(
             lambda _module, _inputs, output: seen.append(output)
         )
         try:
-            output = self.layer_output(module, states.padded(batch).to(self.device))
+            return self.layer_output(module, padded), seen[0]
         finally:
             handle.remove()
-        states.put(batch, output)
-        if router_inputs is not None:
-            router_inputs.put(batch, seen[0])
 
 
 def _cache_argument(make_mask: Callable[..., Any]) -> str:

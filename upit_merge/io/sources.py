@@ -26,6 +26,9 @@ class TensorSource(Protocol):
     def tensor(self, name: str) -> torch.Tensor:
         """Return a whole tensor on the CPU, in its stored dtype or a wider one."""
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) of a tensor on the CPU, in its stored dtype or a wider one."""
+
 
 class DenseModel(TensorSource, Protocol):
     """An input of a merge: a complete checkpoint, or an adapter on one."""
@@ -36,9 +39,6 @@ class DenseModel(TensorSource, Protocol):
 
     @property
     def config(self) -> dict[str, Any]: ...
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return rows [start, stop) of a tensor on the CPU, in its stored dtype or a wider one."""
 
     def files(self) -> list[Path]:
         """Return the files that decide its weights."""

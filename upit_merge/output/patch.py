@@ -87,11 +87,15 @@ class PatchedCopies:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read a whole tensor in its stored dtype, on the CPU."""
+        return self.rows(name, 0, self.specs[name].shape[0])
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read rows [start, stop) of a tensor in its stored dtype, on the CPU."""
         copy = self.copy_of(name)
         if not copy.exists():
-            return self.moe.tensor(name)
+            return self.moe.rows(name, start, stop)
         with contextlib.closing(SafetensorsFile(copy)) as file:
-            return file.rows(name, 0, file.specs[name].shape[0])
+            return file.rows(name, start, stop)
 
     @property
     def source(self) -> TensorSource:

@@ -153,6 +153,7 @@ class Buckets:
         report: dict[str, Any] = {"experts": self.rows()}
         if self.losses is None:
             return report
+        report["losses"] = dict(self.losses.told)
         means = self.losses.means
         best = float(means.min(dim=1).values.mean())
         given = float(means.gather(1, self.assigned.unsqueeze(1)).mean())

@@ -19,6 +19,11 @@ from upit_merge.router.objectives import CHUNK_BYTES
 # What the allocator loses, and Python's own objects; see benchmarks/router_memory.py.
 _MARGIN = 1.1
 _SMALL_THINGS = 64 << 20
+# A group of samples whose losses are estimated reads all experts: beside the arithmetic of so many
+# tokens per expert that takes a fiftieth of the time.
+GROUP_TOKENS = 1024
+# Room of a group whose losses are estimated, if `memory_gb` allows it.
+GROUP_BYTES = 384 << 20
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,28 @@ def router_memory(
     kept_states = min(states, budget)
     compute = int(_MARGIN * max(parts)) + _SMALL_THINGS
     return RouterMemory(compute, kept_states, states - kept_states)
+
+
+def group_token_bytes(shape: ModelShape, item: int) -> int:
+    """Return what a token takes in a group whose losses are estimated to first order.
+
+    What enters a layer, and its slope in float32; what the layer's FFN sees, with the slopes of its
+    projections.
+    """
+    wide = 3 * shape.hidden_size + 3 * shape.intermediate_size
+    return item * wide + 4 * shape.hidden_size
+
+
+def group_bytes(
+    shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, item: int
+) -> int:
+    """Return what such a group may take: not much more than the hidden states of all samples.
+
+    Every group reads all experts once more, which takes little beside the arithmetic of some
+    thousand tokens.
+    """
+    states = 2 * item * shape.hidden_size * sum(lengths)
+    return min(int(float(settings.memory_gb) * 2**30), max(states, GROUP_BYTES))
 
 
 def _batch(lengths: Sequence[int], settings: RouterSettings) -> int:

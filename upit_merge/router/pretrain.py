@@ -26,6 +26,7 @@ from upit_merge.models.gates import (
     training_free_gates,
 )
 from upit_merge.models.tokenizer import load_tokenizer
+from upit_merge.router.assignment import assigned
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.expert_tuning import tune_expert
 from upit_merge.router.refine import GateTrainer, RefineState, refine_gates
@@ -248,7 +249,7 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> Route
     if settings.objective == "random" or alone:
         gates = training_free_gates(model.moe, model.num_layers, model.num_experts, stage.seed)
     else:
-        buckets = stage.buckets()
+        buckets = assigned(stage)
         report["buckets"] = buckets.to_report()
         if settings.trains_experts:
             assert sink is not None

@@ -99,12 +99,12 @@ class Progress:
         except (OSError, SafetensorError):
             return None
 
-    def keep_gates(self, name: str, gates: Sequence[Tensor]) -> None:
-        """Keep gates under a name, in layer order."""
-        self.keep(name, {f"{layer:05}": gate for layer, gate in enumerate(gates)})
+    def keep_layers(self, name: str, tensors: Sequence[Tensor], *, own: bool = False) -> None:
+        """Keep a tensor for each layer under a name, in order."""
+        self.keep(name, {f"{layer:05}": t for layer, t in enumerate(tensors)}, own=own)
 
-    def kept_gates(self, name: str) -> list[Tensor]:
-        """Return the gates that were kept under a name; none if there are none."""
+    def kept_layers(self, name: str) -> list[Tensor]:
+        """Return the tensors that were kept under a name; none if there are none."""
         kept = self.kept(name)
         return [] if kept is None else [kept[0][layer] for layer in sorted(kept[0])]
 
@@ -120,12 +120,19 @@ class Progress:
     # ---- hidden states ---------------------------------------------------------------------
 
     def keep_states(
-        self, name: str, layer: int, states: PackedStates, gates: Sequence[Tensor]
+        self,
+        name: str,
+        layer: int,
+        states: PackedStates,
+        results: Sequence[Tensor],
+        *,
+        own: bool = False,
     ) -> None:
-        """Keep what enters `layer` in the sweep of that name, now and then.
+        """Keep hidden states of the sweep of that name after `layer` layers, now and then.
 
         Args:
-            gates: Fitted so far.
+            results: What came of the layers so far, one tensor each.
+            own: They are this process's alone.
         """
         waited = time.monotonic() - self._kept_at
         due = waited >= max(KEEP_SECONDS, self._seconds / _KEEP_SHARE)
@@ -144,8 +151,8 @@ class Progress:
         with path.open("wb") as file:
             file.write(tensor_memory(states.rows) if size else b"")
         _flush(path)
-        if gates:
-            self.keep_gates("gates", gates)
+        if results:
+            self.keep_layers(self._results(own), results, own=own)
         write_json(record, self._record(name, states) | {"layer": layer, "file": path.name})
         if old and old != path.name:
             (self._folder / old).unlink(missing_ok=True)
@@ -158,15 +165,19 @@ class Progress:
         size = states.rows.numel() * states.rows.element_size()
         return {"name": name, "processes": self._processes.size, "dtype": dtype, "size": size}
 
-    def states(
-        self, name: str, into: PackedStates, *, with_gates: bool = False
-    ) -> tuple[int, list[Tensor]]:
-        """Go on with a sweep: the layer to go on at, and the gates of those before.
+    def _results(self, own: bool) -> str:
+        return f"results-{self._processes.rank}" if own else "gates"
 
-        Layer 0 if there is nothing to go on with; `into` is not touched then.
+    def states(
+        self, name: str, into: PackedStates, *, with_results: bool = False, own: bool = False
+    ) -> tuple[int, list[Tensor]]:
+        """Go on with a sweep: the number of layers that are done, and what came of them.
+
+        0 if there is nothing to go on with; `into` is not touched then.
 
         Args:
-            with_gates: The sweep is one in which gates are fitted.
+            with_results: The sweep is one that has a result for each layer.
+            own: They are this process's alone.
         """
         if self._folder is None:
             return 0, []
@@ -176,8 +187,8 @@ class Progress:
         wanted = self._record(name, into)
         fits = {key: record.get(key) for key in wanted} == wanted and path.is_file()
         layer = int(record["layer"]) if fits else 0
-        gates = self.kept_gates("gates")[:layer] if with_gates else []
-        if with_gates and len(gates) < layer:
+        results = self.kept_layers(self._results(own))[:layer] if with_results else []
+        if with_results and len(results) < layer:
             layer = 0
         # A kill may come between two processes' records: then there is no layer all can go on at.
         if len(set(self._processes.gather(layer))) > 1 or layer == 0:
@@ -186,7 +197,7 @@ class Progress:
             with path.open("rb") as file:
                 file.readinto(tensor_memory(into.rows))
         LOG.info("Going on with the router's %s at layer %d.", name, layer)
-        return layer, gates
+        return layer, results
 
     def drop_states(self) -> None:
         """Remove the hidden states of a sweep that is done."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,10 +28,15 @@ class SampleLosses:
         sums: Negative log-likelihood in nats, summed over the first and the second half of a
             sample's target tokens, float64, (num_samples, num_experts, 2).
         counts: Target tokens in either half, float64, (num_samples, 2); the first may be 0.
+        told: How they were computed, for the report.
+        control: Exact losses of a few samples, where these are not; infinite for experts that a
+            sample was not given to.
     """
 
     sums: Tensor
     counts: Tensor
+    told: Mapping[str, Any] = field(default_factory=lambda: {"by": "exact"})
+    control: SampleLosses | None = None
 
     @classmethod
     def of(cls, samples: Sequence[TokenizedSample], by_expert: Sequence[Tensor]) -> SampleLosses:
@@ -128,9 +133,10 @@ def measure_router_gain(losses: SampleLosses) -> RouterGain:
     favourite = int(counts.argmax())
     gain = float((means[:, best] - means.min(1).values).mean())
     held_out = error = agreement = chance = math.nan
-    whole = losses.counts.min(1).values > 0
+    judged = losses.control or losses
+    whole = judged.counts.min(1).values > 0
     if means.shape[1] > 1 and int(whole.sum()) > 1:
-        halves = losses.sums[whole] / losses.counts[whole].unsqueeze(1)
+        halves = judged.sums[whole] / judged.counts[whole].unsqueeze(1)
         choices = halves.argmin(1)  # (samples, 2)
         other = halves.gather(1, choices.flip(1).unsqueeze(1)).squeeze(1)
         gains = (halves[:, best] - other).mean(1)

@@ -5,30 +5,42 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from upit_merge.config.router import ByColumn, RouterSettings
+from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import SeedSet
-from upit_merge.engine.hidden_states import MEAN, PackedStates, Stream, token_batches
+from upit_merge.engine.hidden_states import (
+    MEAN,
+    LayersOnDisk,
+    PackedStates,
+    Stream,
+    token_batches,
+)
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
+from upit_merge.io.disk import free_bytes
 from upit_merge.io.tensor_file import all_finite
 from upit_merge.router import objectives
-from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
+from upit_merge.router.buckets import Buckets
+from upit_merge.router.control import Pair, PairLosses
 from upit_merge.router.effort import Effort
+from upit_merge.router.memory import ModelShape, shape_of
 from upit_merge.router.objectives import GateData, Objective
 from upit_merge.router.progress import Progress
-from upit_merge.router.router_gain import SampleLosses, measure_router_gain
+from upit_merge.router.router_gain import SampleLosses
 from upit_merge.runtime.clock import Clock
 from upit_merge.runtime.processes import ALONE, Processes
 from upit_merge.runtime.work_bar import WorkBar
 
 LOG = logging.getLogger(__name__)
+
+# Tokens that a gate is fitted to: of more than twice as many, only every second, third … is taken.
+FITTED_TOKENS = 32_768
 
 OBJECTIVES: dict[str, Objective] = {
     "one_vs_rest": objectives.one_vs_rest,
@@ -67,6 +79,7 @@ class RouterStage:
     progress: Progress = field(default_factory=Progress)
     quiet: bool = False
     clock: Clock = field(default_factory=Clock)
+    kept_inputs: list[LayersOnDisk] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
@@ -81,18 +94,33 @@ class RouterStage:
         batches = token_batches(samples, self.lengths, self.settings.batch_tokens)
         return Stream(expert, tuple(batches)).share(self.processes)
 
-    @contextlib.contextmanager
-    def states(self, streams: Sequence[Stream]) -> Iterator[PackedStates]:
-        """Room for the hidden states of some streams; there may be two of them at a time."""
+    def lengths_of(self, streams: Sequence[Stream]) -> list[int]:
+        """Return the tokens of every sample, 0 for those that are in none of the streams."""
         mine = {index for stream in streams for index in stream.samples}
-        lengths = [length if i in mine else 0 for i, length in enumerate(self.lengths)]
+        return [length if i in mine else 0 for i, length in enumerate(self.lengths)]
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes of the mixture."""
+        model = self.model
+        dense = model.architecture.dense_settings()
+        return shape_of(model.format, dense, model.num_experts, model.stored_dtype)
+
+    @contextlib.contextmanager
+    def states(self, streams: Sequence[Stream], *, every: int = 1) -> Iterator[PackedStates]:
+        """Room for the hidden states of some streams; there may be two of them at a time.
+
+        Args:
+            every: One token of so many is kept.
+        """
         with contextlib.closing(
             PackedStates(
-                lengths,
+                self.lengths_of(streams),
                 self.model.hidden_size,
                 self.model.dtype,
                 scratch=self.scratch,
                 budget_bytes=float(self.settings.memory_gb) * 2**30 / 2,
+                every=every,
             )
         ) as states:
             yield states
@@ -119,10 +147,56 @@ class RouterStage:
         """Return how many tokens of some samples count in a loss."""
         return sum(self.seeds.samples[index].num_targets for index in indices)
 
-    # ---- buckets ---------------------------------------------------------------------------
+    # ---- losses ----------------------------------------------------------------------------
+
+    def exact_losses(self, pairs: Sequence[Pair], name: str) -> PairLosses:
+        """Return the exact losses of some samples under some experts.
+
+        Args:
+            pairs: A sample and an expert each.
+            name: Under which they are kept.
+
+        Raises:
+            UpitError: a loss is NaN or infinite.
+        """
+        samples = [self.seeds.samples[sample] for sample, _ in pairs]
+        counts = torch.tensor([sample.halves for sample in samples], dtype=torch.float64)
+        if kept := self.progress.kept(name):
+            return PairLosses(pairs, kept[0]["sums"], counts)
+        part = replace(self, seeds=replace(self.seeds, samples=samples))
+        streams = [
+            part.stream(expert, [i for i, (_, other) in enumerate(pairs) if other == expert])
+            for expert in range(self.model.num_experts)
+        ]
+        mine = [index for stream in streams for index in stream.samples]
+        tokens = sum(part.lengths[index] for index in mine)
+        work = tokens * self.model.num_layers + self.effort.head * part.targets(mine)
+        with (
+            self.clock.measure("losses"),
+            part.states(streams) as states,
+            part.bar(work, "exact losses of some") as bar,
+        ):
+            layer, _results = self.progress.states(name, states)
+            bar.skip(tokens * layer)
+            self.model.sweep(
+                samples,
+                streams,
+                states,
+                first_layer=layer,
+                after_layer=partial(self._after_layer, name, states, ()),
+                on_progress=bar.advance,
+            )
+            sums = self.processes.total(
+                self.model.losses(samples, states, on_progress=bar.part(self.effort.head))
+            )
+        for (_, expert), loss in zip(pairs, sums, strict=True):
+            _check_finite(expert, loss)
+        self.progress.keep(name, {"sums": sums})
+        self.progress.drop_states()
+        return PairLosses(pairs, sums, counts)
 
     def losses(self) -> SampleLosses:
-        """Return every sample's loss under every expert.
+        """Return every sample's exact loss under every expert, one sweep for each.
 
         Raises:
             UpitError: a loss is NaN or infinite.
@@ -158,11 +232,7 @@ class RouterStage:
                 sums = self.processes.total(
                     self.model.losses(self.seeds.samples, states, on_progress=bar.part(head))
                 )
-                if not sums.isfinite().all():
-                    raise UpitError(
-                        f"Expert {expert} gives NaN or infinite losses on the seed data; its "
-                        "checkpoint is broken, or its values overflow: use dtype: bfloat16."
-                    )
+                _check_finite(expert, sums)
                 found.append(sums)
                 self.progress.keep(name, {"sums": sums})
                 self.progress.drop_states()
@@ -174,34 +244,30 @@ class RouterStage:
         if layer + 1 < self.model.num_layers:
             self.progress.keep_states(name, layer + 1, states, gates)
 
-    def buckets(self) -> Buckets:
-        """Return which expert gets which sample."""
-        rule = self.settings.assign
-        experts = self.model.num_experts
-        if isinstance(rule, ByColumn):
-            buckets = Buckets(by_column(self.seeds.samples, rule, experts), experts)
-        elif rule == "shuffled":
-            buckets = Buckets(shuffled(len(self.everything), experts, self.seed), experts)
-        else:
-            buckets = assign_by_loss(self.losses(), rule)
-        if self.processes.is_first:
-            self._warn(buckets)
-        return buckets
+    def open_gate_inputs(self) -> LayersOnDisk | None:
+        """Make room for what the gates see of the experts' mean, if it will be needed and fits."""
+        settings, model = self.settings, self.model
+        if settings.router_stream != "mean" or settings.trains_experts:
+            return None
+        kept = LayersOnDisk(
+            self.lengths_of([self.stream(MEAN, self.everything)]),
+            model.hidden_size,
+            model.dtype,
+            every=self.fitted_every,
+            num_layers=model.num_layers,
+            folder=self.scratch,
+            name="gate-inputs",
+        )
+        if 2 * kept.num_bytes * model.num_layers > free_bytes(self.scratch):
+            kept.close()
+            return None
+        self.kept_inputs.append(kept)
+        return kept
 
-    def _warn(self, buckets: Buckets) -> None:
-        if empty := [str(expert) for expert, size in enumerate(buckets.sizes) if size == 0]:
-            remedy = "give more samples"
-            if self.settings.assign == "lowest":
-                remedy += ", or use assign: balanced if you train the mixture further"
-            LOG.warning(
-                "No seed sample belongs to expert(s) %s, which the gates will avoid or know "
-                "nothing of; %s.",
-                ", ".join(empty),
-                remedy,
-            )
-        if buckets.losses is not None:
-            for sentence in measure_router_gain(buckets.losses).warnings():
-                LOG.warning("%s", sentence)
+    @property
+    def fitted_every(self) -> int:
+        """Of how many tokens one is enough for a gate to be fitted to."""
+        return max(1, sum(self.lengths) // FITTED_TOKENS)
 
     # ---- gates -----------------------------------------------------------------------------
 
@@ -214,7 +280,7 @@ class RouterStage:
         Raises:
             UpitError: a gate is NaN or infinite.
         """
-        if fitted := self.progress.kept_gates("fitted"):
+        if fitted := self.progress.kept_layers("fitted"):
             return fitted
         if self.settings.router_stream == "mean":
             streams = [self.stream(MEAN, self.everything)]
@@ -225,14 +291,18 @@ class RouterStage:
             ]
         fit = objective or self._scaled
         tokens = sum(self.lengths[index] for stream in streams for index in stream.samples)
+        kept = next((kept for kept in self.kept_inputs if kept.complete), None)
+        if all(self.processes.gather(kept is not None)) and streams[0].expert == MEAN:
+            assert kept is not None
+            return self._fitted(kept, streams, fit, buckets)
         per_layer = tokens * (1 + self.effort.fit)
         with (
             self.clock.measure("gates"),
             self.states(streams) as states,
-            self.states(streams) as inputs,
+            self.states(streams, every=self.fitted_every) as inputs,
             self.bar(per_layer * self.model.num_layers, "fitting the gates") as bar,
         ):
-            first, gates = self.progress.states("gates", states, with_gates=True)
+            first, gates = self.progress.states("gates", states, with_results=True)
             bar.skip(per_layer * first)
 
             def after_layer(layer: int) -> None:
@@ -251,8 +321,28 @@ class RouterStage:
                 on_progress=bar.advance,
             )
         # Kept whole: what follows may take long.
-        self.progress.keep_gates("fitted", gates)
+        self.progress.keep_layers("fitted", gates)
         self.progress.drop_states()
+        return gates
+
+    def _fitted(
+        self, kept: LayersOnDisk, streams: Sequence[Stream], fit: Objective, buckets: Buckets
+    ) -> list[Tensor]:
+        """Fit the gates to what a sweep has kept of their inputs."""
+        layers = range(self.model.num_layers)
+        gates: list[Tensor] = []
+        with (
+            self.clock.measure("gates"),
+            self.clock.measure("fitting"),
+            contextlib.closing(kept),
+            self.states(streams, every=self.fitted_every) as inputs,
+            self.bar(len(layers), "fitting the gates", units=len(layers), unit="layer") as bar,
+        ):
+            for layer in layers:
+                kept.read(layer, inputs)
+                gates.append(self._fit(layer, fit, inputs, buckets))
+                bar.advance(1)
+        self.progress.keep_layers("fitted", gates)
         return gates
 
     def _fit(self, layer: int, fit: Objective, inputs: PackedStates, buckets: Buckets) -> Tensor:
@@ -265,7 +355,7 @@ class RouterStage:
         data = GateData(
             inputs.rows,
             [inputs.span(index) for index in self.everything],
-            self.lengths,
+            [-(-length // self.fitted_every) for length in self.lengths],
             buckets.assigned,
             self.model.num_experts,
             self.model.device,
@@ -303,3 +393,11 @@ class RouterStage:
                 seed=self.seed,
             )
         return OBJECTIVES[self.settings.objective]
+
+
+def _check_finite(expert: int, losses: Tensor) -> None:
+    if not losses.isfinite().all():
+        raise UpitError(
+            f"Expert {expert} gives NaN or infinite losses on the seed data; its checkpoint is "
+            "broken, or its values overflow: use dtype: bfloat16."
+        )

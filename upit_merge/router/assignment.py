@@ -1,0 +1,60 @@
+"""Which expert gets which sample: the losses computed as the settings say, and what they mean."""
+
+from __future__ import annotations
+
+import logging
+
+from upit_merge.config.router import ByColumn
+from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
+from upit_merge.router.first_order import checked_losses, first_order_is_cheaper
+from upit_merge.router.router_gain import SampleLosses, measure_router_gain
+from upit_merge.router.stage import RouterStage
+
+LOG = logging.getLogger(__name__)
+
+
+def sample_losses(stage: RouterStage) -> SampleLosses:
+    """Compute every sample's loss under every expert as `settings.losses` says.
+
+    Raises:
+        UpitError: a loss is NaN or infinite.
+    """
+    rule, count = stage.settings.losses, len(stage.everything)
+    if rule == "auto" and not first_order_is_cheaper(count, stage.model.num_experts):
+        rule = "exact"
+    return stage.losses() if rule == "exact" else checked_losses(stage)
+
+
+def assigned(stage: RouterStage) -> Buckets:
+    """Return which expert gets which sample, as `settings.assign` says.
+
+    Raises:
+        UpitError: a loss is NaN or infinite, or the data names no expert.
+    """
+    rule = stage.settings.assign
+    experts = stage.model.num_experts
+    if isinstance(rule, ByColumn):
+        buckets = Buckets(by_column(stage.seeds.samples, rule, experts), experts)
+    elif rule == "shuffled":
+        buckets = Buckets(shuffled(len(stage.everything), experts, stage.seed), experts)
+    else:
+        buckets = assign_by_loss(sample_losses(stage), rule)
+    if stage.processes.is_first:
+        _warn(buckets, rule)
+    return buckets
+
+
+def _warn(buckets: Buckets, rule: ByColumn | str) -> None:
+    if empty := [str(expert) for expert, size in enumerate(buckets.sizes) if size == 0]:
+        remedy = "give more samples"
+        if rule == "lowest":
+            remedy += ", or use assign: balanced if you train the mixture further"
+        LOG.warning(
+            "No seed sample belongs to expert(s) %s, which the gates will avoid or know "
+            "nothing of; %s.",
+            ", ".join(empty),
+            remedy,
+        )
+    if buckets.losses is not None:
+        for sentence in measure_router_gain(buckets.losses).warnings():
+            LOG.warning("%s", sentence)
