@@ -35,17 +35,27 @@ TRAINED = {"objective": "upit", "upit": {"train_experts": True, "epochs": 2}}
         ({"assign": "balanced"}, 4, StageSweeps(4, 1)),
         ({"assign": {"column": "domain"}}, 8, StageSweeps(0, 1)),
         ({"assign": "shuffled", "stream": "expert"}, 8, StageSweeps(0, 1)),
-        ({"objective": "random"}, 8, StageSweeps(0, 0)),
-        ({}, 1, StageSweeps(0, 0)),
-        (TRAINED, 4, StageSweeps(4, 0, tuning=8)),
-        (TRAINED, 1, StageSweeps(1, 0, tuning=8)),
+        ({"objective": "random"}, 8, StageSweeps(0, 0, fits=False)),
+        ({}, 1, StageSweeps(0, 0, fits=False)),
+        (TRAINED, 4, StageSweeps(4, 0, tuning=8, fits=False)),
+        (TRAINED, 1, StageSweeps(1, 0, tuning=8, fits=False)),
         # 10 steps of 500 of the 1,000 tokens, three times; of all tokens if there are fewer.
         ({"refine": {"steps": 10, "tokens": 500}}, 2, StageSweeps(2, 1, refining=15)),
         ({"refine": {"steps": 10, "tokens": 5000}}, 2, StageSweeps(2, 1, refining=30)),
     ],
 )
 def test_how_often_a_stage_sweeps(settings, experts, sweeps) -> None:
-    assert stage_sweeps(RouterSettings(data="-", **settings), experts, 1000) == sweeps
+    assert stage_sweeps(RouterSettings(data="-", **settings), experts, [100] * 10) == sweeps
+
+
+def test_losses_to_first_order_show_what_the_gates_see() -> None:
+    """32 control samples under 8 experts; a sweep of the samples' own experts is one more."""
+    settings = RouterSettings(data="-")
+    assert stage_sweeps(settings, 8, [50] * 1000) == StageSweeps(4.2 + 0.256, 0)
+    own = settings.model_copy(update={"stream": "expert"})
+    assert stage_sweeps(own, 64, [50] * 1000) == StageSweeps(4.2 + 0.256, 1)
+    exact = settings.model_copy(update={"losses": "exact"})
+    assert stage_sweeps(exact, 8, [50] * 1000) == StageSweeps(8, 1)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +125,7 @@ def test_the_time_foretold_is_the_time_taken(tmp_path: Path, merge) -> None:
             seeds = seed_set_for(model, out, settings, 0)
             stage = RouterStage(model, seeds, settings, 0, tmp_path, quiet=True)
             timed = time_layer(model, seeds.samples, settings.batch_tokens)
-            sweeps = stage_sweeps(settings, 3, sum(stage.lengths))
+            sweeps = stage_sweeps(settings, 3, stage.lengths)
             effort = Effort.of_model(model, settings, sum(stage.lengths))
             foretold = foretold_seconds(timed, effort, sweeps, seeds.samples, 4)
             report = pretrain_router(stage).report

@@ -21,8 +21,14 @@ from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.models.mixture import opened_mixture
 from upit_merge.router import memory
 from upit_merge.router.assignment import assigned, sample_losses
-from upit_merge.router.control import Control, PairLosses, control_pairs, control_size
-from upit_merge.router.first_order import first_order, first_order_is_cheaper
+from upit_merge.router.control import (
+    Control,
+    PairLosses,
+    control_pairs,
+    control_size,
+    loss_sweeps,
+)
+from upit_merge.router.first_order import first_order
 from upit_merge.router.stage import RouterStage
 
 CPU = torch.device("cpu")
@@ -117,11 +123,13 @@ def test_what_the_gates_see_is_kept_on_the_way(shared_family, merge, tmp_path) -
     assert all(torch.equal(one, other) for one, other in zip(kept, swept, strict=True))
 
 
-def test_few_experts_or_samples_are_cheaper_exactly() -> None:
-    assert not first_order_is_cheaper(1000, 4)
-    assert first_order_is_cheaper(1000, 8)
-    assert not first_order_is_cheaper(20, 8)
-    assert first_order_is_cheaper(60, 64)
+@pytest.mark.parametrize(
+    ("experts", "samples", "sweeps"),
+    [(4, 1000, 4), (8, 1000, 4.2 + 32 * 8 / 1000), (8, 20, 8), (64, 60, 4.2 + 16 * 8 / 60)],
+)
+def test_few_experts_or_samples_are_cheaper_exactly(experts, samples, sweeps) -> None:
+    assert loss_sweeps(RouterSettings(data="-"), experts, samples) == pytest.approx(sweeps)
+    assert loss_sweeps(RouterSettings(data="-", losses="exact"), experts, samples) == experts
 
 
 def made_up(samples: int = 200, experts: int = 6, seed: int = 0) -> Tensor:
@@ -182,7 +190,7 @@ def test_experts_far_apart_get_exact_losses(shared_family, merge, tmp_path, monk
     out = merge(shared_family.recipe())
     with opened_stage(out, tmp_path, batch_tokens=64, losses="exact") as stage:
         exact = sample_losses(stage)
-    monkeypatch.setattr("upit_merge.router.assignment.first_order_is_cheaper", lambda *_: True)
+    monkeypatch.setattr("upit_merge.router.assignment.loss_sweeps", lambda *_: 1.0)
     original = engine.MeanSweeps._multiply
     monkeypatch.setattr(
         engine.MeanSweeps,
@@ -208,7 +216,7 @@ def test_auto_takes_first_order_where_it_holds(tmp_path, merge, monkeypatch) -> 
     """Experts close to each other: the choice is the exact one, the levels are near."""
     family = build_family(tmp_path, count=3, noise=0.004)
     out = merge(family.recipe())
-    monkeypatch.setattr("upit_merge.router.assignment.first_order_is_cheaper", lambda *_: True)
+    monkeypatch.setattr("upit_merge.router.assignment.loss_sweeps", lambda *_: 1.0)
     samples = some_samples(40)
     with opened_stage(out, tmp_path, samples, batch_tokens=64) as stage:
         found = sample_losses(stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -43,8 +44,8 @@ def planned_router_time(
 
     Times a layer of it, unless nothing is to be computed.
     """
-    tokens = sum(len(sample.input_ids) for sample in seeds.samples)
-    sweeps = stage_sweeps(settings, inputs.num_experts, tokens)
+    lengths = [len(sample.input_ids) for sample in seeds.samples]
+    sweeps = stage_sweeps(settings, inputs.num_experts, lengths)
     if sweeps.total == 0:
         yield "Router: no time; nothing is fitted."
         return
@@ -55,7 +56,7 @@ def planned_router_time(
     # Of the planned model only the checkpoints are there to take a mean of.
     mean = timed.read_mean * inputs.num_experts / model.num_experts
     timed = LayerTime(timed.token, timed.read, mean)
-    effort = Effort.of(shape, inputs.experts_per_token, settings, tokens)
+    effort = Effort.of(shape, inputs.experts_per_token, settings, sum(lengths))
     yield from _sentences(timed, effort, sweeps, seeds.samples, architecture.num_layers)
 
 
@@ -64,7 +65,7 @@ def tell_router_time(stage: RouterStage) -> None:
     if stage.quiet or not stage.processes.is_first:
         return
     model, samples = stage.model, stage.seeds.samples
-    sweeps = stage_sweeps(stage.settings, model.num_experts, sum(stage.lengths))
+    sweeps = stage_sweeps(stage.settings, model.num_experts, stage.lengths)
     weights = sum(spec.numel for name, spec in model.moe.specs.items() if ".layers.0." in name)
     operations = 2.0 * sweeps.total * sum(stage.lengths) * weights / model.num_experts
     if operations * model.num_layers < _WORTH_TELLING:
@@ -90,7 +91,7 @@ def _sentences(
     shared = f", {num_processes} processes" if num_processes > 1 else ""
     yield f"Router: about {told_duration(seconds)} on this machine ({counted}{shared})."
     if seconds > _SLOW and sweeps.losses:
-        without = StageSweeps(0, sweeps.gates, sweeps.tuning, sweeps.refining)
+        without = replace(sweeps, losses=0.0, gates=float(sweeps.fits))
         rest = foretold_seconds(timed, effort, without, samples, num_layers)
         yield (
             f"All but about {told_duration(rest)} of it are the losses of the samples under the "

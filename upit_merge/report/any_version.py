@@ -58,7 +58,8 @@ class AnyRouter(Part):
         if self.seed is None:
             return None
         try:
-            return RouterSettings.model_validate(self.settings), self.seed
+            # Versions before there was a choice computed exact losses.
+            return RouterSettings.model_validate({"losses": "exact", **self.settings}), self.seed
         except (TypeError, ValueError):  # pydantic's own is a ValueError
             return None
 

@@ -95,9 +95,10 @@ class BucketRow(Part):
 
 
 class BucketTable(Part):
-    """Has a row per expert, and what the router can gain: `worth`."""
+    """Has a row per expert, how the `losses` were computed, and what the router can gain: `worth`."""
 
     experts: list[BucketRow]
+    losses: dict[str, Any] = Field(default_factory=dict)
     worth: dict[str, Any] = Field(default_factory=dict)
 
 

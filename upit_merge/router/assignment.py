@@ -6,7 +6,8 @@ import logging
 
 from upit_merge.config.router import ByColumn
 from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
-from upit_merge.router.first_order import checked_losses, first_order_is_cheaper
+from upit_merge.router.control import loss_sweeps
+from upit_merge.router.first_order import checked_losses
 from upit_merge.router.router_gain import SampleLosses, measure_router_gain
 from upit_merge.router.stage import RouterStage
 
@@ -19,10 +20,10 @@ def sample_losses(stage: RouterStage) -> SampleLosses:
     Raises:
         UpitError: a loss is NaN or infinite.
     """
-    rule, count = stage.settings.losses, len(stage.everything)
-    if rule == "auto" and not first_order_is_cheaper(count, stage.model.num_experts):
-        rule = "exact"
-    return stage.losses() if rule == "exact" else checked_losses(stage)
+    count = stage.model.num_experts
+    if loss_sweeps(stage.settings, count, len(stage.everything)) == count:
+        return stage.losses()
+    return checked_losses(stage)
 
 
 def assigned(stage: RouterStage) -> Buckets:

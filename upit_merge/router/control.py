@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upit_merge.config.router import RouterSettings
 from upit_merge.router.router_gain import SampleLosses
 
 # Samples whose exact losses are computed: a twentieth of all, but neither fewer nor more than this.
@@ -21,6 +22,8 @@ PROMISING = 4
 TOLERATED = 0.1
 # Nats per token: less is rounding.
 ROUNDING = 1e-5
+# What losses to first order take, in sweeps of one expert, their control group aside.
+FIRST_ORDER_SWEEPS = 4.2
 # An expert's offset is drawn towards that of all as if so many more samples had shown the latter.
 _PRIOR = 2.0
 
@@ -30,6 +33,15 @@ Pair = tuple[int, int]  # a sample, an expert
 def control_size(num_samples: int) -> int:
     """Return how many samples the control group has."""
     return min(num_samples, max(FEWEST, min(MOST, round(SHARE * num_samples))))
+
+
+def loss_sweeps(settings: RouterSettings, num_experts: int, num_samples: int) -> float:
+    """Return how many sweeps the losses of the experts take."""
+    control = control_size(num_samples) * min(num_experts, EXPERTS) / num_samples
+    estimated = FIRST_ORDER_SWEEPS + control
+    if settings.losses == "exact" or (settings.losses == "auto" and estimated >= num_experts):
+        return float(num_experts)
+    return estimated
 
 
 def control_pairs(estimated: Tensor, seed: int) -> list[Pair]:

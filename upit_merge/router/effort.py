@@ -13,7 +13,8 @@ from upit_merge.config.router import ByColumn, RouterSettings
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.hidden_states import MEAN, Batch, token_batches
 from upit_merge.engine.layerwise import LayerwiseMixture
-from upit_merge.router.memory import ModelShape, shape_of
+from upit_merge.router.control import loss_sweeps
+from upit_merge.router.memory import FITTED_TOKENS, ModelShape, shape_of
 
 # Fits, in multiplications of a layer's products, as measured with hidden sizes of 128 to 576. A
 # step of L-BFGS goes through the inputs twice, which takes longer than what is computed with them.
@@ -55,11 +56,14 @@ class Effort:
         fit: float = _FIT_SUMS * width
         if settings.objective in ("one_vs_rest", "softmax", "ridge"):
             # Half of the covariance is computed.
-            fit += width**2 / 2 + _FIT_SOLVING * width**3 / max(num_tokens, 1)
+            fit += width**2 / 2 + _FIT_SOLVING * width**3 * fitted_every(num_tokens) / max(
+                num_tokens, 1
+            )
         if settings.objective in ("one_vs_rest", "softmax"):
             fit += _FIT_STEPS * (_FIT_READING + 2 * shape.num_experts) * width
         if settings.objective == "upit":
             fit += settings.upit_settings.epochs * _FIT_READING * width
+        fit /= fitted_every(num_tokens)
         routed = shape.attention + 3 * experts_per_token * shape.projection
         routed += shape.num_experts * width
         return cls(head=shape.embeddings / layer, fit=fit / layer, mixture=routed / layer)
@@ -73,6 +77,11 @@ class Effort:
         return cls.of(shape, chosen, settings, num_tokens)
 
 
+def fitted_every(num_tokens: int) -> int:
+    """Return of how many tokens one is enough for a gate to be fitted to."""
+    return max(1, num_tokens // FITTED_TOKENS)
+
+
 @dataclass(frozen=True)
 class StageSweeps:
     """How often a stage goes through all its samples.
@@ -82,39 +91,46 @@ class StageSweeps:
         gates: For the inputs of the gates.
         tuning: Of a training of the experts, counted in forward sweeps.
         refining: Of a refinement, counted in forward sweeps of the mixture.
+        fits: Whether gates are fitted to what a sweep has shown.
     """
 
     losses: float
     gates: float
     tuning: float = 0.0
     refining: float = 0.0
+    fits: bool = True
 
     @property
     def total(self) -> float:
         return self.losses + self.gates + self.tuning + self.refining
 
 
-def stage_sweeps(settings: RouterSettings, num_experts: int, num_tokens: int) -> StageSweeps:
+def stage_sweeps(settings: RouterSettings, num_experts: int, lengths: Sequence[int]) -> StageSweeps:
     """Return how often the stage will go through its samples.
 
+    Where losses to first order turn out not to hold, more are needed, which is known only then.
+
     Args:
-        num_tokens: Of all samples.
+        lengths: Tokens of all samples.
     """
+    fits = True
     alone = num_experts == 1 and not settings.trains_experts
     if settings.objective == "random" or alone:
-        losses = gates = 0.0
+        losses, gates, fits = 0.0, 0.0, False
     else:
         named = isinstance(settings.assign, ByColumn) or settings.assign == "shuffled"
-        losses = 0.0 if named else float(num_experts)
-        gates = 0.0 if settings.trains_experts else 1.0
+        losses = 0.0 if named else loss_sweeps(settings, num_experts, len(lengths))
+        # What the gates see is kept on the way of losses to first order.
+        seen = settings.router_stream == "mean" and 0 < losses < num_experts
+        gates = 0.0 if settings.trains_experts or seen else 1.0
     # Forwards, once more for the gradients, and those of weights and inputs: twice as much.
     tuning = 4.0 * settings.upit_settings.epochs if settings.trains_experts else 0.0
     refining = 0.0
     if settings.refine is not None and num_experts > 1:
         # Forwards, once more, and gradients of the inputs.
-        tokens = settings.refine.steps * min(settings.refine.tokens, num_tokens)
-        refining = 3.0 * tokens / max(num_tokens, 1)
-    return StageSweeps(losses, gates, tuning, refining)
+        tokens = settings.refine.steps * min(settings.refine.tokens, sum(lengths))
+        refining = 3.0 * tokens / max(sum(lengths), 1)
+    return StageSweeps(losses, gates, tuning, refining, fits and not settings.trains_experts)
 
 
 @dataclass(frozen=True)
@@ -193,7 +209,7 @@ def foretold_seconds(
     targets = sum(sample.num_targets for sample in samples)
     through, head = tokens * num_layers, targets * effort.head
     work = sweeps.losses * (through + head)
-    work += sweeps.gates * through * (1 + effort.fit)
+    work += through * (sweeps.gates + effort.fit * sweeps.fits)
     work += sweeps.tuning * (through + head)
     work += sweeps.refining * (through * effort.mixture + head)
     # Weights are read beside the arithmetic, but by cores that would compute otherwise.

@@ -21,13 +21,11 @@ from upit_merge.engine.hidden_states import (
 )
 from upit_merge.io.disk import check_space
 from upit_merge.router.control import (
-    EXPERTS,
     ROUNDING,
     Control,
     control_pairs,
-    control_size,
 )
-from upit_merge.router.memory import GROUP_TOKENS, group_bytes, group_token_bytes
+from upit_merge.router.memory import group_tokens
 from upit_merge.router.router_gain import SampleLosses
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.work_bar import WorkBar
@@ -38,8 +36,6 @@ LOG = logging.getLogger(__name__)
 BACKWARDS = 3
 # What the head costs with its slopes, in units of its logits.
 HEAD = 2
-# What losses to first order cost in all, in sweeps of one expert.
-FIRST_ORDER_SWEEPS = 4.0
 
 
 @dataclass(frozen=True)
@@ -89,11 +85,14 @@ class _Sweeps:
     def _grouped(self, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
         """Groups of batches; those of a group are shared by the processes."""
         stage, size = self.stage, self.stage.processes.size
-        shape = stage.shape
-        item = stage.model.dtype.itemsize
-        room = group_bytes(shape, stage.lengths, stage.settings, item)
-        enough = GROUP_TOKENS * stage.model.num_experts
-        limit = size * min(enough, room // group_token_bytes(shape, item))
+        arithmetic = stage.model.arithmetic
+        limit = size * group_tokens(
+            stage.shape,
+            stage.lengths,
+            stage.settings,
+            arithmetic.states.itemsize,
+            arithmetic.products.itemsize,
+        )
         group: list[Batch] = []
         tokens = 0
         for start in range(0, len(batches), size):
@@ -261,9 +260,3 @@ def checked_losses(stage: RouterStage) -> SampleLosses:
         {"by": by, "control": control.to_report()},
         control.losses,
     )
-
-
-def first_order_is_cheaper(num_samples: int, num_experts: int) -> bool:
-    """Whether it takes fewer sweeps than every expert's exact losses, its control group included."""
-    control = control_size(num_samples) * min(num_experts, EXPERTS)
-    return num_samples * FIRST_ORDER_SWEEPS + control < num_samples * num_experts

@@ -11,14 +11,19 @@ import torch
 
 from upit_merge.config.router import RouterSettings
 from upit_merge.engine.arithmetic import Arithmetic
+from upit_merge.engine.first_order import BLOCK_ELEMENTS, SLOPE_TOKENS
 from upit_merge.engine.layerwise import LOGIT_ROWS
 from upit_merge.models.formats import MixtureFormat
 from upit_merge.models.mixture import mixture_shapes
+from upit_merge.router.control import loss_sweeps
 from upit_merge.router.objectives import CHUNK_BYTES
 
 # What the allocator loses, and Python's own objects; see benchmarks/router_memory.py.
 _MARGIN = 1.1
 _SMALL_THINGS = 64 << 20
+# Tokens that a gate is fitted to: of more than twice as many only every second, third … is taken,
+# for those of a sample say much the same.
+FITTED_TOKENS = 32_768
 # A group of samples whose losses are estimated reads all experts: beside the arithmetic of so many
 # tokens per expert that takes a fiftieth of the time.
 GROUP_TOKENS = 1024
@@ -115,8 +120,15 @@ def router_memory(
     if arithmetic is not None:
         item, weight = arithmetic.states.itemsize, arithmetic.products.itemsize
     budget = int(float(settings.memory_gb) * 2**30)
-    states = 2 * item * shape.hidden_size * sum(lengths)
+    row = item * shape.hidden_size
+    states, on_disk = row * (sum(lengths) + min(sum(lengths), 2 * FITTED_TOKENS)), 0
     parts = [_sweeps(shape, lengths, settings, item, weight), _head(shape, item)]
+    if loss_sweeps(settings, shape.num_experts, len(lengths)) < shape.num_experts:
+        batch = _batch(lengths, settings)
+        group = max(batch, min(sum(lengths), group_tokens(shape, lengths, settings, item, weight)))
+        parts.append(_first_order(shape, group, min(batch, SLOPE_TOKENS), item, weight))
+        states = max(states, group * _group_states(shape, item))
+        on_disk = row * group * shape.num_layers
     if evaluated:
         parts.append(_mixture(shape, lengths, settings, item, weight, 0))
     if settings.refine is not None:
@@ -130,29 +142,42 @@ def router_memory(
         parts.append(_training(shape, lengths, settings, stored))
     kept_states = min(states, budget)
     compute = int(_MARGIN * max(parts)) + _SMALL_THINGS
-    return RouterMemory(compute, kept_states, states - kept_states)
+    return RouterMemory(compute, kept_states, states - kept_states + on_disk)
 
 
-def group_token_bytes(shape: ModelShape, item: int) -> int:
-    """Return what a token takes in a group whose losses are estimated to first order.
-
-    What enters a layer, and its slope in float32; what the layer's FFN sees, with the slopes of its
-    projections.
-    """
-    wide = 3 * shape.hidden_size + 3 * shape.intermediate_size
-    return item * wide + 4 * shape.hidden_size
-
-
-def group_bytes(
-    shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, item: int
+def group_tokens(
+    shape: ModelShape, lengths: Sequence[int], settings: RouterSettings, item: int, weight: int
 ) -> int:
-    """Return what such a group may take: not much more than the hidden states of all samples.
+    """Return the tokens of a group whose losses are estimated to first order.
 
-    Every group reads all experts once more, which takes little beside the arithmetic of some
-    thousand tokens.
+    Every group reads all experts once more; so many that this takes little, if the memory that
+    hidden states of all samples would take has room for them.
     """
     states = 2 * item * shape.hidden_size * sum(lengths)
-    return min(int(float(settings.memory_gb) * 2**30), max(states, GROUP_BYTES))
+    room = min(int(float(settings.memory_gb) * 2**30), max(states, GROUP_BYTES))
+    token = _group_states(shape, item) + _tape(shape, weight)
+    return max(1, min(GROUP_TOKENS * shape.num_experts, room // token))
+
+
+def _group_states(shape: ModelShape, item: int) -> int:
+    """What enters a layer, and its slope, float32; of one token."""
+    return shape.hidden_size * (item + 4)
+
+
+def _tape(shape: ModelShape, weight: int) -> int:
+    """What a layer's FFN sees of a token, and the slopes of its projections."""
+    return weight * (2 * shape.hidden_size + 3 * shape.intermediate_size)
+
+
+def _first_order(shape: ModelShape, tokens: int, batch: int, item: int, weight: int) -> int:
+    """Return two layers, the tape of a group, and a batch with what is kept to differentiate it."""
+    layer = (shape.attention + 3 * shape.projection) * weight
+    # While an FFN is made from all experts: a sum, a summand, and that as it is stored.
+    reading = shape.projection * (8 + shape.itemsize)
+    # Differences of all experts in a block, and as they are stored; twice, as one is read ahead.
+    block = 2 * BLOCK_ELEMENTS * shape.num_experts * (4 + 2 * shape.itemsize)
+    activations = batch * (6 * weight * shape.intermediate_size + 16 * item * shape.hidden_size)
+    return 2 * layer + reading + block + tokens * _tape(shape, weight) + activations
 
 
 def _batch(lengths: Sequence[int], settings: RouterSettings) -> int:

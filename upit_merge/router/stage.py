@@ -28,7 +28,7 @@ from upit_merge.io.tensor_file import all_finite
 from upit_merge.router import objectives
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.control import Pair, PairLosses
-from upit_merge.router.effort import Effort
+from upit_merge.router.effort import Effort, fitted_every
 from upit_merge.router.memory import ModelShape, shape_of
 from upit_merge.router.objectives import GateData, Objective
 from upit_merge.router.progress import Progress
@@ -38,9 +38,6 @@ from upit_merge.runtime.processes import ALONE, Processes
 from upit_merge.runtime.work_bar import WorkBar
 
 LOG = logging.getLogger(__name__)
-
-# Tokens that a gate is fitted to: of more than twice as many, only every second, third … is taken.
-FITTED_TOKENS = 32_768
 
 OBJECTIVES: dict[str, Objective] = {
     "one_vs_rest": objectives.one_vs_rest,
@@ -267,7 +264,7 @@ class RouterStage:
     @property
     def fitted_every(self) -> int:
         """Of how many tokens one is enough for a gate to be fitted to."""
-        return max(1, sum(self.lengths) // FITTED_TOKENS)
+        return fitted_every(sum(self.lengths))
 
     # ---- gates -----------------------------------------------------------------------------
 
