@@ -11,7 +11,7 @@ import torch
 
 from tests.support import naive
 from upit_merge.merge.counter_rng import MaskKey, index_hash, mask_key
-from upit_merge.merge.dare import dare, keep_bits
+from upit_merge.merge.dare import Scratch, Share, dare, dare_sum, keep_bits, keep_factors
 
 COUNT = 1 << 20
 KEY = mask_key("a test")
@@ -116,6 +116,41 @@ def test_key_depends_on_every_part() -> None:
     assert len(keys) == 5
 
 
+@pytest.mark.parametrize("density", [1e-10, 1e-4, 0.3, 0.9, 0.999999, 1 - 1e-12])
+def test_factors_are_the_bits(density: float) -> None:
+    """Every number next to the limit and at the ends of the range is on the same side in both."""
+    key = MaskKey(1, 0)  # leaves the numbers as they are
+    limit = min(round(density * 2**31), 2**31 - 1)
+    edges = [0, 1, limit - 1, limit, limit + 1, 2**31 - 2, 2**31 - 1]
+    numbers = torch.tensor([n % 2**31 + top for n in edges for top in (0, -(2**31))])
+    hashed = torch.cat([numbers.int(), index_hash(KEY, 0, COUNT, "cpu")])
+    for name in (key, mask_key(5, 1, 2, "t")):
+        bits = keep_bits(hashed, name, density)
+        factors = keep_factors(hashed, name, density, torch.empty_like(hashed))
+        assert torch.equal(factors, -bits.float())
+    assert keep_bits(hashed[:14], key, density).eq(-1).sum() == sum(
+        2 * (n % 2**31 < limit) for n in edges
+    )
+
+
+@pytest.mark.parametrize("count", [1, 15, 1000, 65_537])
+def test_sum_is_that_of_its_shares_to_the_bit(count: int) -> None:
+    """On a CPU it is computed in another way than anywhere else."""
+    torch.manual_seed(count)
+    hashed = index_hash(KEY, 77, count, "cpu")
+    shares = [
+        Share(torch.randn(count) * 0.01, mask_key("share", index), density, weight)
+        for index, (density, weight) in enumerate([(0.9, 0.3), (0.55, 0.2), (1.0, 0.4), (0.1, 0.1)])
+    ]
+    for order in (shares, shares[::-1], shares[1:2], shares[2:3]):
+        expected = torch.zeros(count)
+        for share in order:
+            expected += dare(share.delta, hashed, share.key, share.density, share.weight)
+        scratch = Scratch.like(hashed)
+        scratch.total.fill_(torch.nan)
+        assert torch.equal(dare_sum(order, hashed, scratch), expected)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_same_bits() -> None:
@@ -123,5 +158,7 @@ def test_cuda_gives_the_same_bits() -> None:
     results = []
     for device in ("cpu", "cuda"):
         hashed = index_hash(mask_key(0, "t"), 12345, COUNT, device)
-        results.append(dare(delta.to(device), hashed, KEY, 0.9, 0.3).cpu())
-    assert torch.equal(results[0], results[1])
+        part = dare(delta.to(device), hashed, KEY, 0.9, 0.3).cpu()
+        shares = [Share(delta.to(device), mask_key(i), 0.9, 0.3 * i) for i in (1, 2, 3)]
+        results.append((part, dare_sum(shares, hashed, Scratch.like(hashed)).cpu()))
+    assert all(map(torch.equal, *results))

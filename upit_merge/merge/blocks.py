@@ -13,9 +13,12 @@ from upit_merge.runtime.device import merge_workers
 # Sums are taken block by block, so this size must not depend on the machine.
 SUM_BLOCK_ELEMENTS = 1 << 18
 
-# Small enough that the dozen passes over a block run in the processor's cache, large enough that
-# Python's part does not show; a GPU wants more work at a time. Results do not depend on it.
+# Large enough that Python's part does not show; a GPU wants more work at a time. Results do not
+# depend on it.
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
+
+# Of children on a CPU: a dozen passes over a block for each, which run in the processor's cache.
+_CHILD_ELEMENTS = 1 << 16
 
 
 def gram_block_elements(num_checkpoints: int) -> int:
@@ -29,6 +32,12 @@ def block_elements(inputs: Inputs, device: torch.device) -> int:
     if inputs.recipe.parameters.mutation != "compound":
         return size
     return max(1 << 14, size * 16 // (16 + inputs.num_experts))
+
+
+def child_block_elements(inputs: Inputs, device: torch.device) -> int:
+    """Return the elements of a block of which children are made."""
+    size = block_elements(inputs, device)
+    return min(size, _CHILD_ELEMENTS) if device.type == "cpu" else size
 
 
 def count_workers(inputs: Inputs, devices: Sequence[torch.device]) -> int:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 
-_INT32 = 1 << 32
+_INT31, _INT32 = 1 << 31, 1 << 32
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """Return the int32 with the same bits as a 32-bit unsigned integer."""
     value %= _INT32
     return value - _INT32 if value >= _INT32 // 2 else value
@@ -24,8 +25,8 @@ def _signed(value: int) -> int:
 
 # The constants of the "lowbias32" integer hash, found by search for low avalanche bias
 # (C. Wellons, "Prospecting for Hash Functions", 2018).
-MULTIPLIER_1 = _signed(0x7FEB352D)
-_MULTIPLIER_2 = _signed(0x846CA68B)
+MULTIPLIER_1 = signed(0x7FEB352D)
+_MULTIPLIER_2 = signed(0x846CA68B)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,18 @@ class MaskKey:
     multiplier: int
     offset: int
 
+    @cached_property
+    def falling(self) -> tuple[int, torch.Tensor]:
+        """Multiplier and offset, int32, (), of a word that falls as the mask's number grows.
 
+        Twice the number, which drops its top bit, fills the word; -1 minus it is counted from the
+        middle of the signed range. Kept, as making a tensor takes as long as a pass over a block.
+        """
+        offset = torch.tensor(signed(-2 * self.offset - _INT31 - 1), dtype=torch.int32)
+        return signed(-2 * self.multiplier), offset
+
+
+@lru_cache(maxsize=1 << 14, typed=True)
 def mask_key(*parts: object) -> MaskKey:
     """Return a key from anything that names a mask, e.g. (seed, expert, checkpoint, tensor).
 
@@ -46,7 +58,7 @@ def mask_key(*parts: object) -> MaskKey:
         encoded = str(part).encode()
         digest.update(len(encoded).to_bytes(4, "little") + encoded)
     multiplier, offset = struct.unpack("<II", digest.digest()[:8])
-    return MaskKey(_signed(multiplier | 1), _signed(offset))
+    return MaskKey(signed(multiplier | 1), signed(offset))
 
 
 def xor_shift_right(x: torch.Tensor, bits: int, work: torch.Tensor) -> torch.Tensor:
@@ -60,7 +72,7 @@ def index_hash(key: MaskKey, start: int, count: int, device: torch.device | str)
 
     Computed once per block and shared by all masks of it; `keep_bits` turns it into one.
     """
-    x = torch.arange(count, dtype=torch.int32, device=device).add_(_signed(start))
+    x = torch.arange(count, dtype=torch.int32, device=device).add_(signed(start))
     x.bitwise_xor_(key.offset)
     work = torch.empty_like(x)
     xor_shift_right(x, 16, work).mul_(MULTIPLIER_1)

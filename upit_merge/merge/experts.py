@@ -11,9 +11,9 @@ import torch
 from upit_merge.errors import UpitError
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import TensorSpec, all_finite, row_blocks
-from upit_merge.merge.blocks import block_elements, count_workers
+from upit_merge.merge.blocks import block_elements, child_block_elements, count_workers
 from upit_merge.merge.counter_rng import index_hash, mask_key
-from upit_merge.merge.dare import dare
+from upit_merge.merge.dare import Scratch, Share, dare_sum
 from upit_merge.merge.inputs import Inputs
 from upit_merge.merge.lineage import Lineage
 from upit_merge.merge.similarity import Grams, block_gram, low_rank_deltas, low_rank_gram
@@ -103,19 +103,20 @@ class ExpertBuilder:
                 if index in mixed:
                     yield index, values
             return
-        child, part = torch.empty_like(origin).flatten(), torch.empty_like(origin).flatten()
-        work = torch.empty_like(hashed)
+        densities, scratch = self.densities[tensor].tolist(), Scratch.like(hashed)
         for index in mixed:
-            parts = [(i, w) for i, w in enumerate(experts[index].weights) if w != 0]
-            # The memory of the child before is taken again: it is in the processor's cache.
-            for count, (i, weight) in enumerate(parts):
-                key, density = mask_key(self.seed, index, i, name), float(self.densities[tensor, i])
-                if experts[index].is_average:
-                    density = 1.0
-                out = part if count else child
-                dare(deltas[i], hashed, key, density, weight, out=out, work=work)
-                if count:
-                    child.add_(part)
+            expert = experts[index]
+            shares = [
+                Share(
+                    deltas[i],
+                    mask_key(self.seed, index, i, name),
+                    1.0 if expert.is_average else densities[i],
+                    weight,
+                )
+                for i, weight in enumerate(expert.weights)
+                if weight != 0
+            ]
+            child = dare_sum(shares, hashed, scratch)
             yield index, child.view_as(origin).add_(origin)
 
     def _compound(
@@ -127,7 +128,7 @@ class ExpertBuilder:
         hashed: torch.Tensor,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield all children, as each may be a parent of the next."""
-        density = float(self.densities[tensor, 0])
+        density, scratch = float(self.densities[tensor, 0]), Scratch.like(hashed)
         grown: list[torch.Tensor] = []
         for index, expert in enumerate(self.lineage.unit_of(tensor).experts):
             if expert.checkpoint is not None:
@@ -135,13 +136,12 @@ class ExpertBuilder:
                 continue
             assert expert.parents is not None
             assert expert.alpha is not None
-            first, second = (
-                dare(grown[parent], hashed, mask_key(self.seed, index, slot, name), density, weight)
-                for slot, (parent, weight) in enumerate(
-                    zip(expert.parents, (expert.alpha, 1 - expert.alpha), strict=True)
-                )
-            )
-            grown.append(first.add_(second))
+            halves = zip(expert.parents, (expert.alpha, 1 - expert.alpha), strict=True)
+            shares = [
+                Share(grown[parent], mask_key(self.seed, index, slot, name), density, weight)
+                for slot, (parent, weight) in enumerate(halves)
+            ]
+            grown.append(dare_sum(shares, hashed, scratch).clone())
             yield index, grown[-1].view_as(origin) + origin
 
 
@@ -256,7 +256,7 @@ def _jobs(
         for index, (layer, projection, name) in enumerate(architecture.ffn_names())
     }
     name_of = architecture.format.expert_tensor
-    size = block_elements(inputs, devices[0])
+    size, child_size = (f(inputs, devices[0]) for f in (block_elements, child_block_elements))
     for count, (name, spec) in enumerate(architecture.specs.items()):
         index, layer, projection = ffn.get(name, (None, 0, ""))
         targets = {0: name}
@@ -269,7 +269,8 @@ def _jobs(
         tensor = None if index is None else (index, name)
         low_rank = low_rank_deltas(inputs, name) if with_gram else None
         device = devices[count % len(devices)]
-        for start, stop in row_blocks(spec, size):
+        children = tensor and any(lineage.unit_of(tensor[0]).experts[e].parents for e in targets)
+        for start, stop in row_blocks(spec, child_size if children and not with_gram else size):
             yield _Job(spec, start, stop, targets, tensor, with_gram, low_rank, device)
 
 
