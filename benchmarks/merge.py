@@ -25,6 +25,8 @@ mapped into memory, sampled every 20 ms: mergekit maps its inputs, and their pag
 while the kernel could drop them. Bytes are those that went through read and write calls; mapped
 reads do not, so for mergekit they are what its jobs have to read.
 
+`--older TREE`: the code in another work tree does (a) too, in the same rounds.
+
 `--curves`: (a) and (b), `--repeats` times in turn and the median of each, per point: experts at 4
 checkpoints, checkpoints at 16 experts, size at 4 checkpoints and 8 experts; a line through wall
 seconds against bytes written; peak memory against 1 GiB + 6 × the largest tensor. Layers are added
@@ -47,7 +49,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from merge_bench import Bench, Progress, bytes_to_move, mergekit_reads
+from merge_bench import OLDER, Bench, Progress, bytes_to_move, mergekit_reads
 from merge_jobs import (
     CHECKPOINTS,
     CROSSINGS,
@@ -79,15 +81,19 @@ CURVES = {
 
 
 def measure_rounds(
-    bench: Bench, shape: Shape, rounds: int, with_mergekit: bool, save: Callable[[str, Any], None]
+    bench: Bench,
+    shape: Shape,
+    experts: int,
+    rounds: int,
+    kinds: list[str],
+    save: Callable[[str, Any], None],
 ) -> None:
-    """The three jobs in turn."""
-    family = bench.folder / "models"
-    output = shape.moe_bytes(EXPERTS) + len(CROSSINGS) * ITEM * shape.parameters
+    """The jobs in turn."""
+    family, with_mergekit = bench.folder / "models", "mergekit" in kinds
+    output = shape.moe_bytes(experts) + len(CROSSINGS) * ITEM * shape.parameters
     if lack := bench.lacking(family, shape, CHECKPOINTS, output):
         raise click.ClickException(f"The disk of {bench.folder} lacks {lack / 1e9:.1f} GB.")
-    job = {"family": family, "checkpoints": CHECKPOINTS, "experts": EXPERTS}
-    kinds = ["upit-merge", "copy", *(["mergekit"] if with_mergekit else [])]
+    job = {"family": family, "checkpoints": CHECKPOINTS, "experts": experts}
     bench.make_models("models", family, shape, CHECKPOINTS)
     measured = []
     for index in range(rounds):
@@ -180,7 +186,12 @@ def point_label(point: Point, kind: str) -> str:
 
 
 def expect_everything(
-    progress: Progress, shape: Shape, kinds: list[str], rounds: int, curve_parameters: int | None
+    progress: Progress,
+    shape: Shape,
+    experts: int,
+    kinds: list[str],
+    rounds: int,
+    curve_parameters: int | None,
 ) -> None:
     """Tell what is to come, for the time left."""
 
@@ -191,7 +202,7 @@ def expect_everything(
         expect("models", "make", shape, CHECKPOINTS, EXPERTS)
     for index in range(rounds):
         for kind in kinds:
-            expect(f"round {index + 1}, {kind}", kind, shape, CHECKPOINTS, EXPERTS)
+            expect(f"round {index + 1}, {kind}", kind, shape, CHECKPOINTS, experts)
     if curve_parameters is None:
         return
     expect("planning", "planning", shape_for(curve_parameters), CHECKPOINTS, EXPERTS)
@@ -220,6 +231,12 @@ def machine() -> dict[str, Any]:
 @click.option("--parameters", default=240_000_000, show_default=True, help="Of each model.")
 @click.option("--rounds", default=3, show_default=True, help="0: only the curves.")
 @click.option("--skip-mergekit", is_flag=True)
+@click.option("--experts", default=EXPERTS, show_default=True, help="More only without mergekit.")
+@click.option(
+    "--older",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="A work tree of another version of upit-merge, which takes part in the rounds.",
+)
 @click.option("--threads", type=int, help="Of torch; its default if not given.")
 @click.option("--curves", is_flag=True)
 @click.option(
@@ -236,6 +253,8 @@ def main(
     parameters: int,
     rounds: int,
     skip_mergekit: bool,
+    experts: int,
+    older: Path | None,
     threads: int | None,
     curves: bool,
     names: tuple[str, ...],
@@ -246,11 +265,14 @@ def main(
 ) -> None:
     if plot and not curves:
         raise click.UsageError("--plot draws the curves; give --curves too.")
+    if experts != EXPERTS and not skip_mergekit:
+        raise click.UsageError(f"mergekit makes {EXPERTS} experts here; give --skip-mergekit too.")
     for name in set(CURVES).difference(names or CURVES):
         CURVES[name] = []
-    shape, bench = shape_for(parameters), Bench(folder, threads)
+    shape, bench = shape_for(parameters), Bench(folder, threads, older)
     of_curves = (curve_parameters or parameters) if curves else None
-    kinds = ["upit-merge", "copy", *([] if skip_mergekit else ["mergekit"])]
+    kinds = ["upit-merge", "copy", *([OLDER] if older else [])]
+    kinds += [] if skip_mergekit else ["mergekit"]
     result: dict[str, Any] = {
         "machine": machine(),
         "shape": asdict(shape),
@@ -264,9 +286,9 @@ def main(
             json_file.write_text(json.dumps(result, indent=1) + "\n")
 
     bench.make_models("toy models", bench.folder / "toy", TOY, CHECKPOINTS)
-    expect_everything(bench.progress, shape, kinds, rounds, of_curves)
+    expect_everything(bench.progress, shape, experts, kinds, rounds, of_curves)
     if rounds:
-        measure_rounds(bench, shape, rounds, not skip_mergekit, save)
+        measure_rounds(bench, shape, experts, rounds, kinds, save)
     if of_curves:
         measure_curves(bench, of_curves, repeats, save)
     report(result)

@@ -27,6 +27,7 @@ from merge_jobs import (
 JOBS = Path(__file__).with_name("merge_jobs.py")
 SAMPLING_SECONDS = 0.02
 SPARE_BYTES = 1 << 30  # of the disk, never used
+OLDER = "upit-merge, older"
 TRIED_FIRST = ("upit-merge", "mergekit", "planning")
 
 
@@ -63,6 +64,7 @@ def bytes_to_move(kind: str, shape: Shape, checkpoints: int, experts: int) -> in
     return {
         "make": inputs,
         "upit-merge": 2 * inputs + out,
+        OLDER: 2 * inputs + out,
         "copy": inputs + out,
         "mergekit": mergekit_reads(shape) + len(CROSSINGS) * model + out,
         "planning": len(PLANNED) * PLAN_REPEATS * inputs,
@@ -78,13 +80,14 @@ def mergekit_reads(shape: Shape) -> int:
 class Bench:
     """Runs jobs in a work folder, one process each."""
 
-    def __init__(self, folder: Path, threads: int | None) -> None:
+    def __init__(self, folder: Path, threads: int | None, older: Path | None = None) -> None:
         self.folder = folder.absolute()
         self.out = self.folder / "out"
         self.progress = Progress()
         self.environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         if threads:
             self.environment["OMP_NUM_THREADS"] = str(threads)
+        self.older = {**self.environment, "PYTHONPATH": str(older.absolute())} if older else None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.remove_outputs()
 
@@ -94,13 +97,16 @@ class Bench:
 
     def run(self, label: str, name: str, **job: Any) -> dict[str, Any]:
         """Run an expected job; its output is removed afterwards."""
+        environment = self.environment
+        if name == OLDER and self.older:
+            name, environment = "upit-merge", self.older
         job = {"name": name, "out": str(self.out), **job}
         if name in TRIED_FIRST:
             job["toy"] = str(self.folder / "toy")
         started, anonymous = time.perf_counter(), 0
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
             command = [sys.executable, str(JOBS), json.dumps(job, default=str)]
-            child = subprocess.Popen(command, stdout=output, stderr=errors, env=self.environment)
+            child = subprocess.Popen(command, stdout=output, stderr=errors, env=environment)
             try:
                 while child.poll() is None:
                     anonymous = max(anonymous, anonymous_memory(child.pid))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_bench import OLDER
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -73,7 +74,9 @@ def round_tables(rounds: Sequence[dict[str, Any]]) -> list[Table]:
     count = f"{len(rounds)} round{'s' if len(rounds) > 1 else ''}"
     columns = ["", *(title for title, *_ in quantities), "read, GB", "written, GB"]
     jobs = Table(f"Minimum / median / maximum of {count}", columns, rows)
-    pairs = [(OURS, COPY), *([("mergekit", OURS)] if "mergekit" in kinds else [])]
+    pairs = [(OURS, COPY)]
+    pairs += [(OLDER, COPY), (OLDER, OURS)] if OLDER in kinds else []
+    pairs += [("mergekit", OURS)] if "mergekit" in kinds else []
     compared = quantities[:4]
     ratios = []
     for above, below in pairs:

@@ -11,7 +11,7 @@ import torch
 
 from tests.support import naive
 from upit_merge.merge.counter_rng import MaskKey, index_hash, mask_key
-from upit_merge.merge.dare import Scratch, Share, dare, dare_sum, keep_bits, keep_factors
+from upit_merge.merge.dare import FallingWords, Scratch, Share, dare, dare_sum, keep_bits
 
 COUNT = 1 << 20
 KEY = mask_key("a test")
@@ -126,8 +126,9 @@ def test_factors_are_the_bits(density: float) -> None:
     hashed = torch.cat([numbers.int(), index_hash(KEY, 0, COUNT, "cpu")])
     for name in (key, mask_key(5, 1, 2, "t")):
         bits = keep_bits(hashed, name, density)
-        factors = keep_factors(hashed, name, density, torch.empty_like(hashed))
-        assert torch.equal(factors, -bits.float())
+        factors = torch.empty_like(hashed)
+        FallingWords.of(name, density).keep_factors(hashed, factors)
+        assert torch.equal(factors.view(torch.float32), -bits.float())
     assert keep_bits(hashed[:14], key, density).eq(-1).sum() == sum(
         2 * (n % 2**31 < limit) for n in edges
     )
@@ -138,17 +139,19 @@ def test_sum_is_that_of_its_shares_to_the_bit(count: int) -> None:
     """On a CPU it is computed in another way than anywhere else."""
     torch.manual_seed(count)
     hashed = index_hash(KEY, 77, count, "cpu")
+    deltas = [torch.randn(count) * 0.01 for _ in range(4)]
     shares = [
-        Share(torch.randn(count) * 0.01, mask_key("share", index), density, weight)
+        Share(index, mask_key("share", index), density, weight)
         for index, (density, weight) in enumerate([(0.9, 0.3), (0.55, 0.2), (1.0, 0.4), (0.1, 0.1)])
     ]
     for order in (shares, shares[::-1], shares[1:2], shares[2:3]):
         expected = torch.zeros(count)
         for share in order:
-            expected += dare(share.delta, hashed, share.key, share.density, share.weight)
-        scratch = Scratch.like(hashed)
+            delta = deltas[share.parent]
+            expected += dare(delta, hashed, share.key, share.density, share.weight)
+        scratch = Scratch(hashed)
         scratch.total.fill_(torch.nan)
-        assert torch.equal(dare_sum(order, hashed, scratch), expected)
+        assert torch.equal(dare_sum(deltas, order, hashed, scratch), expected)
 
 
 @pytest.mark.cuda
@@ -159,6 +162,7 @@ def test_cuda_gives_the_same_bits() -> None:
     for device in ("cpu", "cuda"):
         hashed = index_hash(mask_key(0, "t"), 12345, COUNT, device)
         part = dare(delta.to(device), hashed, KEY, 0.9, 0.3).cpu()
-        shares = [Share(delta.to(device), mask_key(i), 0.9, 0.3 * i) for i in (1, 2, 3)]
-        results.append((part, dare_sum(shares, hashed, Scratch.like(hashed)).cpu()))
+        shares = [Share(0, mask_key(i), 0.9, 0.3 * i) for i in (1, 2, 3)]
+        total = dare_sum([delta.to(device)], shares, hashed, Scratch(hashed)).cpu()
+        results.append((part, total))
     assert all(map(torch.equal, *results))

@@ -18,7 +18,7 @@ SUM_BLOCK_ELEMENTS = 1 << 18
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 # Of children on a CPU: a dozen passes over a block for each, which run in the processor's cache.
-_CHILD_ELEMENTS = 1 << 16
+_CHILD_ELEMENTS = 1 << 17
 
 
 def gram_block_elements(num_checkpoints: int) -> int:

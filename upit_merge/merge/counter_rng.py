@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 
 import torch
 
-_INT31, _INT32 = 1 << 31, 1 << 32
+_INT32 = 1 << 32
 
 
 def signed(value: int) -> int:
@@ -36,18 +35,7 @@ class MaskKey:
     multiplier: int
     offset: int
 
-    @cached_property
-    def falling(self) -> tuple[int, torch.Tensor]:
-        """Multiplier and offset, int32, (), of a word that falls as the mask's number grows.
 
-        Twice the number, which drops its top bit, fills the word; -1 minus it is counted from the
-        middle of the signed range. Kept, as making a tensor takes as long as a pass over a block.
-        """
-        offset = torch.tensor(signed(-2 * self.offset - _INT31 - 1), dtype=torch.int32)
-        return signed(-2 * self.multiplier), offset
-
-
-@lru_cache(maxsize=1 << 14, typed=True)
 def mask_key(*parts: object) -> MaskKey:
     """Return a key from anything that names a mask, e.g. (seed, expert, checkpoint, tensor).
 

@@ -7,12 +7,13 @@ does not depend on threads, on the order of the work, on block sizes or on the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from upit_merge.merge.counter_rng import MaskKey
+from upit_merge.merge.counter_rng import MaskKey, signed
 
 _INT31 = 1 << 31
 _ONE = torch.tensor(1.0).view(torch.int32)
@@ -51,24 +52,37 @@ def _limit(density: float) -> int:
     return min(round(density * _INT31), _INT31 - 1)
 
 
-def keep_factors(
-    hashed: torch.Tensor, key: MaskKey, density: float, out: torch.Tensor
-) -> torch.Tensor:
-    """Return the mask of `keep_bits` as factors, in two passes instead of four.
+@dataclass(frozen=True)
+class FallingWords:
+    """A mask by words that fall as its number grows, so that few passes make factors of them.
 
-    `threshold_backward` is a comparison and a choice in one, for integers too: it gives the bits of
-    1.0 where a word is above the threshold, which is where the number is below its limit.
+    Twice the number, which drops its top bit, fills a word; -1 minus it is counted from the middle
+    of the signed range.
 
-    Args:
-        hashed, key, density, out: As `keep_bits` takes them; on the CPU.
-
-    Returns:
-        float32, (count,), the memory of `out`; 1 where kept and 0 elsewhere.
+    Attributes:
+        multiplier: Of the hash.
+        offset: Added to that, int32, (); a tensor, as making one takes as long as half a pass.
+        threshold: What is kept is above it.
     """
-    multiplier, offset = key.falling
-    torch.add(offset, hashed, alpha=multiplier, out=out)
-    _choose(_ONE, out, _INT31 - 1 - 2 * _limit(density), grad_input=out)
-    return out.view(torch.float32)
+
+    multiplier: int
+    offset: torch.Tensor
+    threshold: int
+
+    @staticmethod
+    def of(key: MaskKey, density: float) -> FallingWords:
+        """Return those of the mask that `keep_bits` gives."""
+        offset = torch.tensor(signed(-2 * key.offset - _INT31 - 1), dtype=torch.int32)
+        threshold = _INT31 - 1 - 2 * _limit(density)
+        return FallingWords(signed(-2 * key.multiplier), offset, threshold)
+
+    def keep_factors(self, hashed: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the bits of a float32 1.0 where an entry is kept, of 0.0 elsewhere; on the CPU.
+
+        `threshold_backward` is a comparison and a choice in one pass, for integers too.
+        """
+        torch.add(self.offset, hashed, alpha=self.multiplier, out=out)
+        _choose(_ONE, out, self.threshold, grad_input=out)
 
 
 def dare(
@@ -103,36 +117,54 @@ def dare(
 
 @dataclass(frozen=True)
 class Share:
-    """What one parent gives to a child: weight · DARE(delta), as `dare` takes them."""
+    """What one parent gives to a child: weight · DARE(its delta).
 
-    delta: torch.Tensor
+    Attributes:
+        parent: Its index among the deltas.
+        key, density, weight: As `dare` takes them.
+    """
+
+    parent: int
     key: MaskKey
     density: float
     weight: float
 
+    @cached_property
+    def scale(self) -> float:
+        """What kept entries are multiplied by."""
+        return self.weight / self.density
 
-@dataclass(frozen=True)
+    @cached_property
+    def words(self) -> FallingWords:
+        """Its mask; found once for all blocks of a tensor."""
+        return FallingWords.of(self.key, self.density)
+
+
 class Scratch:
     """Memory for a child of a block, taken again by the next: it is in the processor's cache.
+
+    Args:
+        hashed: Of the block, (count,).
 
     Attributes:
         total: float32, (count,), the sum.
         term: Likewise, one parent's part of it.
         words: int32, (count,).
+        factors: The same memory as float32.
     """
 
-    total: torch.Tensor
-    term: torch.Tensor
-    words: torch.Tensor
-
-    @staticmethod
-    def like(hashed: torch.Tensor) -> Scratch:
-        """Take it for a block of as many elements, on the same device."""
-        total, term = (torch.empty_like(hashed, dtype=torch.float32) for _ in range(2))
-        return Scratch(total, term, torch.empty_like(hashed))
+    def __init__(self, hashed: torch.Tensor) -> None:
+        self.total, self.term = (torch.empty_like(hashed, dtype=torch.float32) for _ in range(2))
+        self.words = torch.empty_like(hashed)
+        self.factors = self.words.view(torch.float32)
 
 
-def dare_sum(shares: Sequence[Share], hashed: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+def dare_sum(
+    deltas: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
+    shares: Sequence[Share],
+    hashed: torch.Tensor,
+    scratch: Scratch,
+) -> torch.Tensor:
     """Compute the delta of a child, the sum of its parents' shares in their order.
 
     On a CPU a share is three passes over the block, not seven. The bits are those of `dare` and an
@@ -140,24 +172,25 @@ def dare_sum(shares: Sequence[Share], hashed: torch.Tensor, scratch: Scratch) ->
     (An infinite delta that is dropped becomes NaN: models that far apart have no children.)
 
     Args:
-        shares: At least one; deltas float32, (count,).
+        deltas: The possible parents', float32, (count,).
+        shares: At least one.
         hashed: From `index_hash`, (count,), int32.
         scratch: Is overwritten.
 
     Returns:
         float32, (count,): `scratch.total`.
     """
-    total = scratch.total
+    total, words, on_cpu = scratch.total, scratch.words, hashed.device.type == "cpu"
     for count, share in enumerate(shares):
-        if share.density < 1 and total.device.type == "cpu":
-            kept = keep_factors(hashed, share.key, share.density, scratch.words)
+        delta = deltas[share.parent]
+        if on_cpu and share.density < 1:
+            share.words.keep_factors(hashed, words)
             # A CUDA kernel multiplies in another order and would round once where this does twice.
-            scale = share.weight / share.density
             start = total if count else _ZERO
-            torch.addcmul(start, share.delta, kept, value=scale, out=total)
+            torch.addcmul(start, delta, scratch.factors, value=share.scale, out=total)
             continue
         out = scratch.term if count else total
-        dare(share.delta, hashed, share.key, share.density, share.weight, out, scratch.words)
+        dare(delta, hashed, share.key, share.density, share.weight, out, words)
         if count:
             total.add_(scratch.term)
     return total

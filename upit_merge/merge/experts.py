@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from upit_merge.merge.blocks import block_elements, child_block_elements, count_
 from upit_merge.merge.counter_rng import index_hash, mask_key
 from upit_merge.merge.dare import Scratch, Share, dare_sum
 from upit_merge.merge.inputs import Inputs
-from upit_merge.merge.lineage import Lineage
+from upit_merge.merge.lineage import Expert, Lineage
 from upit_merge.merge.similarity import Grams, block_gram, low_rank_deltas, low_rank_gram
 from upit_merge.merge.upcycle import Perturbation
 from upit_merge.models.dense import diverged
@@ -103,20 +104,10 @@ class ExpertBuilder:
                 if index in mixed:
                     yield index, values
             return
-        densities, scratch = self.densities[tensor].tolist(), Scratch.like(hashed)
+        densities, scratch = tuple(self.densities[tensor].tolist()), Scratch(hashed)
+        shares = _shares(experts, densities, self.seed, name)
         for index in mixed:
-            expert = experts[index]
-            shares = [
-                Share(
-                    deltas[i],
-                    mask_key(self.seed, index, i, name),
-                    1.0 if expert.is_average else densities[i],
-                    weight,
-                )
-                for i, weight in enumerate(expert.weights)
-                if weight != 0
-            ]
-            child = dare_sum(shares, hashed, scratch)
+            child = dare_sum(deltas, shares[index], hashed, scratch)
             yield index, child.view_as(origin).add_(origin)
 
     def _compound(
@@ -128,21 +119,50 @@ class ExpertBuilder:
         hashed: torch.Tensor,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield all children, as each may be a parent of the next."""
-        density, scratch = float(self.densities[tensor, 0]), Scratch.like(hashed)
+        density, scratch = float(self.densities[tensor, 0]), Scratch(hashed)
+        experts = self.lineage.unit_of(tensor).experts
+        shares = _compound_shares(experts, density, self.seed, name)
         grown: list[torch.Tensor] = []
-        for index, expert in enumerate(self.lineage.unit_of(tensor).experts):
+        for index, expert in enumerate(experts):
             if expert.checkpoint is not None:
                 grown.append(deltas[expert.checkpoint])
                 continue
-            assert expert.parents is not None
-            assert expert.alpha is not None
-            halves = zip(expert.parents, (expert.alpha, 1 - expert.alpha), strict=True)
-            shares = [
-                Share(grown[parent], mask_key(self.seed, index, slot, name), density, weight)
-                for slot, (parent, weight) in enumerate(halves)
-            ]
-            grown.append(dare_sum(shares, hashed, scratch).clone())
+            grown.append(dare_sum(grown, shares[index], hashed, scratch).clone())
             yield index, grown[-1].view_as(origin) + origin
+
+
+# Blocks of a few tensors are under way at a time, and all blocks of one have the same masks.
+@lru_cache(maxsize=4)
+def _shares(
+    experts: Sequence[Expert], densities: Sequence[float], seed: int, name: str
+) -> dict[int, list[Share]]:
+    """Return what every child or average has of the checkpoints in one tensor."""
+    return {
+        index: [
+            Share(i, mask_key(seed, index, i, name), 1.0 if expert.is_average else density, weight)
+            for i, (weight, density) in enumerate(zip(expert.weights, densities, strict=True))
+            if weight != 0
+        ]
+        for index, expert in enumerate(experts)
+        if expert.checkpoint is None
+    }
+
+
+@lru_cache(maxsize=4)
+def _compound_shares(
+    experts: Sequence[Expert], density: float, seed: int, name: str
+) -> dict[int, list[Share]]:
+    """Return what every child has of its two parents in one tensor."""
+    shares = {}
+    for index, expert in enumerate(experts):
+        if expert.parents is None or expert.alpha is None:
+            continue
+        halves = zip(expert.parents, (expert.alpha, 1 - expert.alpha), strict=True)
+        shares[index] = [
+            Share(parent, mask_key(seed, index, slot, name), density, weight)
+            for slot, (parent, weight) in enumerate(halves)
+        ]
+    return shares
 
 
 @dataclass(frozen=True)
