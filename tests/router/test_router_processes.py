@@ -59,9 +59,10 @@ def test_a_run_of_two_has_the_router_of_one(shared_family: Family, merge, tmp_pa
     "arguments",
     [
         ("--objective", "one_vs_rest", "--stream", "expert", "--assign", "lowest"),
+        ("--losses", "first_order", "--objective", "softmax"),
         ("--objective", "upit", "--upit-train-experts", "--upit-epochs", "1", "--upit-lr", "1e-3"),
     ],
-    ids=["gates", "experts"],
+    ids=["gates", "first order", "experts"],
 )
 def test_the_command_of_two_does_what_one_does(
     shared_family: Family, merge, tmp_path: Path, arguments: tuple[str, ...]

@@ -16,12 +16,14 @@ from tests.conftest import Family
 from tests.support.commands import done, refused
 from tests.support.crash import contents
 from tests.support.naive import load_model
+from upit_merge.engine.first_order import MeanSweeps
 from upit_merge.engine.hidden_states import PackedStates
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.output.staging import EDIT_STAGING
-from upit_merge.router import progress
+from upit_merge.router import memory, progress
 from upit_merge.router.progress import Progress
 from upit_merge.router.refine import GateTrainer
+from upit_merge.router.stage import RouterStage
 
 TRAIN_EXPERTS = [
     "--objective",
@@ -343,3 +345,39 @@ def test_hidden_states_are_kept_only_now_and_then(tmp_path, monkeypatch) -> None
     assert layer_now() == 4
     assert Progress(tmp_path / "kept", {"a": 2}).states("sweep", states)[0] == 0
     assert not list((tmp_path / "kept").glob("states-*.bin"))
+
+
+def test_losses_to_first_order_go_on_where_they_stopped(
+    out, shared_family, tmp_path, monkeypatch
+) -> None:
+    """In the forward sweep, the backward one, the control group and the fits; three groups."""
+    monkeypatch.setattr(memory, "GROUP_TOKENS", 40)
+    data = shared_family.seed_file()
+    more = ("--losses", "first_order", "--batch-tokens", "100")
+    whole = copied(out, tmp_path / "whole")
+    places = (
+        (LayerwiseMixture, "run", 9),
+        (MeanSweeps, "_multiply", 1),
+        (MeanSweeps, "_multiply", 3),
+        (RouterStage, "exact_losses", 0),
+        (RouterStage, "_fit", 1),
+    )
+    groups, layers = [], []
+    group, multiply = MeanSweeps.head, MeanSweeps._multiply
+    monkeypatch.setattr(MeanSweeps, "head", lambda *args: (groups.append(1), group(*args))[1])
+    monkeypatch.setattr(
+        MeanSweeps, "_multiply", lambda *args: (layers.append(1), multiply(*args))[1]
+    )
+    done(*command(whole, data, *more))
+    count_of_groups = len(groups)
+    assert count_of_groups >= 3
+    assert len(layers) == 2 * count_of_groups
+    for owner, name, count in places:
+        copy = copied(out, tmp_path / f"{name}-{count}")
+        words = command(copy, data, *more)
+        layers.clear()
+        assert cut_off(monkeypatch, owner, name, count, words)
+        done(*words)
+        # Nothing is multiplied twice but the layer that was cut off.
+        assert len(layers) <= 2 * count_of_groups + 1
+        assert contents(copy) == contents(whole), name
