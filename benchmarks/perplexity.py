@@ -1,12 +1,22 @@
-"""How well a causal language model of transformers, in memory, predicts held-out documents."""
+"""How well held-out documents are predicted: by a model in memory, by a mixture's folder."""
 
 import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from upit_merge.config.router import RouterSettings
+from upit_merge.engine.layerwise import LayerwiseMixture
+from upit_merge.models.mixture import opened_mixture
+from upit_merge.router.evaluation import Evaluation, Groups, run_mixture
+from upit_merge.router.pretrain import seed_set_for
+from upit_merge.router.stage import RouterStage
 
 
 @torch.no_grad()
@@ -72,3 +82,29 @@ def perplexity(
     """exp(mean negative log-likelihood over all target tokens of ``texts``)."""
     nll, targets = document_losses(model, tokenizer, texts, max_length, batch_size)
     return math.exp(nll.sum().item() / targets.sum().item())
+
+
+def mixture_perplexity(
+    folder: Path, gates: Sequence[Tensor], data: Path, max_length: int = 512
+) -> float:
+    """Geometric mean over the domains of a mixture's perplexity, layer by layer on the CPU.
+
+    Args:
+        folder: The mixture, with its tokenizer.
+        gates: Instead of its own, (num_experts, hidden_size) per layer.
+        data: Held-out documents with the column `domain`.
+        max_length: In tokens.
+    """
+    with opened_mixture(folder) as moe, tempfile.TemporaryDirectory() as scratch:
+        model = LayerwiseMixture(moe, torch.device("cpu"))
+        settings = RouterSettings(data=str(data), max_length=max_length)
+        seeds = seed_set_for(model, folder, settings, 0, column="domain")
+        stage = RouterStage(model, seeds, settings, 0, Path(scratch), quiet=True)
+        sums, routing = run_mixture(stage, list(gates))
+    groups = Groups.of(seeds.samples)
+    found = Evaluation(seeds.samples, groups, sums, routing)
+    return geometric_mean(
+        found.perplexity(members)
+        for name, members in groups.members.items()
+        if name != groups.whole
+    )

@@ -16,7 +16,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from statistics import geometric_mean, mean
 from typing import Any
@@ -29,7 +28,7 @@ from transformers.utils import logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.perplexity import perplexity, set_gates  # noqa: E402
+from benchmarks.perplexity import mixture_perplexity, perplexity, set_gates  # noqa: E402
 from benchmarks.router_fits import CPU, FITS, SETTINGS, samples_of  # noqa: E402
 from benchmarks.router_models import build  # noqa: E402
 from upit_merge.config.router import RouterSettings  # noqa: E402
@@ -39,9 +38,7 @@ from upit_merge.demo.training import learning_rate_cycle, pack, sequences  # noq
 from upit_merge.engine.layerwise import LayerwiseMixture  # noqa: E402
 from upit_merge.models.mixture import opened_mixture  # noqa: E402
 from upit_merge.models.tokenizer import load_tokenizer  # noqa: E402
-from upit_merge.router.evaluation import Evaluation, Groups, run_mixture  # noqa: E402
 from upit_merge.router.router_gain import SampleLosses, measure_router_gain  # noqa: E402
-from upit_merge.router.stage import RouterStage  # noqa: E402
 
 # On the well-mixed models the question is only whether anything makes it worse.
 POST_TRAINED = ("random 0", "one_vs_rest (default)", "default, assign: balanced")
@@ -65,19 +62,8 @@ def held_out_perplexity(folder: Path, variant: str) -> float:
     trained = SETTINGS.get(variant, {}).get("upit", {}).get("train_experts", False)
     gates = load_file(folder / "fits" / f"{variant}.safetensors")
     model_folder = folder / "fits" / "trained" if trained else folder / "moe"
-    with opened_mixture(model_folder) as moe, tempfile.TemporaryDirectory() as scratch:
-        model = LayerwiseMixture(moe, CPU)
-        settings = RouterSettings(data=str(folder / "held-out.jsonl"))
-        samples = samples_of(model, folder, settings, column="domain")
-        stage = RouterStage(model, samples, settings, 0, Path(scratch), quiet=True)
-        sums, routing = run_mixture(stage, [gates[str(i)] for i in range(model.num_layers)])
-    groups = Groups.of(samples.samples)
-    found = Evaluation(samples.samples, groups, sums, routing)
-    return geometric_mean(
-        found.perplexity(members)
-        for name, members in groups.members.items()
-        if name != groups.whole
-    )
+    layers = [gates[str(layer)] for layer in range(len(gates))]
+    return mixture_perplexity(model_folder, layers, folder / "held-out.jsonl")
 
 
 def references(folder: Path) -> dict[str, float]:

@@ -29,6 +29,7 @@ from upit_merge.models.mixture import opened_mixture
 from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.output.patch import PatchedCopies
 from upit_merge.router.assignment import assigned
+from upit_merge.router.buckets import Buckets
 from upit_merge.router.expert_tuning import load_expert, padded_batch
 from upit_merge.router.pretrain import load_seed_set, pretrain_router
 from upit_merge.router.progress import Progress
@@ -60,7 +61,8 @@ def settings_of(folder: Path, variant: str) -> RouterSettings:
             "column": "domain",
             "experts": {"code": 3, "docs": 4, "arithmetic": 5},
         }
-    return RouterSettings(data=str(folder / "seed.jsonl"), **changes)
+    # Objectives are compared on the same losses, which `losses` computes once.
+    return RouterSettings(data=str(folder / "seed.jsonl"), losses="exact", **changes)
 
 
 def samples_of(
@@ -127,21 +129,37 @@ def random(folder: Path, variant: str, _scratch: Path) -> tuple[list[Tensor], di
 
 def mergekit(folder: Path, variant: str, scratch: Path) -> tuple[list[Tensor], dict[str, float]]:
     """mergekit-moe's own code for a `gate_mode`, with each bucket's samples as prompts."""
+    with opened_mixture(folder / "moe") as moe:
+        stage = stage_of(LayerwiseMixture(moe, CPU), folder, settings_of(folder, ""), scratch)
+        buckets = assigned(stage)
+    mode = variant.rpartition(" ")[2]
+    prepared = mergekit_prompts(folder, folder / "moe", stage.seeds, buckets)
+    started = time.perf_counter()
+    gates = prepared(mode)
+    return list(gates.float()), {"gates": time.perf_counter() - started}
+
+
+def mergekit_prompts(
+    folder: Path, moe: Path, seeds: SeedSet, buckets: Buckets
+) -> Callable[[str], Tensor]:
+    """Prepare mergekit-moe's own code: given a `gate_mode`, it returns (layers, experts, hidden).
+
+    Args:
+        folder: Has the checkpoints in `sft/`; the last of them is the model that reads the prompts.
+        moe: Has the tokenizer.
+        buckets: Each bucket's samples are the prompts of an expert.
+    """
     from mergekit.common import ModelReference
     from mergekit.moe.config import Expert
     from mergekit.moe.router import get_gate_params
 
-    with opened_mixture(folder / "moe") as moe:
-        stage = stage_of(LayerwiseMixture(moe, CPU), folder, settings_of(folder, ""), scratch)
-        buckets = assigned(stage)
     last = sorted((folder / "sft").iterdir(), key=lambda path: int(path.name.split("-")[1]))[-1]
     reference = ModelReference.model_validate(str(last))
-    tokenizer = load_tokenizer(folder / "moe")
+    tokenizer = load_tokenizer(moe)
     # As mergekit-moe sets its own.
     tokenizer.padding_side, tokenizer.pad_token_id = "left", tokenizer.bos_token_id
     texts = [
-        tokenizer.decode(sample.input_ids, skip_special_tokens=True)
-        for sample in stage.seeds.samples
+        tokenizer.decode(sample.input_ids, skip_special_tokens=True) for sample in seeds.samples
     ]
     experts = [
         Expert(
@@ -150,10 +168,7 @@ def mergekit(folder: Path, variant: str, scratch: Path) -> tuple[list[Tensor], d
         )
         for e in range(buckets.num_experts)
     ]
-    started = time.perf_counter()
-    mode = variant.rpartition(" ")[2]
-    gates = get_gate_params(reference, tokenizer, experts, mode=mode, device="cpu")
-    return list(gates.float()), {"gates": time.perf_counter() - started}
+    return lambda mode: get_gate_params(reference, tokenizer, experts, mode=mode, device="cpu")
 
 
 def in_the_loop(
