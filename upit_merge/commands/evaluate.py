@@ -146,6 +146,7 @@ def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[st
         "dead_places": len(report["dead"]),
         "entropy": evaluation.entropy(range(len(evaluation.samples))),
         "agreement": report.get("agreement"),
+        **({"estimated": True} if evaluation.is_estimated else {}),
         **({"others": report["others"]} if "others" in report else {}),
     }
 
@@ -245,7 +246,8 @@ def _perplexities(evaluation: Evaluation) -> Table:
     best = 0
     if alone is not None:
         best = alone.index(min(alone))
-        columns += [f"expert {best} alone", "best expert per sample"]
+        about = "≈ " if evaluation.is_estimated else ""
+        columns += [f"{about}expert {best} alone", f"{about}best expert per sample"]
     for column in columns:
         table.add_column(column, justify="right")
     for name, members in evaluation.groups.members.items():

@@ -125,7 +125,8 @@ def _loss_table(labels: list[str], losses: SampleLosses) -> Table:
         title_justify="left",
     )
     table.add_column("checkpoint", overflow="fold")
-    for column in ("best for samples", "loss on all"):
+    about = "≈ " if losses.is_estimated else ""
+    for column in ("best for samples", f"{about}loss on all"):
         table.add_column(column, justify="right")
     for index, (label, loss) in enumerate(zip(labels, means.mean(0).tolist(), strict=True)):
         table.add_row(f"{index} {label}", str(best[index]), f"{loss:.4f}")

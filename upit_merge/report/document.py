@@ -194,6 +194,7 @@ class Evaluation(Part):
         whole: The name of the group of all samples.
         by_layer: Share of the routed places over all text, (num_layers, num_experts).
         dead_places: Experts with less than a tenth of an even share, counted in every layer.
+        estimated: Whether the single experts' perplexities are losses to first order.
     """
 
     data: str
@@ -203,6 +204,7 @@ class Evaluation(Part):
     dead_places: int
     entropy: dict[str, float]
     agreement: dict[str, float] | None = None
+    estimated: bool = False
     others: list[OtherModel] = Field(default_factory=list)
 
     @model_validator(mode="after")

@@ -198,12 +198,14 @@ def _compared(
     if any(group.control_perplexity is not None for group in members):
         yield "gates fitted to shuffled buckets", [g.control_perplexity for g in members]
     alone = found.groups[found.whole].experts_alone
+    how = " (estimated)" if found.estimated else ""
     if alone is not None:
         best = alone.index(min(alone))
         cells = [g.experts_alone[best] if g.experts_alone else None for g in members]
-        yield f"expert {best} alone, the best of them", cells
+        yield f"expert {best} alone, the best of them{how}", cells
     if any(group.best_expert_per_sample is not None for group in members):
-        yield "the best expert of each sample", [g.best_expert_per_sample for g in members]
+        cells = [g.best_expert_per_sample for g in members]
+        yield f"the best expert of each sample{how}", cells
 
 
 def _perplexity(value: float | None) -> str:

@@ -150,6 +150,12 @@ class Evaluation:
             "chance": float(chance.mean()),
         }
 
+    @property
+    def is_estimated(self) -> bool:
+        """Whether the single experts' losses are not exact."""
+        losses = None if self.buckets is None else self.buckets.losses
+        return losses is not None and losses.is_estimated
+
     def entropy(self, members: Sequence[int]) -> dict[str, float]:
         """Return the entropies of a token's probabilities and of the shares, 0 … 1, see `RoutingCounts`."""
         return self.routing.counts(members).mean_entropy()

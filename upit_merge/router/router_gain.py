@@ -45,6 +45,11 @@ class SampleLosses:
         return cls(torch.stack(list(by_expert), dim=1), counts)
 
     @property
+    def is_estimated(self) -> bool:
+        """Whether they are not exact, at least not all of them."""
+        return self.control is not None
+
+    @property
     def means(self) -> Tensor:
         """Nats per target token, (num_samples, num_experts)."""
         return self.sums.sum(2) / self.counts.sum(1, keepdim=True)
