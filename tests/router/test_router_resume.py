@@ -381,3 +381,23 @@ def test_losses_to_first_order_go_on_where_they_stopped(
         # Nothing is multiplied twice but the layer that was cut off.
         assert len(layers) <= 2 * count_of_groups + 1
         assert contents(copy) == contents(whole), name
+
+
+def test_groups_may_be_smaller_than_before(out, shared_family, monkeypatch, tmp_path) -> None:
+    """Whoever ran out of memory lowers what is computed at a time: what is done stays done."""
+    monkeypatch.setattr(memory, "GROUP_TOKENS", 40)
+    data = shared_family.seed_file()
+    more = ("--losses", "first_order")
+    whole = copied(out, tmp_path / "whole")
+    done(*command(whole, data, *more, "--batch-tokens", "50"))
+    assert cut_off(
+        monkeypatch,
+        MeanSweeps,
+        "_multiply",
+        3,
+        command(out, data, *more, "--batch-tokens", "100"),
+    )
+    done(*command(out, data, *more, "--batch-tokens", "50"))
+    expected = load_model(whole)
+    for name, tensor in load_model(out).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-3)

@@ -15,6 +15,7 @@ from upit_merge.config.router import RouterSettings
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.models.mixture import opened_mixture
 from upit_merge.router import stage as stages
+from upit_merge.router.assignment import assigned
 from upit_merge.router.evaluation import run_mixture
 from upit_merge.router.pretrain import seed_set_for
 from upit_merge.router.stage import RouterStage
@@ -122,7 +123,7 @@ def test_the_time_left_after_a_tenth_of_a_real_stage(tmp_path: Path, monkeypatch
         worst = {}
         for _ in range(3):  # a machine that is busy with something else may spoil one
             monkeypatch.setattr(Timed, "found", [])
-            stage.gates(stage.buckets())
+            stage.gates(assigned(stage))
             run_mixture(stage)
             for name, units, left, real in Timed.found:
                 assert units == 200

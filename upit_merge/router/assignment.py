@@ -14,8 +14,11 @@ from upit_merge.router.stage import RouterStage
 LOG = logging.getLogger(__name__)
 
 
-def sample_losses(stage: RouterStage) -> SampleLosses:
+def sample_losses(stage: RouterStage, *, keep_inputs: bool = False) -> SampleLosses:
     """Compute every sample's loss under every expert as `settings.losses` says.
+
+    Args:
+        keep_inputs: Gates will be fitted: what they see on the way is left to the stage.
 
     Raises:
         UpitError: a loss is NaN or infinite.
@@ -23,7 +26,7 @@ def sample_losses(stage: RouterStage) -> SampleLosses:
     count = stage.model.num_experts
     if loss_sweeps(stage.settings, count, len(stage.everything)) == count:
         return stage.losses()
-    return checked_losses(stage)
+    return checked_losses(stage, keep_inputs=keep_inputs)
 
 
 def assigned(stage: RouterStage) -> Buckets:
@@ -39,7 +42,7 @@ def assigned(stage: RouterStage) -> Buckets:
     elif rule == "shuffled":
         buckets = Buckets(shuffled(len(stage.everything), experts, stage.seed), experts)
     else:
-        buckets = assign_by_loss(sample_losses(stage), rule)
+        buckets = assign_by_loss(sample_losses(stage, keep_inputs=True), rule)
     if stage.processes.is_first:
         _warn(buckets, rule)
     return buckets

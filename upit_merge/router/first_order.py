@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -63,23 +64,24 @@ class FirstOrder:
         return bool(self.mean.isfinite().all() and self.products.isfinite().all())
 
 
-def first_order(stage: RouterStage) -> FirstOrder:
+def first_order(stage: RouterStage, *, keep_inputs: bool = False) -> FirstOrder:
     """Estimate every sample's loss under every expert in one forward and one backward sweep.
 
-    What the gates see on the way forwards is left to the stage, if it will be needed.
+    Args:
+        keep_inputs: Leave what the gates see on the way forwards to the stage.
     """
-    return _Sweeps(stage).run()
+    return _Sweeps(stage, stage.open_gate_inputs() if keep_inputs else None).run()
 
 
 class _Sweeps:
     """The sweeps of a stage, in groups whose hidden states of all layers fit the memory."""
 
-    def __init__(self, stage: RouterStage) -> None:
+    def __init__(self, stage: RouterStage, gate_inputs: LayersOnDisk | None) -> None:
         self.stage = stage
+        self.gate_inputs = gate_inputs
         samples = stage.seeds.samples
         batches = list(token_batches(stage.everything, stage.lengths, stage.settings.batch_tokens))
         self.groups = list(self._grouped(batches))
-        self.gate_inputs = stage.open_gate_inputs()
         self.sweeps = MeanSweeps(stage.model, samples, stage.scratch)
 
     def _grouped(self, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
@@ -109,26 +111,31 @@ class _Sweeps:
     def run(self) -> FirstOrder:
         stage = self.stage
         samples, model = stage.seeds.samples, stage.model
-        mean = torch.zeros(len(samples), dtype=torch.float64)
+        mean = torch.full((len(samples),), torch.nan, dtype=torch.float64)
         products = torch.zeros(len(samples), model.num_experts, dtype=torch.float64)
+        done = torch.zeros(len(samples), dtype=torch.bool)
+        if kept := stage.progress.kept("first-order"):
+            mean, products, done = (kept[0][key] for key in ("mean", "products", "done"))
         stream = stage.stream(MEAN, stage.everything)
         with (
             stage.clock.measure("losses"),
             contextlib.closing(self.sweeps),
             stage.bar(self._work(stream.samples), "losses of the experts") as bar,
         ):
-            for number, batches in enumerate(self.groups):
-                name = f"first-order-{number}"
+            for batches in self.groups:
                 mine = Stream(MEAN, tuple(batches)).share(stage.processes)
-                members = torch.tensor([index for batch in batches for index in batch])
-                if kept := stage.progress.kept(name):
-                    mean[members], products[members] = kept[0]["mean"], kept[0]["products"]
+                members = torch.tensor(sorted(index for batch in batches for index in batch))
+                # With less computed at a time than before, groups are others than those kept.
+                if done[members].all():
                     bar.skip(self._work(mine.samples))
                     continue
-                sums, found = self._group(name, mine.batches, bar)
-                mean += stage.processes.total(sums)
-                products += stage.processes.total(found)
-                stage.progress.keep(name, {"mean": mean[members], "products": products[members]})
+                sums, found = self._group(members, mine.batches, bar)
+                mean[members] = stage.processes.total(sums)
+                products[members] = stage.processes.total(found)
+                done[members] = True
+                stage.progress.keep(
+                    "first-order", {"mean": mean, "products": products, "done": done}
+                )
                 stage.progress.drop_states()
         targets = torch.tensor([sample.num_targets for sample in samples], dtype=torch.float64)
         return FirstOrder(mean, products, targets)
@@ -140,9 +147,16 @@ class _Sweeps:
         layers = tokens * stage.model.num_layers * (1 + BACKWARDS)
         return layers + HEAD * stage.effort.head * stage.targets(members)
 
-    def _group(self, name: str, batches: Sequence[Batch], bar: WorkBar) -> tuple[Tensor, Tensor]:
-        """Forwards and backwards with some batches; returns this process's part of the results."""
+    def _group(
+        self, members: Tensor, batches: Sequence[Batch], bar: WorkBar
+    ) -> tuple[Tensor, Tensor]:
+        """Forwards and backwards with some batches.
+
+        Returns:
+            Losses and products of the members, as far as they are this process's.
+        """
         stage = self.stage
+        name = f"first-order-{zlib.crc32(members.numpy().tobytes()):08x}"
         layers = stage.model.num_layers
         held = {index for batch in batches for index in batch}
         lengths = [length if i in held else 0 for i, length in enumerate(stage.lengths)]
@@ -166,7 +180,7 @@ class _Sweeps:
             bar.skip(tokens * done * BACKWARDS)
 
             def after_layer(products: Tensor) -> None:
-                found.append(products)
+                found.append(products[members])
                 if len(found) < layers:
                     stage.progress.keep_states(name, len(found), slope, found, own=True)
 
@@ -179,7 +193,7 @@ class _Sweeps:
                 after_layer=after_layer,
                 on_progress=bar.part(BACKWARDS),
             )
-        return sums, torch.stack(found).sum(0)
+        return sums[members], torch.stack(found).sum(0)
 
     @contextlib.contextmanager
     def _entering(self, lengths: Sequence[int]) -> Iterator[LayersOnDisk]:
@@ -214,14 +228,17 @@ class _Sweeps:
             yield states
 
 
-def checked_losses(stage: RouterStage) -> SampleLosses:
+def checked_losses(stage: RouterStage, *, keep_inputs: bool = False) -> SampleLosses:
     """Return losses to first order, as far as a control group says that they can be relied on.
 
     Where the expert that is best to first order gives up too much, exact losses of the most
     promising ones decide, as many as the control group asks for; where that are too many, exact
     losses of all.
+
+    Args:
+        keep_inputs: See `first_order`.
     """
-    estimated = first_order(stage)
+    estimated = first_order(stage, keep_inputs=keep_inputs)
     if not estimated.is_finite:
         return stage.losses()  # which says whose fault it is
     guess = estimated.means

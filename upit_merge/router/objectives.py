@@ -39,7 +39,7 @@ class GateData:
     Attributes:
         inputs: One row per token, any float dtype, (num_tokens, hidden_size).
         spans: The rows of every sample; empty for those that are another process's.
-        lengths: Tokens of every sample, whoever has them.
+        lengths: Rows of every sample, whoever has them.
         assigned: The expert of every sample, int64, (num_samples,).
         num_experts: How many routing vectors there are.
         device: Where the arithmetic is done.
