@@ -234,5 +234,5 @@ def test_gates_that_were_fitted_are_kept(tmp_path: Path) -> None:
     identity = {"upit-merge": "0.5.0", "settings": {"steps": 2}, "files": {"/x": "1 2"}}
     (tmp_path / "identity.json").write_text(json.dumps(identity, indent=2))
     save_file({"00000": torch.ones(2, 3)}, tmp_path / "gates.safetensors")
-    assert len(Progress(tmp_path, identity).kept_gates("gates")) == 1
-    assert not Progress(tmp_path, identity | {"settings": {"steps": 3}}).kept_gates("gates")
+    assert len(Progress(tmp_path, identity).kept_layers("gates")) == 1
+    assert not Progress(tmp_path, identity | {"settings": {"steps": 3}}).kept_layers("gates")

@@ -137,8 +137,10 @@ def test_a_7b_mixture_fits_a_notebook_s_gpu_and_a_desktop() -> None:
     assert on_cpu.memory < 12e9
     assert on_cpu.device is None
     deep = ModelShape(4096, 14336, 32_000, 80, 8, attention, itemsize=2)
-    whatever_its_depth = router_memory(deep, lengths, plain, cpu=True)
-    assert whatever_its_depth == router_memory(shape, lengths, plain, cpu=True)
+    deeper, usual = (router_memory(s, lengths, plain, cpu=True) for s in (deep, shape))
+    assert (deeper.compute, deeper.states) == (usual.compute, usual.states)
+    # What enters each layer is on the disk.
+    assert deeper.spilled > usual.spilled
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")

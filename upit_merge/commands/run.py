@@ -16,7 +16,7 @@ from upit_merge.commands.foretell import tell_router_time
 from upit_merge.commands.options import CommandOptions
 from upit_merge.commands.preflight import needs
 from upit_merge.config.recipe import Recipe
-from upit_merge.config.router import NO_MATTER, ByColumn
+from upit_merge.config.router import CHOSEN_SINCE, NO_MATTER, ByColumn, RouterSettings
 from upit_merge.data.tokens import SeedSet
 from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.io.checkpoint import WEIGHT_INDEX
@@ -350,6 +350,11 @@ def run_identity(
 
 
 def _without_sizes(recipe: dict[str, Any]) -> dict[str, Any]:
+    router = recipe["router"] or {}
     for name in NO_MATTER:
-        (recipe["router"] or {}).pop(name, None)
+        router.pop(name, None)
+    # Runs that were begun before there was a choice go on: the merge does not depend on it.
+    for name in CHOSEN_SINCE:
+        if router.get(name) == RouterSettings.model_fields[name].default:
+            router.pop(name)
     return recipe

@@ -21,6 +21,8 @@ from upit_merge.errors import UpitError
 
 # Router settings that decide how much is computed at a time, but not what.
 NO_MATTER = ("batch_tokens", "memory_gb")
+# Router settings that 0.5.0 did not have yet.
+CHOSEN_SINCE = ("losses", "compute")
 # They belong together: which part of other data is meant, the settings for these do not say.
 OF_DATA = ("data", "subset", "split")
 

@@ -213,10 +213,11 @@ def _mixture(
     weight: int,
     budget: int,
 ) -> int:
-    """Two layers with all experts, or all layers if they fit, and a batch with its gradients."""
+    """Three layers with all experts, or all layers if they fit, and a batch with its gradients."""
     layer = (shape.attention + 3 * shape.num_experts * shape.projection) * weight
     whole = layer * shape.num_layers
-    weights = whole if whole <= budget else 2 * layer
+    # For a moment the layer before is there beside the next one.
+    weights = whole if whole <= budget else 3 * layer
     # Four activations of each of two experts, and the attention's, kept for the gradients.
     wide = 8 * shape.intermediate_size + 16 * shape.hidden_size
     activations = _batch(lengths, settings) * item * wide
