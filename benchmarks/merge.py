@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from merge_bench import OLDER, Bench, Progress, bytes_to_move, mergekit_reads
+from merge_bench import Bench, Progress, bytes_to_move, mergekit_reads
 from merge_jobs import (
     CHECKPOINTS,
     CROSSINGS,
@@ -59,7 +59,7 @@ from merge_jobs import (
     proc,
     shape_for,
 )
-from merge_plot import draw, report
+from merge_plot import OLDER, draw, report
 
 TOY = Shape(64, 1)
 

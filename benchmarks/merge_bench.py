@@ -23,11 +23,11 @@ from merge_jobs import (
     Shape,
     proc,
 )
+from merge_plot import OLDER
 
 JOBS = Path(__file__).with_name("merge_jobs.py")
 SAMPLING_SECONDS = 0.02
 SPARE_BYTES = 1 << 30  # of the disk, never used
-OLDER = "upit-merge, older"
 TRIED_FIRST = ("upit-merge", "mergekit", "planning")
 
 

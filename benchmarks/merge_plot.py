@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_bench import OLDER
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-OURS, COPY = "upit-merge", "copy"
+OURS, COPY, OLDER = "upit-merge", "copy", "upit-merge, older"
 GB, MIB = 1e9, 2**20
 AXES = {
     "experts": ("experts", "experts (4 checkpoints)"),
