@@ -158,6 +158,7 @@ WRONG_VALUES: list[tuple[str, str, list[Any]]] = [
     ("router.temperature", POSITIVE, [0, "hot", float("inf")]),
     ("router.batch_tokens", "1 or more", [0]),
     ("router.compute", "'auto', 'float32' or 'bfloat16'", ["float16", 32]),
+    ("router.losses", "'auto', 'first_order' or 'exact'", ["all", 1]),
     ("router.memory_gb", POSITIVE, ["4GB", -1]),
 ]
 
@@ -206,7 +207,7 @@ UNKNOWN_KEYS = {
     "objective": "it belongs under router:",
     "parameters.dtype": "it belongs at the top level",
     "flavour": "known here: architecture, base_model, chat_template, dtype, merge_method, models, out_dtype, parameters, router, tokenizer_source",
-    "router.learning rate": "known here: assign, batch_tokens, compute, data, max_length, memory_gb, objective, refine, sample, split, stream, subset, temperature, upit",
+    "router.learning rate": "known here: assign, batch_tokens, compute, data, losses, max_length, memory_gb, objective, refine, sample, split, stream, subset, temperature, upit",
 }
 
 

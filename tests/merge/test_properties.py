@@ -209,6 +209,8 @@ router_settings: dict[str, st.SearchStrategy[Any]] = {
     "stream": st.none() | st.sampled_from(["mean", "expert"]),
     "temperature": positive,
     "batch_tokens": st.integers(1, 10**6),
+    "losses": st.sampled_from(["auto", "first_order", "exact"]),
+    "compute": st.sampled_from(["auto", "float32", "bfloat16"]),
     "memory_gb": positive,
     "refine": st.none()
     | mappings(

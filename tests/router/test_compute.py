@@ -191,7 +191,7 @@ def test_evaluation_is_exact_unless_asked(shared_family, merge, monkeypatch) -> 
 
 def test_memory_follows() -> None:
     shape = ModelShape(1024, 4096, 32_000, 16, 8, 4 * 1024**2, itemsize=2)
-    settings = RouterSettings(data="-", batch_tokens=512)
+    settings = RouterSettings(data="-", batch_tokens=512, losses="exact")
     lengths = [100] * 50
     exact = router_memory(shape, lengths, settings, cpu=True)
     assert exact == router_memory(
