@@ -20,6 +20,8 @@ EXPERTS = 8
 PROMISING = 4
 # Losses to first order hold if choosing by them gives up at most this share of the gain.
 TOLERATED = 0.1
+# And at most so much, nats per token: half a per cent of perplexity, however large the gain.
+TOLERATED_LOSS = 0.005
 # Nats per token: less is rounding.
 ROUNDING = 1e-5
 # What losses to first order take, in sweeps of one expert, their control group aside.
@@ -118,7 +120,7 @@ class Control:
     @property
     def trusted(self) -> int:
         """How many experts have to be tried for every sample; more than `PROMISING` if all."""
-        limit = max(TOLERATED * self.gain, ROUNDING)
+        limit = max(min(TOLERATED * self.gain, TOLERATED_LOSS), ROUNDING)
         holds = (rank for rank, lost in enumerate(self.given_up, 1) if lost <= limit)
         return next(holds, len(self.given_up) + 1)
 
