@@ -19,7 +19,7 @@ from upit_merge.io.disk import free_bytes, missing_space
 from upit_merge.io.shards import Shard
 from upit_merge.merge.blocks import merge_memory
 from upit_merge.merge.inputs import Inputs
-from upit_merge.router.memory import RouterMemory, router_memory, shape_of
+from upit_merge.router.memory import RouterMemory, router_memory, shape_of, shape_of_model
 
 LOG = logging.getLogger(__name__)
 
@@ -167,8 +167,7 @@ def check_router_memory(
         UpitError: naming what is needed and what there is.
     """
     cpu = model.device.type == "cpu"
-    dense = model.architecture.dense_settings()
-    shape = shape_of(model.format, dense, model.num_experts, model.stored_dtype)
+    shape = shape_of_model(model)
     memory = router_memory(
         shape, lengths, settings, cpu=cpu, evaluated=evaluated, arithmetic=model.arithmetic
     )

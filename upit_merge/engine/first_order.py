@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.hidden_states import MEAN, Batch, LayersOnDisk, PackedStates
-from upit_merge.engine.layerwise import LOGIT_ROWS, LayerwiseMixture, Weights
+from upit_merge.engine.layerwise import LOGIT_ROWS, LayerwiseMixture, Weights, row_parts
 from upit_merge.io.disk import free_bytes
 from upit_merge.runtime.parallel import map_in_order
 
@@ -153,7 +153,7 @@ class MeanSweeps:
             labels = torch.tensor([token for part in ids for token in part])
             rows = torch.cat([states.rows[span] for span in spans])
             losses, slopes = [], []
-            for part in torch.arange(len(rows)).split(LOGIT_ROWS):
+            for part in row_parts(len(rows)):
                 loss, gradient = _cross_entropy(
                     norm,
                     weight,

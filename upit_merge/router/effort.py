@@ -14,7 +14,7 @@ from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.hidden_states import MEAN, Batch, token_batches
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.router.control import loss_sweeps
-from upit_merge.router.memory import FITTED_TOKENS, ModelShape, shape_of
+from upit_merge.router.memory import FITTED_TOKENS, ModelShape, shape_of_model
 
 # Fits, in multiplications of a layer's products, as measured with hidden sizes of 128 to 576. A
 # step of L-BFGS goes through the inputs twice, which takes longer than what is computed with them.
@@ -71,10 +71,8 @@ class Effort:
     @classmethod
     def of_model(cls, model: LayerwiseMixture, settings: RouterSettings, num_tokens: int) -> Effort:
         """Count those of a mixture."""
-        dense = model.architecture.dense_settings()
-        shape = shape_of(model.format, dense, model.num_experts, model.stored_dtype)
         chosen = int(model.architecture.config.num_experts_per_tok)
-        return cls.of(shape, chosen, settings, num_tokens)
+        return cls.of(shape_of_model(model), chosen, settings, num_tokens)
 
 
 def fitted_every(num_tokens: int) -> int:

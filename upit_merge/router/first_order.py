@@ -26,7 +26,7 @@ from upit_merge.router.control import (
     Control,
     control_pairs,
 )
-from upit_merge.router.memory import group_tokens
+from upit_merge.router.memory import group_tokens, shape_of_model
 from upit_merge.router.router_gain import SampleLosses
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.work_bar import WorkBar
@@ -89,7 +89,7 @@ class _Sweeps:
         stage, size = self.stage, self.stage.processes.size
         arithmetic = stage.model.arithmetic
         limit = size * group_tokens(
-            stage.shape,
+            shape_of_model(stage.model),
             stage.lengths,
             stage.settings,
             arithmetic.states.itemsize,

@@ -12,7 +12,7 @@ import torch
 from upit_merge.config.router import RouterSettings
 from upit_merge.engine.arithmetic import Arithmetic
 from upit_merge.engine.first_order import BLOCK_ELEMENTS, SLOPE_TOKENS
-from upit_merge.engine.layerwise import LOGIT_ROWS
+from upit_merge.engine.layerwise import LOGIT_ROWS, LayerwiseMixture
 from upit_merge.models.formats import MixtureFormat
 from upit_merge.models.mixture import mixture_shapes
 from upit_merge.router.control import loss_sweeps
@@ -82,6 +82,12 @@ def shape_of(
         attention=sum(layer),
         itemsize=dtype.itemsize,
     )
+
+
+def shape_of_model(model: LayerwiseMixture) -> ModelShape:
+    """Return the sizes of an open mixture."""
+    dense = model.architecture.dense_settings()
+    return shape_of(model.format, dense, model.num_experts, model.stored_dtype)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from upit_merge.router import objectives
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.control import Pair, PairLosses
 from upit_merge.router.effort import Effort, fitted_every
-from upit_merge.router.memory import ModelShape, shape_of
 from upit_merge.router.objectives import GateData, Objective
 from upit_merge.router.progress import Progress
 from upit_merge.router.router_gain import SampleLosses
@@ -95,13 +94,6 @@ class RouterStage:
         """Return the tokens of every sample, 0 for those that are in none of the streams."""
         mine = {index for stream in streams for index in stream.samples}
         return [length if i in mine else 0 for i, length in enumerate(self.lengths)]
-
-    @property
-    def shape(self) -> ModelShape:
-        """The sizes of the mixture."""
-        model = self.model
-        dense = model.architecture.dense_settings()
-        return shape_of(model.format, dense, model.num_experts, model.stored_dtype)
 
     @contextlib.contextmanager
     def states(self, streams: Sequence[Stream], *, every: int = 1) -> Iterator[PackedStates]:
