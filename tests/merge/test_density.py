@@ -12,7 +12,7 @@ from upit_merge.config.recipe import parse_recipe
 from upit_merge.errors import UpitError
 from upit_merge.merge.density import resolve_densities
 from upit_merge.models.dense import DenseArchitecture
-from upit_merge.models.formats import FORMATS
+from upit_merge.models.formats import FORMATS, PLAIN
 
 GATE_DOWN_UP = ("gate_proj", "down_proj", "up_proj")
 
@@ -24,7 +24,7 @@ def densities(layers: int, shared: Any, *per_model: Any) -> list[list[float]]:
         {"model": "m", "parameters": {} if own is None else {"density": own}} for own in settings
     ]
     recipe = parse_recipe(document(models=models, parameters={"density": shared}))
-    architecture = DenseArchitecture(FORMATS["mixtral"], {"num_hidden_layers": layers}, {})
+    architecture = DenseArchitecture(FORMATS["mixtral"], PLAIN | {"num_hidden_layers": layers}, {})
     assert [p for _, p, _ in architecture.ffn_names()] == [*GATE_DOWN_UP] * layers
     resolved = resolve_densities(
         architecture,

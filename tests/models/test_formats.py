@@ -19,6 +19,7 @@ from upit_merge.config.recipe import parse_recipe
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.models import formats
+from upit_merge.models.families import FAMILIES
 from upit_merge.models.formats.qwen3_moe import Qwen3Moe
 from upit_merge.models.mixture import opened_mixture
 
@@ -79,7 +80,12 @@ def test_qwen3_experts_are_the_naive_ones(tmp_path, merge) -> None:
     ("kind", "settings", "wanted", "told"),
     [
         ("llama", {}, "qwen3_moe", "architecture: qwen3_moe is made from qwen3 checkpoints, but "),
-        ("qwen3", {}, "mixtral", "architecture: mixtral is made from llama or mistral checkpoints"),
+        (
+            "qwen3",
+            {},
+            "mixtral",
+            "architecture: mixtral is made from llama, mistral, phi3 checkpoints",
+        ),
         ("qwen3", {"use_sliding_window": True}, "auto", " sets use_sliding_window, which acts on "),
         ("qwen3", {"attention_bias": True}, "auto", " sets attention_bias, which Qwen3-MoE cannot"),
     ],
@@ -117,9 +123,8 @@ def test_a_third_format_is_one_class_and_one_entry(tmp_path, merge, monkeypatch)
         title = "Other"
         block = "feed_forward"
 
-    monkeypatch.setitem(formats.FORMATS, "qwen3_moe", None)
-    monkeypatch.delitem(formats.FORMATS, "qwen3_moe")
     monkeypatch.setitem(formats.FORMATS, "other_moe", Other())
+    monkeypatch.setattr(FAMILIES["qwen3"], "targets", ("qwen3_moe", "other_moe"), raising=False)
     family = build_family(tmp_path / "f", count=2, kind="qwen3")
     router = {"data": str(family.seed_file())}
     out = merge(family.recipe(architecture="other_moe", router=router))

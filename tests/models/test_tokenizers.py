@@ -27,7 +27,7 @@ from tests.support.tokenizers import (
     train_sentencepiece,
 )
 from upit_merge.errors import UpitError
-from upit_merge.models.formats import DENSE_TYPES
+from upit_merge.models.families import FAMILIES
 from upit_merge.models.tokenizer import VOCABULARY_FILES, has_tokenizer
 
 Merge = Callable[..., Path]
@@ -44,7 +44,7 @@ def qwen(root: Path) -> Family:
 def test_files_of_every_kind_are_known() -> None:
     """Those that the classes name with which transformers reads our formats."""
     names = {
-        TOKENIZER_MAPPING_NAMES.get(kind) or "" for kind in (*DENSE_TYPES, "mixtral", "qwen3_moe")
+        TOKENIZER_MAPPING_NAMES.get(kind) or "" for kind in (*FAMILIES, "mixtral", "qwen3_moe")
     }
     names |= {"LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer", "T5Tokenizer", "BertTokenizer"}
     names |= {"XLMRobertaTokenizer", "PreTrainedTokenizerFast"}

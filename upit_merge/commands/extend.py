@@ -22,11 +22,12 @@ from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.sources import DenseModel
-from upit_merge.models.dense import read_dense_config, same_setting, shared_settings
+from upit_merge.models.dense import as_llama, dense_settings, same_setting
 from upit_merge.models.gates import distinct_gates, gates_digest, named_gates, tensors_digest
 from upit_merge.models.lora.adapter import open_model
 from upit_merge.models.mixture import check_expert
 from upit_merge.models.tables import open_checkpoint
+from upit_merge.models.views import split_ffn
 from upit_merge.output.identity import file_states
 from upit_merge.output.staging import REPORT, check_output_exists, scratch_folder
 from upit_merge.report.any_version import AnyReport
@@ -91,7 +92,9 @@ def extend_output(
         _opened(reference, options.open) as dense,
     ):
         edit, moe = session.edit, session.moe
-        extended = ExtendedMixture(moe, check_expert(moe, dense), dense)
+        architecture = check_expert(moe, dense)
+        halves = split_ffn(dense, architecture.dense_settings())
+        extended = ExtendedMixture(moe, architecture, halves)
         before = read_report(out)
         _warn_of_odd_expert(extended, moe, dense, before)
         stage = session.stage(settings, scratch, source=extended, quick=has_fast_bfloat16())
@@ -103,15 +106,15 @@ def extend_output(
             return
         stage = session.resumed(stage, identity)
         with edit.interruptible("the model is as it was"):
-            names = model.format.gate_names(model.num_layers)
-            gates = [moe.tensor(name).float() for name in names]
+            names = model.architecture.of_gates()
+            gates = [moe.tensor(name).float() for name in model.architecture.gate_names()]
             fitted = pretrain_router(stage) if all_gates else _with_new_row(stage, gates)
             stem = f"model-expert-{extended.expert:05d}"
-            if moe.is_published:
+            if moe.is_published and not model.format.packed:
                 layout = extended_layout(moe, extended, names, stem, options.max_shard_bytes)
             else:
                 layout = rewritten_layout(moe, extended, names, options.max_shard_bytes)
-            named = named_gates(model.format, fitted.gates)
+            named = named_gates(model.architecture.gate_names(), fitted.gates)
             write_model(edit.emptied(), layout, extended, named, quiet=options.quiet)
             changes = _report(before, fitted, extended, dense, model, all_gates=all_gates)
             obsolete = write_report_and_card(edit, before, changes, layout.obsolete)
@@ -136,7 +139,7 @@ def _warn_of_odd_expert(
             moe.label,
             moe.config.get("vocab_size"),
         )
-    theirs = shared_settings(read_dense_config(dense))
+    theirs = dense_settings(dense)
     for field in ("rope_parameters", "sliding_window"):
         value = extended.architecture.dense_settings()[field]
         if not same_setting(field, theirs[field], value):
@@ -174,7 +177,7 @@ def _opened(reference: str, options: OpenOptions) -> Iterator[DenseModel]:
             return stack.enter_context(contextlib.closing(open_checkpoint(label, folder, options)))
 
         model = open_model(reference, None, options, open_base)
-        yield stack.enter_context(contextlib.closing(model))
+        yield as_llama(stack.enter_context(contextlib.closing(model)))
 
 
 def _check_joint(settings: RouterSettings, *, all_gates: bool) -> None:
@@ -219,7 +222,7 @@ def _report(
     all_gates: bool,
 ) -> dict[str, Any]:
     """Return what changes in the report."""
-    names = sorted(model.format.expert_names(model.num_layers, [extended.expert]))
+    names = sorted(model.architecture.expert_names([extended.expert]))
     extension = {
         "expert": extended.expert,
         "model": dense.label,

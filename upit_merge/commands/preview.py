@@ -13,8 +13,7 @@ from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import SeedSet
 from upit_merge.io.tensor_file import TensorSpec
 from upit_merge.merge.inputs import Inputs
-from upit_merge.models.dense import ffn_tensor
-from upit_merge.models.formats import PROJECTIONS
+from upit_merge.models.formats import PROJECTIONS, ffn_tensor
 from upit_merge.models.mixture import mixture_config, mixture_specs
 from upit_merge.router.assignment import sample_losses
 from upit_merge.router.pretrain import computed_mixture
@@ -31,18 +30,30 @@ class PlannedMixture:
     label = "the planned model"
 
     def __init__(self, inputs: Inputs) -> None:
-        count, layers = len(inputs.checkpoints), inputs.architecture.num_layers
-        body, gates = mixture_specs(inputs.architecture, count, inputs.dtype)
-        self._inputs, form = inputs, inputs.architecture.format
+        architecture = inputs.architecture
+        self._inputs, form, layers = inputs, architecture.format, architecture.mixture_layers
+        last = len(inputs.checkpoints) - 1
+        count = max(1 + last, form.fewest_experts)
+        body, gates = mixture_specs(architecture, count, inputs.dtype)
+        constants = form.constants(architecture.settings, count)
+        self._constants = {constant.name: constant for constant in constants}
+        self._backbone = {
+            own: dense for dense in architecture.specs for own in form.backbone_names(dense)
+        }
         self._ffn = {
-            form.expert_tensor(layer, expert, projection): (expert, ffn_tensor(layer, projection))
-            for layer in range(layers)
+            form.expert_tensor(layer, expert, p): (min(expert, last), ffn_tensor(layer, p))
+            for layer in layers
             for expert in range(count)
-            for projection in PROJECTIONS
+            for p in PROJECTIONS
         }
         self.specs: Mapping[str, TensorSpec] = {spec.name: spec for spec in [*body, *gates]}
         self.config: Mapping[str, Any] = mixture_config(
-            inputs.settings_donor, inputs.settings_donor, count, min(2, count), inputs.dtype
+            architecture,
+            inputs.settings_donor,
+            inputs.settings_donor,
+            count,
+            min(2, count),
+            inputs.dtype,
         )
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -55,10 +66,14 @@ class PlannedMixture:
         if name in self._ffn:
             expert, dense = self._ffn[name]
             return self._inputs.checkpoints[expert].rows(dense, start, stop).to(dtype)
-        first, *others = (model.rows(name, start, stop) for model in self._inputs.backbone)
-        if not others:
-            return first.to(dtype)
-        return (sum((t.float() for t in others), first.float()) / (1 + len(others))).to(dtype)
+        if constant := self._constants.get(name):
+            return torch.full((stop - start, *constant.shape[1:]), constant.value, dtype=dtype)
+        dense = self._backbone[name]
+        donors, factor = self._inputs.donors(dense), self._inputs.architecture.format.factor(dense)
+        first, *others = (model.rows(dense, start, stop) for model in donors)
+        if others:
+            first = sum((t.float() for t in others), first.float()) / (1 + len(others))
+        return (first if factor == 1 else first * factor).to(dtype)
 
 
 def checkpoint_losses(

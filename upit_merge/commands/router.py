@@ -109,7 +109,7 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
             result = pretrain_router(stage, copies)
             processes.gather(None)  # nobody looks into the folders any more
             if processes.is_first:
-                copies.write(named_gates(stage.model.format, result.gates))
+                copies.write(named_gates(stage.model.architecture.gate_names(), result.gates))
                 form = stage.model.format
                 obsolete = _write_report_and_card(edit, result, before, copies, form)
                 edit.put_into_place(identity, obsolete)
@@ -150,10 +150,10 @@ def _prepare(copies: PatchedCopies, stage: RouterStage) -> None:
         if not stage.progress.has("tuned-"):
             shutil.rmtree(copies.folder, ignore_errors=True)
         copies.folder.mkdir(parents=True, exist_ok=True)
-        copies.prepare(model.format.gate_names(model.num_layers))
+        copies.prepare(model.architecture.gate_names())
         if stage.settings.trains_experts:
             experts = range(model.num_experts)
-            copies.prepare(model.format.expert_names(model.num_layers, experts))
+            copies.prepare(model.architecture.expert_names(experts))
 
 
 def _write_report_and_card(

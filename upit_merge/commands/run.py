@@ -15,7 +15,7 @@ from upit_merge import __version__
 from upit_merge.commands.foretell import tell_router_time
 from upit_merge.commands.options import CommandOptions
 from upit_merge.commands.preflight import needs
-from upit_merge.config.recipe import Recipe
+from upit_merge.config.recipe import PARAMETERS_SINCE, Parameters, Recipe
 from upit_merge.config.router import CHOSEN_SINCE, NO_MATTER, ByColumn, RouterSettings
 from upit_merge.data.tokens import SeedSet
 from upit_merge.engine.arithmetic import has_fast_bfloat16
@@ -216,7 +216,7 @@ class _Run:
             tell_router_time(stage)
             router = pretrain_router(stage, output)
             if processes.is_first:
-                output.write(named_gates(inputs.architecture.format, router.gates))
+                output.write(named_gates(stage.model.architecture.gate_names(), router.gates))
         processes.gather(None)  # nobody uses the scratch folders any more
         return router
 
@@ -300,6 +300,7 @@ def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
 def output_config(inputs: Inputs) -> dict[str, Any]:
     """Return the output's `config.json`."""
     return mixture_config(
+        inputs.architecture,
         inputs.settings_donor,
         inputs.tokenizer or inputs.settings_donor,
         inputs.num_experts,
@@ -351,6 +352,9 @@ def run_identity(
 
 def _without_sizes(recipe: dict[str, Any]) -> dict[str, Any]:
     router = recipe["router"] or {}
+    for name in PARAMETERS_SINCE:
+        if recipe["parameters"].get(name) == Parameters.model_fields[name].default:
+            recipe["parameters"].pop(name)
     for name in NO_MATTER:
         router.pop(name, None)
     # Runs that were begun before there was a choice go on: the merge does not depend on it.

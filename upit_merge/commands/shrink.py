@@ -67,7 +67,7 @@ def shrink_output(
             gates = mean_gates(moe, model.architecture, groups)
             gates = distinct_gates(gates, model.stored_dtype, stage.seed)
             shrunk = ShrunkMixture(moe, model.architecture, groups, gates)
-            names = model.format.gate_names(model.num_layers)
+            names = model.architecture.of_gates()
             layout = rewritten_layout(moe, shrunk, names, options.max_shard_bytes)
             write_model(edit.emptied(), layout, shrunk, {}, quiet=options.quiet)
             record = _record(model, statistics, groups, stage)
@@ -97,7 +97,7 @@ def _check_number(out: Path, model: LayerwiseMixture, num_experts: int) -> None:
             f"{out} has {model.num_experts} experts per layer, which cannot be merged into "
             f"{num_experts}; give a lower --experts."
         )
-    chosen = int(model.architecture.config.num_experts_per_tok)
+    chosen = model.format.chosen(model.architecture.config)
     if num_experts < chosen:
         raise UpitError(
             f"{out} routes a token to {chosen} experts, so that {num_experts} would be too few; "
@@ -115,8 +115,7 @@ def _groups(statistics: RoutingStatistics, num_experts: int) -> list[list[Group]
 def mean_gates(moe: Checkpoint, architecture: MixtureArchitecture, groups: Groups) -> list[Tensor]:
     """Return the groups' routing vectors: on a token, the mean of what the members' would say."""
     gates = []
-    names = architecture.format.gate_names(architecture.num_layers)
-    for name, row in zip(names, groups, strict=True):
+    for name, row in zip(architecture.gate_names(), groups, strict=True):
         gate = moe.tensor(name).float()
         shares = torch.zeros(len(row), len(gate))
         for index, group in enumerate(row):

@@ -22,7 +22,7 @@ from upit_merge.io.text_file import json_text, write_json
 from upit_merge.merge.experts import write_experts
 from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.merge.lineage import Lineage
-from upit_merge.merge.passes import find_lineage, is_one_pass, measure_similarity, write_gates
+from upit_merge.merge.passes import find_lineage, is_one_pass, measure_similarity, write_constants
 from upit_merge.models.gates import gates_digest, tensors_digest
 from upit_merge.models.mixture import mixture_specs, opened_mixture
 from upit_merge.models.tokenizer import has_tokenizer
@@ -151,12 +151,12 @@ def _findings(
         names = {name for name in expected if name not in misfits}
         router = report.router if report.document["router"] else None  # {} is none, too
         if router or extensions:
-            names -= {spec.name for spec in gate_specs}
+            names -= {*architecture.gate_names()}
         trained = router and router.experts_sha256
         later_digests = {extension.expert: extension.sha256 for extension in extensions}
         if trained:
             later_digests |= dict(enumerate(trained))
-        names -= {*architecture.format.expert_names(architecture.num_layers, later_digests)}
+        names -= {*architecture.expert_names(later_digests)}
         comparison = Comparison(moe, names)
         with Saver(None) as saver:
             write_experts(
@@ -168,7 +168,7 @@ def _findings(
                 quiet=options.quiet,
                 description="verifying",
             )
-        write_gates(comparison, inputs)
+        write_constants(comparison, inputs)
         yield from _weight_findings(inputs, names, comparison.differing)
         if later_digests:
             yield _recorded_finding(moe, later_digests, inputs)
@@ -254,11 +254,13 @@ def _lineage_faults(lineage: Lineage, recorded: Mapping[str, Any]) -> Iterator[s
 def _weight_findings(
     inputs: Inputs, names: Collection[str], differing: Collection[str]
 ) -> Iterator[Finding]:
-    form, num_layers = inputs.architecture.format, inputs.architecture.num_layers
-    parts = {"backbone": set(inputs.architecture.backbone_names())}
+    architecture = inputs.architecture
+    constants = architecture.format.constants(architecture.settings, inputs.num_experts)
+    backbone = {*architecture.backbone_names(), *(constant.name for constant in constants)}
+    parts = {"backbone": backbone}
     for expert in range(inputs.num_experts):
-        parts[f"expert {expert}"] = set(form.expert_names(num_layers, [expert]))
-    parts["gates"] = set(form.gate_names(num_layers))
+        parts[f"expert {expert}"] = set(architecture.expert_names([expert]))
+    parts["gates"] = set(architecture.gate_names())
     for part, members in parts.items():
         compared = members & set(names)
         faults = [f"{name} differs" for name in sorted(members & set(differing))]
@@ -268,10 +270,9 @@ def _weight_findings(
 
 def _recorded_finding(moe: Checkpoint, digests: Mapping[int, str], inputs: Inputs) -> Finding:
     """Compare experts that were trained or added after the merge with their recorded digests."""
-    form, num_layers = inputs.architecture.format, inputs.architecture.num_layers
     faults = []
     for expert, digest in digests.items():
-        names = sorted(form.expert_names(num_layers, [expert]))
+        names = sorted(inputs.architecture.expert_names([expert]))
         if tensors_digest(moe.tensor(name) for name in names) != digest:
             faults.append(f"expert {expert} is not the one the report speaks of")
     note = "" if faults else "as recorded when they were trained or added"
@@ -288,8 +289,7 @@ def _gate_finding(
     extended: bool,
 ) -> Finding:
     architecture = inputs.architecture
-    gate_names = architecture.format.gate_names(architecture.num_layers)
-    stored = [moe.tensor(name) for name in gate_names]
+    stored = [moe.tensor(name) for name in architecture.gate_names()]
     looked_at = f"{len(stored)} tensors"
     if router.gates_sha256 is None:
         return Finding("gates", looked_at, note="the report has no digest of them")
@@ -362,7 +362,7 @@ def _file_finding(out: Path, inputs: Inputs, options: RunOptions) -> Finding:
 def _made(path: Path, inputs: Inputs) -> list[bytes]:
     """Return what may be in a file that was made again: what is, or was up to version 0.5."""
     if path.name == "config.json":
-        later = inputs.architecture.format.required
+        later = inputs.architecture.format.wanted_fields(output_config(inputs))
         earlier = {key: value for key, value in output_config(inputs).items() if key not in later}
         earlier["use_cache"] = inputs.settings_donor.config.get("use_cache", True)
         return [path.read_bytes(), json_text(earlier).encode()]

@@ -134,6 +134,23 @@ class Parameters(Strict):
         description="Where attention, norms and embeddings come from: last (checkpoint), average, "
         "base, or one of the models.",
     )
+    shared: Literal["auto", "none", "zero", "split"] = Field(
+        "auto",
+        description="An always-on expert beside the routed ones, in formats that have one: none, "
+        "of zeros, or half of the neurons (split), the other half being routed; auto: none, or "
+        "zero where there must be one.",
+    )
+    shared_from: Name | None = Field(
+        None,
+        description="Of split: whose half is shared: last (checkpoint), average, base, or one of "
+        "the models; average if not given.",
+    )
+    dense_layers: StrictInt = Field(
+        0,
+        ge=0,
+        description="So many of the first layers stay dense, in formats that can; they come from "
+        "where the backbone does.",
+    )
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = Field(
         0,
         description="Of everything random: parents, mixing ratios, DARE masks, sampling, gates; "
@@ -147,6 +164,8 @@ def _known_format(name: str) -> str:
     return name
 
 
+# Parameters that 0.5.0 had not; at their defaults they change nothing.
+PARAMETERS_SINCE = ("shared", "shared_from", "dense_layers")
 # Parameters that say how children are grown and checkpoints are chosen.
 _OF_GROWTH = (
     "select",
@@ -184,8 +203,8 @@ router:
     )
     architecture: Annotated[StrictStr, AfterValidator(_known_format)] = Field(
         "auto",
-        description="Of the output: auto, what the models become (Llama and Mistral: mixtral; "
-        "Qwen3: qwen3_moe), or its name, to say what you expect.",
+        description="Of the output: auto, what the models become, or its name where they can "
+        "become several, or to say what you expect; docs/families.md has a table.",
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="Of the output; the base's if not given."
@@ -226,6 +245,11 @@ router:
             raise ValueError(
                 f"parameters: {name} is for copies of a model, which would be alike without; add "
                 "expansion: copy, or remove it"
+            )
+        if params.shared_from is not None and params.shared != "split":
+            raise ValueError(
+                f"parameters: shared_from is for shared: split, but shared is {params.shared}; add "
+                "shared: split, or remove it"
             )
         if params.repeat_pairs and params.parents == "farthest_child":
             raise ValueError(

@@ -190,7 +190,7 @@ def _measure(
         ]
         # Those that a recipe without `router:` gets.
         gates = (
-            training_free_gates(moe, model.num_layers, model.num_experts, seed)
+            training_free_gates(moe, model.format, model.mixture_layers, model.num_experts, seed)
             for seed in range(_RANDOM_GATES)
         )
         random_rows = [row("", run_mixture(stage, random_gates)[0]) for random_gates in gates]

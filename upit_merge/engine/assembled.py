@@ -6,7 +6,6 @@ Computed with transformers' own decoder layer.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.hidden_states import Batch, PackedStates
 from upit_merge.engine.layerwise import LayerwiseMixture
+from upit_merge.models.formats import FUSED
 from upit_merge.runtime.parallel import map_in_order
 
-# (layer, samples of the batch, logits (tokens, experts), chosen experts (tokens, top-k)), without
-# padding: the tokens of the first sample, then those of the second, …
+# (number of the mixture, samples of the batch, logits (tokens, experts), chosen experts (tokens,
+# top-k)), without padding: the tokens of the first sample, then those of the second, …
 RoutingCallback = Callable[[int, Batch, Tensor, Tensor], None]
 
 
@@ -28,7 +28,7 @@ class AssembledMixture:
 
     Args:
         model: The folder.
-        gates: Instead of the folder's, float32, (num_experts, hidden_size) per layer.
+        gates: Instead of the folder's, float32, (num_experts, hidden_size) per mixture.
         keep_bytes: Layers are kept in memory if all of them fit into this.
     """
 
@@ -41,25 +41,27 @@ class AssembledMixture:
     ) -> None:
         self.model = model
         self._gates = gates
-        self._config = copy.deepcopy(model.architecture.config)
-        self._config._attn_implementation = "sdpa"
-        self._config._experts_implementation = "eager"
         self._keep = self.layer_bytes * model.num_layers <= keep_bytes
         self._kept: dict[int, nn.Module] = {}
 
     @property
     def layer_bytes(self) -> int:
-        """What one layer takes in memory."""
-        prefix = "model.layers.0."
+        """What the last layer, which is a mixture, takes in memory."""
+        prefix = self.model.format.layer_prefix(self.model.num_layers - 1)
         specs = self.model.moe.specs
         elements = sum(spec.numel for name, spec in specs.items() if name.startswith(prefix))
         return elements * self.model.arithmetic.products.itemsize
 
     def set_gates(self, gates: Sequence[Tensor]) -> None:
-        """Use other gates from now on, float32, (num_experts, hidden_size) per layer."""
+        """Use other gates from now on, float32, (num_experts, hidden_size) per mixture."""
         self._gates = gates
         for layer, module in self._kept.items():
-            module.get_parameter("mlp.gate.weight").data = self._gate(layer)
+            if layer in self.model.mixture_layers:
+                self.gate_of(module).data = self._gate(layer)
+
+    def gate_of(self, module: nn.Module) -> nn.Parameter:
+        """Return the gate in a mixture's layer."""
+        return module.get_parameter(f"{self.model.format.gate_path}.weight")
 
     def layers(self, order: Iterable[int]) -> Generator[nn.Module]:
         """Yield the decoder layers of these numbers; the next one is being read meanwhile."""
@@ -72,34 +74,36 @@ class AssembledMixture:
             yield self._kept[layer]
 
     def _read(self, layer: int) -> nn.Module:
-        model, name_of = self.model, self.model.format.expert_tensor
-        with torch.device("meta"):
-            module = model.format.modules().moe_layer(self._config, layer)
+        model, form = self.model, self.model.format
+        module = model.body.layer(layer)
         state = model.backbone(layer)
-        up = "mlp.experts.gate_up_proj"
-        down = "mlp.experts.down_proj"
-        for name in (up, down):
+        if layer not in model.mixture_layers:
+            module.load_state_dict(state, assign=True)
+            return module.eval().requires_grad_(False)
+        # transformers keeps the two input projections of an expert as one matrix.
+        names = {kind: f"{form.experts_path}.{kind}" for kind in FUSED}
+        for name in names.values():
             shape = module.get_parameter(name).shape
             state[name] = torch.empty(shape, dtype=model.arithmetic.products, device=model.device)
-        inner = model.architecture.intermediate_size
         for expert in range(model.num_experts):
-            # transformers keeps the two input projections of an expert as one matrix.
-            state[up][expert, :inner] = model.load(name_of(layer, expert, "gate_proj"))
-            state[up][expert, inner:] = model.load(name_of(layer, expert, "up_proj"))
-            state[down][expert] = model.load(name_of(layer, expert, "down_proj"))
-        state["mlp.gate.weight"] = self._gate(layer)
+            for kind, projections in FUSED.items():
+                rows = state[names[kind]][expert].chunk(len(projections))
+                for projection, part in zip(projections, rows, strict=True):
+                    part.copy_(model.load(form.expert_tensor(layer, expert, projection)))
+        state[f"{form.gate_path}.weight"] = self._gate(layer)
         module.load_state_dict(state, assign=True)
         # Which experts are chosen is decided in the dtype of the states.
-        gate = module.get_submodule("mlp.gate")
+        gate = module.get_submodule(form.gate_path)
         gate.forward = torch.autocast(model.device.type, enabled=False)(gate.forward)
         return module.eval().requires_grad_(False)
 
     def _gate(self, layer: int) -> Tensor:
+        name = self.model.format.gate_tensor(layer)
         if self._gates is None:
-            return self.model.load(self.model.format.gate_tensor(layer), product=False)
+            return self.model.load(name, product=False)
         # Rounded, as the stored model will have it.
-        stored = self.model.moe.specs[self.model.format.gate_tensor(layer)].dtype
-        return self._gates[layer].to(stored).to(self.model.device, self.model.dtype)
+        gate = self._gates[self.model.mixture_layers.index(layer)]
+        return gate.to(self.model.moe.specs[name].dtype).to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
     def sweep(
@@ -142,13 +146,24 @@ class AssembledMixture:
         lengths = torch.tensor([span.stop - span.start for span in spans], device=padded.device)
         real = torch.arange(padded.shape[1], device=padded.device) < lengths.unsqueeze(1)
 
-        def look(_gate: nn.Module, _inputs: Any, routed: tuple[Tensor, Tensor, Tensor]) -> None:
-            logits, _weights, chosen = routed
+        def look(_gate: nn.Module, _inputs: Any, routed: Any) -> None:
             kept = real.flatten()
-            on_routing(layer, batch, logits[kept].float(), chosen[kept])
+            if isinstance(routed, tuple):
+                logits, chosen = routed[0][kept], routed[2][kept]
+            else:  # a matrix alone, whose largest results decide
+                logits = routed[kept]
+                chosen = logits.detach().topk(top_k, dim=1).indices
+            # Not every router gives the first choice first.
+            order = logits.detach().gather(1, chosen).argsort(dim=1, descending=True, stable=True)
+            on_routing(number, batch, logits.float(), chosen.gather(1, order))
 
-        handle = module.get_submodule("mlp.gate").register_forward_hook(look)
+        model = self.model
+        if layer not in model.mixture_layers:
+            return model.layer_output(module, layer, padded)
+        number = model.mixture_layers.index(layer)
+        top_k = model.format.chosen(model.architecture.config)
+        handle = module.get_submodule(model.format.gate_path).register_forward_hook(look)
         try:
-            return self.model.layer_output(module, padded)
+            return model.layer_output(module, layer, padded)
         finally:
             handle.remove()

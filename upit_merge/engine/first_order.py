@@ -56,7 +56,7 @@ class MeanSweeps:
     def __post_init__(self) -> None:
         from transformers.activations import ACT2FN
 
-        name = self.model.architecture.config.hidden_act
+        name = self.model.architecture.dense_settings()["hidden_act"]
         object.__setattr__(self, "_activation", ACT2FN[name])
 
     # ---- weights ---------------------------------------------------------------------------
@@ -68,7 +68,7 @@ class MeanSweeps:
             return {name: t.to(self.model.device) for name, t in load_file(path).items()}
         mean = self.model.ffn(layer, MEAN)
         size = sum(tensor.numel() * tensor.element_size() for tensor in mean.values())
-        if free_bytes(self.scratch) > 4 * size * self.model.num_layers:
+        if size and free_bytes(self.scratch) > 4 * size * self.model.num_layers:
             save_file({name: tensor.cpu().contiguous() for name, tensor in mean.items()}, path)
         return mean
 
@@ -124,7 +124,7 @@ class MeanSweeps:
                 for batch in batches:
                     padded = states.padded(batch)
                     entering.put(layer, batch, padded)
-                    output, seen = model.run(module, padded.to(model.device))
+                    output, seen = model.run(module, layer, padded.to(model.device))
                     states.put(batch, output)
                     if look is not None:
                         look(layer, batch, seen)
@@ -155,6 +155,7 @@ class MeanSweeps:
             losses, slopes = [], []
             for part in row_parts(len(rows)):
                 loss, gradient = _cross_entropy(
+                    self.model,
                     norm,
                     weight,
                     rows[part].to(self.model.device),
@@ -205,37 +206,44 @@ class MeanSweeps:
                 if batches:
                     backbone, ffn = next(weights)
                     entering.read(layer, states)
-                    taped = _Taped(ffn, self._activation)
                     module = model.dense_layer(layer, backbone)
-                    module.mlp = taped
+                    taped = None
+                    if layer in model.mixture_layers:
+                        taped = _Taped(ffn, self._activation, summed=model.format.adds_output)
+                        module.set_submodule(model.format.experts_path, taped, strict=True)
                     tapes = []
                     for part in parts:
-                        tapes.append(self._differentiate(module, taped, part, states, slope))
+                        tape = self._differentiate(module, layer, taped, part, states, slope)
+                        tapes += [tape] if tape else []
                         on_progress(sum(len(self.samples[index].input_ids) for index in part))
-                    self._multiply(layer, ffn, parts, tapes, products)
+                    if tapes:
+                        self._multiply(layer, ffn, parts, tapes, products)
                     del tapes
                 after_layer(products)
 
     def _differentiate(
         self,
         module: nn.Module,
-        taped: _Taped,
+        layer: int,
+        taped: _Taped | None,
         batch: Batch,
         entering: PackedStates,
         slope: PackedStates,
-    ) -> _Tape:
-        """One layer on one batch: the slope passes through it; returns what its FFN saw."""
+    ) -> _Tape | None:
+        """One layer on one batch: the slope passes through it; returns what its experts saw."""
         outer = slope.padded(batch)
         # Where the range is narrow, slopes may leave it; a power of two costs nothing.
         scale = 2.0 ** -math.frexp(float(outer.abs().max()))[1]
         leaf = entering.padded(batch).to(self.model.device).requires_grad_()
-        output = self.model.layer_output(module, leaf)
+        output = self.model.layer_output(module, layer, leaf)
         outer = (outer * scale).to(output.device, output.dtype)
         (inner,) = torch.autograd.grad(output, leaf, outer)
         slope.put(batch, inner.float() / scale)
+        if taped is None:
+            return None
         assert taped.tape is not None
         tape, taped.tape = taped.tape, None
-        tape.scale = scale
+        tape.scale, tape.samples = scale, len(batch)
         return tape
 
     @torch.no_grad()
@@ -289,7 +297,10 @@ class MeanSweeps:
 
 @dataclass
 class _Tape:
-    """What an FFN saw of a padded batch, and the slopes of its projections' outputs."""
+    """What an FFN saw of a padded batch, and the slopes of its projections' outputs.
+
+    All are (samples · tokens, ·), however many dimensions the layer has made of it.
+    """
 
     inputs: Tensor
     gate: Tensor
@@ -297,28 +308,37 @@ class _Tape:
     inner: Tensor
     output: Tensor
     scale: float = 1.0
+    samples: int = 1
 
     def pair(self, projection: str) -> tuple[Tensor, Tensor]:
         """(slopes of the output, inputs) of a projection, (samples, tokens, ·) each."""
+        pair = (self.gate if projection == "gate_proj" else self.up), self.inputs
         if projection == "down_proj":
-            return self.output, self.inner
-        return (self.gate if projection == "gate_proj" else self.up), self.inputs
+            pair = self.output, self.inner
+        outer, inputs = (part.view(self.samples, -1, part.shape[-1]) for part in pair)
+        return outer, inputs
 
 
 class _Taped(nn.Module):
-    """Stands for an FFN in a layer that is computed again to be differentiated.
+    """Stands for the experts in a layer that is computed again to be differentiated.
 
-    What the FFN gives does not matter then, as nothing but a sum follows it; its input and the
-    slope of its output are kept.
+    Their input and the slope of their output are kept.
+
+    Args:
+        summed: Nothing but a sum follows their output, so that it does not matter then, and is
+            not computed.
     """
 
-    def __init__(self, weights: Weights, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, weights: Weights, activation: Callable[[Tensor], Tensor], *, summed: bool
+    ) -> None:
         super().__init__()
         self.weights = weights
         self.activation = activation
+        self.summed = summed
         self.tape: _Tape | None = None
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, *_routing: Tensor) -> Tensor:
         return _Differentiated.apply(inputs, self)
 
 
@@ -327,7 +347,12 @@ class _Differentiated(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, ffn: _Taped) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.ffn = ffn
-        return inputs.new_zeros(()).expand_as(inputs)
+        if ffn.summed:
+            return inputs.new_zeros(()).expand_as(inputs)
+        gate, up, down = (ffn.weights[name] for name in ("gate_proj", "up_proj", "down_proj"))
+        seen = inputs.to(gate.dtype)
+        inner = ffn.activation(F.linear(seen, gate)) * F.linear(seen, up)
+        return F.linear(inner, down).to(inputs.dtype)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
@@ -352,18 +377,25 @@ class _Differentiated(torch.autograd.Function):
 
 @torch.no_grad()
 def _cross_entropy(
-    norm: nn.Module, weight: Tensor, rows: Tensor, labels: Tensor
+    model: LayerwiseMixture, norm: nn.Module, weight: Tensor, rows: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss of every row, float32, and its slope in the row; (rows,), (rows, hidden_size)."""
     with torch.enable_grad():
         leaf = rows.requires_grad_()
         normed = norm(leaf)
-    logits = F.linear(normed.detach(), weight).float()
+    config = model.architecture.config
+    scale, cap = model.format.logits_scale(config), model.format.logits_cap(config)
+    logits = model.format.logits(F.linear(normed.detach(), weight).float(), config)
+    steepness = None if cap is None else 1 - (logits / cap).square_()
     norms = logits.logsumexp(1, keepdim=True)
     own = labels.unsqueeze(1)
     losses = (norms - logits.gather(1, own)).squeeze(1)
     slopes = logits.sub_(norms).exp_()
     slopes.scatter_add_(1, own, torch.full_like(norms, -1.0))
+    if steepness is not None:
+        slopes.mul_(steepness)
+    if scale != 1:
+        slopes.mul_(scale)
     (into,) = torch.autograd.grad(normed, leaf, slopes.to(weight.dtype) @ weight)
     return losses, into
 

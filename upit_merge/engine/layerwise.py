@@ -1,15 +1,14 @@
 """A mixture on disk, run layer by layer: memory holds one layer, the next, and the hidden states.
 
 The dense stream of expert e is the shared backbone with expert e's FFN in every layer. It is
-computed with transformers' own layer of the dense model whose attention is the mixture's.
+computed with transformers' own layer of the mixture, in which one FFN stands for the experts.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.arithmetic import Arithmetic
+from upit_merge.engine.body import Body
 from upit_merge.engine.hidden_states import MEAN, Batch, PackedStates, Stream
+from upit_merge.errors import UpitError
 from upit_merge.io.sources import TensorSource
 from upit_merge.models.formats import PROJECTIONS
 from upit_merge.models.mixture import inspect_mixture
@@ -38,7 +39,8 @@ class LayerwiseMixture:
         arithmetic: In which dtypes; if not given, on the CPU in float32, else in the stored one.
 
     Raises:
-        UpitError: the folder is not a mixture, or a tensor is missing or has another shape.
+        UpitError: the folder is not a mixture, a tensor is missing or has another shape, or its
+            layers cannot be computed one by one.
     """
 
     def __init__(
@@ -49,17 +51,21 @@ class LayerwiseMixture:
         self.moe = moe
         self.device = device
         config = self.architecture.config
+        if reason := self.format.unfit_router(config):
+            raise UpitError(
+                f"{moe.label} {reason}, so that it cannot be computed layer by layer; leave router "
+                "out, and train its gates with `upit-merge finetune` and train_modules: router."
+            )
+        self.mixture_layers = self.architecture.mixture_layers
         self.num_layers = self.architecture.num_layers
         self.num_experts = self.architecture.num_experts
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.context: int = config.max_position_embeddings
-        self.stored_dtype = moe.specs[self.format.gate_tensor(0)].dtype
+        self.stored_dtype = moe.specs[self.architecture.gate_names()[0]].dtype
         self.arithmetic = arithmetic or Arithmetic.of("auto", device, self.stored_dtype)
         self.dtype = self.arithmetic.states
-        self._modules = self.format.modules()
-        self._config = self.architecture.dense_config()
-        self._config._attn_implementation = "sdpa"
+        self.body = Body(self.architecture, device)
         self._tied: bool = bool(config.tie_word_embeddings)
 
     def load(self, name: str, *, product: bool = True) -> Tensor:
@@ -73,7 +79,12 @@ class LayerwiseMixture:
         return self.moe.tensor(name).to(device=self.device, dtype=dtype)
 
     def ffn(self, layer: int, expert: int) -> Weights:
-        """Return the FFN weights of an expert, or of the mean of all, by projection."""
+        """Return the FFN weights of an expert, or of the mean of all, by projection.
+
+        Those of a layer that is no mixture are none: they are part of its backbone.
+        """
+        if layer not in self.mixture_layers:
+            return {}
         name_of = self.format.expert_tensor
         if expert != MEAN:
             return {p: self.load(name_of(layer, expert, p)) for p in PROJECTIONS}
@@ -86,10 +97,10 @@ class LayerwiseMixture:
         return means
 
     def backbone(self, layer: int) -> Weights:
-        """Attention and norms of a layer, by their names in a decoder layer."""
-        prefix = f"model.layers.{layer}."
+        """All of a layer but gate and experts, by its names in a decoder layer."""
+        prefix = self.format.layer_prefix(layer)
         return {
-            name.removeprefix(prefix): self.load(name)
+            self.format.memory_name(name.removeprefix(prefix)): self.load(name)
             for name in self.moe.specs
             # Old folders hold tables that are computed.
             if name.startswith(prefix)
@@ -98,67 +109,49 @@ class LayerwiseMixture:
         }
 
     def dense_layer(self, layer: int, backbone: Weights) -> nn.Module:
-        """A dense decoder layer with this attention and these norms; its FFN is still empty."""
-        with torch.device("meta"):
-            module = self._modules.dense_layer(self._config, layer)
-        missing, unexpected = module.load_state_dict(backbone, strict=False, assign=True)
+        """A decoder layer with this backbone; the FFN in place of its experts is still empty."""
+        module = self.body.dense_layer(layer)
+        state = dict(backbone)
+        if layer in self.mixture_layers:
+            # What it says does not matter, but it is asked.
+            shape = self.num_experts, self.hidden_size
+            gate = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            state[f"{self.format.gate_path}.weight"] = gate
+        missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
         # The FFN comes per expert; anything else that is not there would be uninitialised memory.
-        if unexpected or any(not name.startswith("mlp.") for name in missing):
+        path = f"{self.format.experts_path}."
+        if unexpected or any(not name.startswith(path) for name in missing):
             raise RuntimeError(f"layer {layer}: missing {missing}, unexpected {unexpected}")
         return module.eval().requires_grad_(False)
 
     def set_ffn(self, module: nn.Module, weights: Weights) -> None:
-        state = {f"mlp.{projection}.weight": weight for projection, weight in weights.items()}
+        """Put an expert's FFN into a layer from `dense_layer`."""
+        path = self.format.experts_path
+        state = {f"{path}.{projection}.weight": weight for projection, weight in weights.items()}
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)
-
-    def attention_inputs(self, batch: Tensor) -> dict[str, Any]:
-        """Mask and positions for a right-padded batch (samples, tokens, hidden_size).
-
-        Padding follows every real token, so the causal mask alone keeps it out of them.
-        """
-        from transformers.masking_utils import (
-            create_causal_mask,
-            create_sliding_window_causal_mask,
-        )
-
-        positions = torch.arange(batch.shape[1], device=self.device).unsqueeze(0)
-        make_mask = (
-            create_causal_mask
-            if self._config.sliding_window is None
-            else create_sliding_window_causal_mask
-        )
-        mask = make_mask(
-            config=self._config,
-            inputs_embeds=batch,
-            attention_mask=None,
-            position_ids=positions,
-            **{_cache_argument(make_mask): None},
-        )
-        rotary = self._modules.rotary(config=self._config).to(self.device)
-        return {
-            "attention_mask": mask,
-            "position_ids": positions,
-            "position_embeddings": rotary(batch, position_ids=positions),
-        }
 
     def embed(self, samples: Sequence[TokenizedSample], states: PackedStates) -> None:
         """Fill `states` with the token embeddings."""
         table = self.moe.tensor("model.embed_tokens.weight")
+        scale = self.format.embedding_scale(self.architecture.config)
         for index, sample in enumerate(samples):
             span = states.span(index)
             if span.start < span.stop:
-                states.rows[span] = table[torch.tensor(sample.input_ids)].to(states.rows.dtype)
+                rows = table[torch.tensor(sample.input_ids)].to(states.rows.dtype)
+                states.rows[span] = rows if scale == 1 else rows * scale
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """Final norm and output head: (tokens, hidden_size) -> logits, float32."""
         norm, head = self.final()
-        return lambda rows: F.linear(norm(rows), head).float()
+        config = self.architecture.config
+        return lambda rows: self.format.logits(F.linear(norm(rows), head).float(), config)
 
     def final(self) -> tuple[nn.Module, Tensor]:
         """Return the final norm and the output head's weight, (vocab_size, hidden_size)."""
-        norm = self._modules.norm(self.hidden_size, eps=self._config.rms_norm_eps)
-        norm.weight = nn.Parameter(self.load("model.norm.weight"), requires_grad=False)
+        norm = copy.deepcopy(self.body.norm)
+        weight = self.load(self.format.final_norm_tensor)
+        norm.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         name = "model.embed_tokens.weight" if self._tied else "lm_head.weight"
         return norm, self.load(name, product=False)
 
@@ -219,8 +212,8 @@ class LayerwiseMixture:
             samples: All samples.
             streams: Which samples go through which expert; a sample is in one stream.
             states: Hidden states, filled by this method from the embeddings on.
-            router_inputs: Filled, layer after layer, with what that layer's gate sees: the output
-                of `post_attention_layernorm`.
+            router_inputs: Filled, layer after layer, with what that layer's gate sees: mostly the
+                output of `post_attention_layernorm`.
             first_layer: Where to go on: `states` holds what enters this layer.
             after_layer: Called after each layer, when `router_inputs` holds that layer's.
             on_progress: Called with the number of tokens done.
@@ -245,14 +238,14 @@ class LayerwiseMixture:
                         module = self.dense_layer(layer, backbone)
                     self.set_ffn(module, ffn)
                     for batch in stream.batches:
-                        self._layer_batch(module, batch, states, router_inputs)
+                        self._layer_batch(module, layer, batch, states, router_inputs)
                         on_progress(sum(lengths[index] for index in batch))
                 if after_layer:
                     after_layer(layer)
 
-    def layer_output(self, module: nn.Module, padded: Tensor) -> Tensor:
+    def layer_output(self, module: nn.Module, layer: int, padded: Tensor) -> Tensor:
         """One decoder layer on a right-padded batch, (samples, tokens, hidden_size)."""
-        inputs = self.attention_inputs(padded)
+        inputs = self.body.call(layer, padded)
         with self.arithmetic.active(self.device):
             output: Tensor = module(padded, **inputs)
         return output
@@ -260,34 +253,32 @@ class LayerwiseMixture:
     def _layer_batch(
         self,
         module: nn.Module,
+        layer: int,
         batch: Batch,
         states: PackedStates,
         router_inputs: PackedStates | None,
     ) -> None:
-        output, seen = self.run(module, states.padded(batch).to(self.device))
+        output, seen = self.run(module, layer, states.padded(batch).to(self.device))
         states.put(batch, output)
         if router_inputs is not None:
             router_inputs.put(batch, seen)
 
-    def run(self, module: nn.Module, padded: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, module: nn.Module, layer: int, padded: Tensor) -> tuple[Tensor, Tensor]:
         """One layer on one padded batch: what leaves it, and what its gate sees.
 
         Args:
-            padded: (samples, tokens, hidden_size), as are both results.
+            padded: (samples, tokens, hidden_size), as are both results; a layer without a gate
+                gives what leaves it twice.
         """
+        if layer not in self.mixture_layers:
+            output = self.layer_output(module, layer, padded)
+            return output, output
         seen: list[Tensor] = []
-        handle = module.get_submodule("post_attention_layernorm").register_forward_hook(
-            lambda _module, _inputs, output: seen.append(output)
-        )
+        handle = self.body.watch(module, layer, seen.append)
         try:
-            return self.layer_output(module, padded), seen[0]
+            return self.layer_output(module, layer, padded), seen[0].view_as(padded)
         finally:
             handle.remove()
-
-
-def _cache_argument(make_mask: Callable[..., Any]) -> str:
-    """Return what transformers calls the cache, which it wants to be given: renamed in 5.24."""
-    return "cache" if "cache" in inspect.signature(make_mask).parameters else "past_key_values"
 
 
 def row_parts(num_rows: int) -> Iterator[slice]:

@@ -15,7 +15,7 @@ from upit_merge.errors import UpitError, one_line
 from upit_merge.io import leavings
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.pickle_file import PickleFile
-from upit_merge.io.safetensors_file import SafetensorsFile
+from upit_merge.io.safetensors_file import Place, SafetensorsFile
 from upit_merge.io.tensor_file import TensorSpec
 from upit_merge.io.tensor_names import check_gathered, plain_name, stored_names
 from upit_merge.io.untrusted import check_file_name, check_own_files, own_file, read_json
@@ -88,6 +88,10 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """Return a whole tensor in its stored dtype, on the CPU."""
         return self.rows(name, 0, self.specs[name].shape[0])
+
+    def place_of(self, name: str) -> Place:
+        """Return where in its file a tensor is."""
+        return Place(self._stored[name])
 
     def file_of(self, name: str) -> Path:
         """Return the file that holds a tensor."""

@@ -12,7 +12,8 @@ import json
 import math
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,10 +25,32 @@ from upit_merge.io.tensor_file import (
     Location,
     PositionedFile,
     TensorSpec,
+    parts_of,
     raw_bytes,
     tensor_memory,
 )
 from upit_merge.io.untrusted import check_tensor_name
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is in a file: all of a stored one, or rows of it as a matrix from `first` on.
+
+    Attributes:
+        stored: Name of the stored tensor.
+        first: None where it is all of it.
+    """
+
+    stored: str
+    first: int | None = None
+
+
+def places_in(spec: TensorSpec) -> Iterator[tuple[str, Place]]:
+    """Yield the tensors that a stored one holds, and where."""
+    first = 0
+    for part in parts_of(spec):
+        yield part.name, Place(spec.name, None if part.shape == spec.shape else first)
+        first += math.prod(part.shape[:-1])
 
 
 class SafetensorsFile:
@@ -48,6 +71,12 @@ class SafetensorsFile:
             self._file.read(tensor_memory(rows), location.start + start * spec.row_bytes)
         return rows
 
+    def rows_at(self, place: Place, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) of what is at a place, in its stored dtype."""
+        if place.first is None:
+            return self.rows(place.stored, start, stop)
+        return self.matrix_rows(place.stored, place.first + start, place.first + stop)
+
     def matrix_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a tensor taken as a matrix: all its dimensions but the last
         are one, as they lie in the file."""
@@ -63,14 +92,20 @@ class SafetensorsFile:
         self._file.close()
 
 
-def patch_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replace the values of some tensors of a safetensors file, in place, in their stored dtype."""
+def patch_tensors(path: Path, tensors: Mapping[Place, torch.Tensor]) -> None:
+    """Replace the values of some tensors of a safetensors file, in place, in their stored dtype.
+
+    Args:
+        tensors: By where they are.
+    """
     locations = _header_locations(path)
     file = PositionedFile(path, "r+b")
     try:
-        for name, tensor in tensors.items():
-            location = locations[name]
-            file.write(raw_bytes(tensor, location.spec.dtype), location.start)
+        for place, tensor in tensors.items():
+            location = locations[place.stored]
+            itemsize = location.spec.dtype.itemsize
+            offset = (place.first or 0) * location.spec.shape[-1] * itemsize
+            file.write(raw_bytes(tensor, location.spec.dtype), location.start + offset)
         file.sync()
     finally:
         file.close()

@@ -12,7 +12,14 @@ from types import TracebackType
 
 import torch
 
-from upit_merge.io.tensor_file import DTYPE_NAMES, Location, PositionedFile, TensorSpec, raw_bytes
+from upit_merge.io.tensor_file import (
+    DTYPE_NAMES,
+    Location,
+    PositionedFile,
+    TensorSpec,
+    parts_of,
+    raw_bytes,
+)
 
 # The header is padded to this many bytes so that tensors start aligned, as the library does it.
 _ALIGNMENT = 8
@@ -21,7 +28,7 @@ _LENGTH_BYTES = 8  # of the length of the header, at the start of the file
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file to be: its name and its tensors, in file order."""
+    """A safetensors file to be: its name and its tensors as they are stored, in file order."""
 
     filename: str
     tensors: tuple[TensorSpec, ...]
@@ -29,6 +36,11 @@ class Shard:
     @property
     def num_bytes(self) -> int:
         return sum(spec.num_bytes for spec in self.tensors)
+
+    @property
+    def parts(self) -> list[TensorSpec]:
+        """What is written into it, tensor by tensor: the parts of those that have several."""
+        return [part for spec in self.tensors for part in parts_of(spec)]
 
 
 def plan_shards(
@@ -99,6 +111,8 @@ class ShardWriter:
     A file is no safetensors file before `finish`: the length of its header, its first bytes, is
     written last, so that nobody takes a half-filled shard for weights.
 
+    What is written are the parts of stored tensors, by their own names.
+
     Args:
         folder: Where the files are; those that are there already are continued.
         shards: The files to write.
@@ -125,11 +139,11 @@ class ShardWriter:
         file.write(memoryview(bytes(_LENGTH_BYTES) + header[_LENGTH_BYTES:]), 0)
         file.resize(size)
         offset = len(header)
-        for spec in shard.tensors:
-            self._locations[spec.name] = (file, Location(spec, offset))
-            done = intact and spec.name in written
-            self._rows_left[spec.name] = 0 if done else spec.shape[0]
-            offset += spec.num_bytes
+        for part in shard.parts:
+            self._locations[part.name] = (file, Location(part, offset))
+            done = intact and part.name in written
+            self._rows_left[part.name] = 0 if done else part.shape[0]
+            offset += part.num_bytes
 
     def wants(self, name: str) -> bool:
         """Return whether this tensor is in one of the files and not written yet."""

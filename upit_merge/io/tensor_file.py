@@ -47,6 +47,23 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class StoredSpec(TensorSpec):
+    """A tensor as it is stored, where that is not the tensor that is spoken of.
+
+    Attributes:
+        parts: What it holds, one after the other, as it lies in the file: a tensor under another
+            name, or the matrices of several experts.
+    """
+
+    parts: tuple[TensorSpec, ...] = ()
+
+
+def parts_of(spec: TensorSpec) -> tuple[TensorSpec, ...]:
+    """Return the tensors that a stored one holds; most hold themselves."""
+    return spec.parts if isinstance(spec, StoredSpec) else (spec,)
+
+
+@dataclass(frozen=True)
 class Location:
     """Where the bytes of a tensor begin."""
 

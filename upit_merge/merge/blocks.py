@@ -8,6 +8,7 @@ import torch
 
 from upit_merge.merge.inputs import Inputs
 from upit_merge.models.lora.adapter import Adapter
+from upit_merge.models.views import stored_model
 from upit_merge.runtime.device import merge_workers
 
 # Sums are taken block by block, so this size must not depend on the machine.
@@ -47,7 +48,8 @@ def count_workers(inputs: Inputs, devices: Sequence[torch.device]) -> int:
 
 def merge_memory(inputs: Inputs, devices: Sequence[torch.device]) -> int:
     """Return the bytes both passes hold at their peak: blocks, whatever the size of the model."""
-    adapters = [model for model in inputs.checkpoints if isinstance(model, Adapter)]
+    stored = map(stored_model, inputs.checkpoints)
+    adapters = [model for model in stored if isinstance(model, Adapter)]
     block = _block_bytes(inputs, devices[0])
     # Adapters are compared by their factors side by side, in float64 and stacked.
     factors = max(4 * sum(adapter.factor_bytes for adapter in adapters), block)

@@ -170,7 +170,7 @@ class _Job:
     """A block of one dense tensor, and what is to be made of it.
 
     Attributes:
-        targets: Names of the output's tensors by expert; by 0 for the backbone.
+        targets: Names of the output's tensors by expert; of the backbone all that are this one.
         ffn: (index among the FFN tensors, dense name), or None for the backbone.
         with_gram: Its part of the Gram matrix is wanted too.
         low_rank: The checkpoints, if the tensor's Gram matrix comes from their factors.
@@ -223,9 +223,12 @@ def write_experts(
     def run(job: _Job) -> torch.Tensor | None:
         name, start, stop = job.spec.name, job.start, job.stop
         if job.ffn is None:
-            target = job.targets[0]
-            rows = _mean_rows(inputs.backbone, name, start, stop)
-            sink.write(target, start, _cast(rows, sink.dtype(target), f"The backbone's {name}"))
+            rows = _mean_rows(inputs.donors(name), name, start, stop)
+            if (factor := inputs.architecture.format.factor(name)) != 1:
+                rows = rows * factor
+            for target in job.targets.values():
+                cast = _cast(rows, sink.dtype(target), f"The backbone's {name}")
+                sink.write(target, start, cast)
             return None
         tensor = job.ffn[0]
         by_rows = job.with_gram and not job.low_rank
@@ -275,11 +278,12 @@ def _jobs(
         name: (index, layer, projection)
         for index, (layer, projection, name) in enumerate(architecture.ffn_names())
     }
-    name_of = architecture.format.expert_tensor
+    form = architecture.format
+    name_of = form.expert_tensor
     size, child_size = (f(inputs, devices[0]) for f in (block_elements, child_block_elements))
     for count, (name, spec) in enumerate(architecture.specs.items()):
         index, layer, projection = ffn.get(name, (None, 0, ""))
-        targets = {0: name}
+        targets = dict(enumerate(form.backbone_names(name)))
         if index is not None:
             targets = {e: name_of(layer, e, projection) for e in range(len(lineage))}
         targets = {expert: target for expert, target in targets.items() if sink.wants(target)}

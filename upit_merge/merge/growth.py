@@ -19,8 +19,7 @@ from upit_merge.merge.lineage import Expert, Lineage, Unit
 from upit_merge.merge.selection import founders
 from upit_merge.merge.similarity import dissimilarity
 from upit_merge.merge.upcycle import perturbs
-from upit_merge.models.dense import ffn_tensor
-from upit_merge.models.formats import PROJECTIONS
+from upit_merge.models.formats import PROJECTIONS, ffn_tensor
 
 
 class _Population:
@@ -164,7 +163,7 @@ def plan_lineage(
     units = []
     # Experts that are not children are the same in every unit, so one is enough for them.
     granularity = parameters.granularity if num_experts > m else "model"
-    for name, tensors in _units(granularity, len(gram)):
+    for name, tensors in _units(granularity, len(gram), parameters.dense_layers):
         rows = list(tensors)
         population = _Population(gram[rows], densities[rows], first, parameters, num_experts)
         # Python's own generator: the same numbers in every version and on every machine.
@@ -194,14 +193,16 @@ def _copies(gram: torch.Tensor, num_experts: int, parameters: Parameters) -> Lin
     return Lineage((unit,), parameters.mutation, summary, copies=True, perturbed=perturbed)
 
 
-def _units(granularity: str, num_tensors: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _units(
+    granularity: str, num_tensors: int, first_layer: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and tensors of every unit; FFN tensors come layer by layer, as in `ffn_names`."""
     if granularity == "model":
         yield "model", tuple(range(num_tensors))
         return
     per_layer = len(PROJECTIONS)
     for layer in range(num_tensors // per_layer):
-        names = [ffn_tensor(layer, p).removesuffix(".weight") for p in PROJECTIONS]
+        names = [ffn_tensor(first_layer + layer, p).removesuffix(".weight") for p in PROJECTIONS]
         tensors = range(layer * per_layer, (layer + 1) * per_layer)
         if granularity == "layer":
             yield names[0].rpartition(".")[0], tuple(tensors)

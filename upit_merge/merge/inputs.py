@@ -22,11 +22,20 @@ from upit_merge.io.shards import Shard, plan_shards
 from upit_merge.io.sources import DenseModel
 from upit_merge.merge.density import resolve_densities
 from upit_merge.models.chat_template import Borrowed, borrowed_templates, resolve_chat_template
-from upit_merge.models.dense import DenseArchitecture, default_dtype, inspect_models, stored_dtype
+from upit_merge.models.dense import (
+    DenseArchitecture,
+    as_llama,
+    default_dtype,
+    inspect_models,
+    stored_dtype,
+)
+from upit_merge.models.formats import is_shared
 from upit_merge.models.lora.adapter import open_model, warn_of_unlike_adapters
 from upit_merge.models.mixture import mixture_specs
+from upit_merge.models.published import packed_specs
 from upit_merge.models.tables import open_checkpoint
 from upit_merge.models.tokenizer import check_loads, find_model, highest_token_id, tokenizer_donor
+from upit_merge.models.views import split_ffn, stored_model
 
 LOG = logging.getLogger(__name__)
 
@@ -39,11 +48,12 @@ class Inputs:
     """Everything a recipe refers to, opened and found to fit together."""
 
     recipe: Recipe
-    base: Checkpoint
+    base: DenseModel
     checkpoints: tuple[DenseModel, ...]
     architecture: DenseArchitecture
     densities: torch.Tensor
     backbone: tuple[DenseModel, ...]
+    shared: tuple[DenseModel, ...]
     tokenizer: DenseModel | None
     dtype: torch.dtype
     num_experts: int
@@ -71,15 +81,19 @@ class Inputs:
             return None
         return borrowed_templates(self.tokenizer, self.latest_first)
 
+    def donors(self, dense: str) -> tuple[DenseModel, ...]:
+        """Return the models whose mean a tensor that is no expert's is, by its dense name."""
+        return self.shared if is_shared(dense) else self.backbone
+
     @property
     def settings_donor(self) -> DenseModel:
         """Whose configuration the output carries: the last model the backbone comes from."""
         return self.backbone[-1]
 
     def shards(self, max_shard_bytes: int) -> tuple[Shard, ...]:
-        return plan_shards(
-            mixture_specs(self.architecture, self.num_experts, self.dtype), max_shard_bytes
-        )
+        groups = mixture_specs(self.architecture, self.num_experts, self.dtype)
+        form = self.architecture.format
+        return plan_shards([packed_specs(form, group) for group in groups], max_shard_bytes)
 
 
 @contextlib.contextmanager
@@ -98,16 +112,33 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
             return complete[path]
 
         def open_entry(reference: str) -> DenseModel:
-            model = open_model(reference, base, options, open_complete)
-            return stack.enter_context(contextlib.closing(model))
+            model = open_model(reference, stored_base, options, open_complete)
+            return as_llama(stack.enter_context(contextlib.closing(model)))
 
-        base = open_complete(recipe.base_model, _base_folder(recipe.base_model, options))
+        folder = _base_folder(recipe.base_model, options)
+        stored_base = open_complete(recipe.base_model, folder)
+        base = as_llama(stored_base)
         checkpoints = tuple(open_entry(entry.model) for entry in entries)
-        backbone = _backbone(recipe.parameters.backbone, base, checkpoints)
-        architecture = inspect_models(base, checkpoints, backbone, recipe.architecture)
+        parameters = recipe.parameters
+        backbone = _donors(parameters.backbone, "parameters.backbone", base, checkpoints)
+        own = {"shared": parameters.shared, "dense_layers": parameters.dense_layers}
+        architecture = inspect_models(base, checkpoints, backbone, recipe.architecture, own)
+        shared_from = parameters.shared_from or "average"
+        shared = _donors(shared_from, "parameters.shared_from", base, checkpoints)
+        base = split_ffn(base, architecture.settings)
+        checkpoints, backbone, shared = (
+            tuple(split_ffn(model, architecture.settings) for model in models)
+            for models in (checkpoints, backbone, shared)
+        )
         _tell_of_own_heads(checkpoints)
         num_experts = recipe.parameters.num_experts or len(checkpoints)
         experts_per_token = recipe.parameters.experts_per_token or min(2, num_experts)
+        form = architecture.format
+        if num_experts < form.fewest_experts:
+            raise UpitError(
+                f"The recipe makes {num_experts} expert, but the router of a {form.title} needs "
+                f"{form.fewest_experts}; raise num_experts."
+            )
         if num_experts < experts_per_token:
             raise UpitError(
                 f"The recipe makes {num_experts} experts but routes a token to "
@@ -122,7 +153,7 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
         _warn_of_repeats(base, checkpoints, copies=copies)
         if not copies:
             _warn_of_base_from_run(base, checkpoints)
-        warn_of_unlike_adapters(checkpoints)
+        warn_of_unlike_adapters([*map(stored_model, checkpoints)])
         if recipe.output_dtype is None:
             _warn_of_mixed_dtypes(base, checkpoints, architecture)
         donor = tokenizer_donor(recipe.tokenizer_source, base, checkpoints)
@@ -147,6 +178,7 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
                 [entry.parameters.density for entry in entries],
             ),
             backbone=backbone,
+            shared=shared,
             tokenizer=donor,
             dtype=recipe.output_dtype or default_dtype(base, architecture),
             num_experts=num_experts,
@@ -183,7 +215,7 @@ def _warn_of_large_tokenizer(donor: DenseModel, vocab_size: int, options: OpenOp
 
 
 def _warn_of_mixed_dtypes(
-    base: Checkpoint, checkpoints: Sequence[DenseModel], architecture: DenseArchitecture
+    base: DenseModel, checkpoints: Sequence[DenseModel], architecture: DenseArchitecture
 ) -> None:
     """Arithmetic is float32 in any case, but the output's dtype should then be a choice."""
     expected = stored_dtype(base, architecture)
@@ -199,7 +231,7 @@ def _warn_of_mixed_dtypes(
             return
 
 
-def _warn_of_lost_vocabularies(base: Checkpoint, checkpoints: Sequence[DenseModel]) -> None:
+def _warn_of_lost_vocabularies(base: DenseModel, checkpoints: Sequence[DenseModel]) -> None:
     """Say that checkpoints had a tokenizer, of which only the settings are there."""
     for checkpoint in reversed(checkpoints):
         if (checkpoint.folder / "tokenizer_config.json").is_file():
@@ -214,7 +246,8 @@ def _warn_of_lost_vocabularies(base: Checkpoint, checkpoints: Sequence[DenseMode
 
 def _tell_of_own_heads(checkpoints: Sequence[DenseModel]) -> None:
     """Say that the output is not tied, although the configuration of what it is made from says so."""
-    models = [model for model in checkpoints if isinstance(model, Checkpoint)]
+    stored = map(stored_model, checkpoints)
+    models = [model for model in stored if isinstance(model, Checkpoint)]
     if falsely := next((model for model in models if model.is_falsely_tied), None):
         LOG.warning(
             "The config.json of checkpoint %s says tie_word_embeddings: true, but its lm_head.weight "
@@ -223,7 +256,7 @@ def _tell_of_own_heads(checkpoints: Sequence[DenseModel]) -> None:
         )
 
 
-def _warn_of_base_from_run(base: Checkpoint, checkpoints: Sequence[DenseModel]) -> None:
+def _warn_of_base_from_run(base: DenseModel, checkpoints: Sequence[DenseModel]) -> None:
     """Say that the base may be one of the run's own checkpoints: deltas would then be wrong."""
     folder = Path(os.path.abspath(base.folder))
     beside = {Path(os.path.abspath(checkpoint.folder)).parent for checkpoint in checkpoints}
@@ -235,7 +268,7 @@ def _warn_of_base_from_run(base: Checkpoint, checkpoints: Sequence[DenseModel]) 
         )
 
 
-def _warn_of_repeats(base: Checkpoint, checkpoints: Sequence[DenseModel], *, copies: bool) -> None:
+def _warn_of_repeats(base: DenseModel, checkpoints: Sequence[DenseModel], *, copies: bool) -> None:
     for checkpoint in checkpoints:
         # Upcycling is done to a pre-trained model as it is.
         if not copies and checkpoint.folder.resolve() == base.folder.resolve():
@@ -255,13 +288,14 @@ def _warn_of_repeats(base: Checkpoint, checkpoints: Sequence[DenseModel], *, cop
             return
 
 
-def _backbone(
-    setting: str, base: Checkpoint, checkpoints: tuple[DenseModel, ...]
+def _donors(
+    setting: str, key: str, base: DenseModel, checkpoints: tuple[DenseModel, ...]
 ) -> tuple[DenseModel, ...]:
+    """Return the models whose mean a part of the mixture that is no expert is."""
     if setting == "last":
         return (checkpoints[-1],)
     if setting == "average":
         return checkpoints
     if setting == "base":
         return (base,)
-    return (find_model(setting, "parameters.backbone", checkpoints, base),)
+    return (find_model(setting, key, checkpoints, base),)

@@ -51,13 +51,20 @@ def measure_similarity(
         return _stacked(delta_gram(inputs, tensors, saver, devices=devices, quiet=quiet))
 
 
-def write_gates(sink: Sink, inputs: Inputs) -> None:
-    """Write the training-free gates, if the sink wants any."""
+def write_constants(sink: Sink, inputs: Inputs) -> None:
+    """Write what no checkpoint has, and the training-free gates, as far as the sink wants them."""
     architecture = inputs.architecture
-    names = architecture.format.gate_names(architecture.num_layers)
+    form, settings = architecture.format, architecture.settings
+    for constant in form.constants(settings, inputs.num_experts):
+        if sink.wants(constant.name):
+            dtype = sink.dtype(constant.name)
+            sink.write(constant.name, 0, torch.full(constant.shape, constant.value, dtype=dtype))
+    names = form.gate_names(architecture.mixture_layers)
     if any(map(sink.wants, names)):
         donor, seed = inputs.settings_donor, inputs.recipe.seed
-        gates = training_free_gates(donor, len(names), inputs.num_experts, seed)
+        gates = training_free_gates(
+            donor, form, architecture.mixture_layers, inputs.num_experts, seed
+        )
         for name, gate in zip(names, gates, strict=True):
             sink.write(name, 0, gate)
 
@@ -117,7 +124,7 @@ def merge(
         measured = write_experts(
             writer, inputs, lineage, saver, grams=missing, devices=devices, quiet=quiet
         )
-        write_gates(writer, inputs)
+        write_constants(writer, inputs)
     grams |= _joined(processes.gather(measured))
     gram = _stacked(grams)
     if one_pass and processes.is_first:
@@ -136,7 +143,7 @@ def _joined(parts: Iterable[Grams]) -> Grams:
 
 def _first_experts(inputs: Inputs, shards: Iterable[Shard]) -> list[int]:
     """Return the FFN tensors whose first expert is in these shards: one process has each."""
-    names = {spec.name for shard in shards for spec in shard.tensors}
+    names = {spec.name for shard in shards for spec in shard.parts}
     architecture = inputs.architecture
     return [
         index

@@ -15,6 +15,7 @@ from upit_merge.merge.inputs import Inputs
 from upit_merge.models.dense import diverged
 from upit_merge.models.lora.adapter import Adapter
 from upit_merge.models.lora.low_rank import factor_gram
+from upit_merge.models.views import stored_model, stored_tensor
 from upit_merge.output.journal import Saver
 from upit_merge.runtime.parallel import map_in_order, progress_bar
 
@@ -69,10 +70,14 @@ def low_rank_deltas(inputs: Inputs, name: str) -> list[Adapter] | None:
 
     Then how alike they are follows from the factors, and the base need not be read.
     """
+    base = stored_model(inputs.base)
     adapters = [
-        model
+        stored
         for model in inputs.checkpoints
-        if isinstance(model, Adapter) and model.base is inputs.base and model.is_low_rank(name)
+        if isinstance(stored := stored_model(model), Adapter)
+        and stored.base is base
+        and stored_tensor(model, name) == name
+        and stored.is_low_rank(name)
     ]
     return adapters if len(adapters) == len(inputs.checkpoints) else None
 

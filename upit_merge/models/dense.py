@@ -1,10 +1,10 @@
-"""What dense models have in common, and the mixture that is made of them, in either format."""
+"""What dense models have in common, and the mixture that is made of them, in whatever format."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,37 +13,23 @@ import torch
 from upit_merge.errors import UpitError, shown
 from upit_merge.io.sources import DenseModel, TensorSource
 from upit_merge.io.tensor_file import TensorSpec
+from upit_merge.models.families import FAMILIES, DenseFamily
 from upit_merge.models.formats import (
     COUNT_FIELDS,
-    DENSE_TYPES,
     FORMATS,
+    PLAIN,
     PROJECTIONS,
     MixtureFormat,
-    format_of_dense,
+    ffn_tensor,
+    mixture_layers,
 )
+from upit_merge.models.views import cut_pieces, split_ffn
 
 LOG = logging.getLogger(__name__)
 
-# Settings that shape the computation, hence must be the same in every model.
-_SHARED_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "sliding_window",
-    "vocab_size",
-)
-# Those of them that shape no FFN: a base of which only the FFNs are read may have others, such as a
+# Settings that shape no FFN: a base of which only the FFNs are read may have others, such as a
 # smaller vocabulary than checkpoints that were given tokens for a chat format.
 BESIDES_FFN = ("vocab_size", "tie_word_embeddings", "rope_parameters", "sliding_window")
-# What trainers write for the name that all readers know.
-_ACTIVATIONS = {"swish": "silu"}
 _CARRIED_FIELDS = ("initializer_range", "max_position_embeddings")
 
 
@@ -55,23 +41,14 @@ def diverged(model: DenseModel, name: str) -> UpitError:
     )
 
 
-def norm_tensor(layer: int) -> str:
-    """Name of the norm before a layer's gate, shape (hidden_size,)."""
-    return f"model.layers.{layer}.post_attention_layernorm.weight"
-
-
-def ffn_tensor(layer: int, projection: str) -> str:
-    """Name of a dense model's FFN projection."""
-    return f"model.layers.{layer}.mlp.{projection}.weight"
-
-
 @dataclass(frozen=True)
 class DenseArchitecture:
     """What all models of a merge have in common.
 
     Attributes:
         format: Of the mixture they become.
-        settings: Values of the configuration that shape the computation.
+        settings: Values of the configuration that shape the computation, and of the mixture's own
+            `shared` and `dense_layers`.
         specs: Every tensor of a dense model that the output needs, by dense name; as the model has
             it whose settings these are.
     """
@@ -88,57 +65,68 @@ class DenseArchitecture:
     def hidden_size(self) -> int:
         return int(self.settings["hidden_size"])
 
+    @property
+    def mixture_layers(self) -> range:
+        """The layers whose FFNs become experts."""
+        return mixture_layers(self.settings)
+
+    def gate_names(self) -> list[str]:
+        """Return the names of the mixture's gates, in layer order."""
+        return self.format.gate_names(self.mixture_layers)
+
+    def expert_names(self, experts: Iterable[int]) -> Iterator[str]:
+        """Yield the names of all tensors of some of the mixture's experts."""
+        return self.format.expert_names(self.mixture_layers, experts)
+
     def ffn_names(self) -> Iterator[tuple[int, str, str]]:
-        """(layer, projection, dense tensor name) of every FFN tensor, in layer order."""
-        for layer in range(self.num_layers):
+        """(layer, projection, dense tensor name) of what becomes experts, in layer order."""
+        for layer in self.mixture_layers:
             for projection in PROJECTIONS:
                 yield layer, projection, ffn_tensor(layer, projection)
 
     def backbone_names(self) -> list[str]:
-        """Return everything that is not FFN: attention, norms, embeddings, head."""
+        """Return what the mixture calls all that becomes no expert: attention, norms, tables."""
         ffn = {name for _layer, _projection, name in self.ffn_names()}
-        return [name for name in self.specs if name not in ffn]
+        rest = (name for name in self.specs if name not in ffn)
+        return [own for name in rest for own in self.format.backbone_names(name)]
 
 
-def dense_shapes(
-    form: MixtureFormat, settings: Mapping[str, Any]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the tensors of a dense model without biases, in model order."""
-    hidden, inner, head = (settings[f] for f in ("hidden_size", "intermediate_size", "head_dim"))
-    queries, keys = (settings[f"num_{f}_heads"] * head for f in ("attention", "key_value"))
-    yield "model.embed_tokens.weight", (settings["vocab_size"], hidden)
-    for layer in range(settings["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        yield f"{prefix}input_layernorm.weight", (hidden,)
-        yield f"{prefix}self_attn.q_proj.weight", (queries, hidden)
-        yield f"{prefix}self_attn.k_proj.weight", (keys, hidden)
-        yield f"{prefix}self_attn.v_proj.weight", (keys, hidden)
-        yield f"{prefix}self_attn.o_proj.weight", (hidden, queries)
-        for name, shape in form.attention_norms(head).items():
-            yield f"{prefix}self_attn.{name}.weight", shape
-        yield f"{prefix}post_attention_layernorm.weight", (hidden,)
-        for projection in PROJECTIONS:
-            shape = (hidden, inner) if projection == "down_proj" else (inner, hidden)
-            yield ffn_tensor(layer, projection), shape
-    yield "model.norm.weight", (hidden,)
-    if not settings["tie_word_embeddings"]:
-        yield "lm_head.weight", (settings["vocab_size"], hidden)
-
-
-def format_of(checkpoint: DenseModel) -> MixtureFormat:
-    """Return what a dense checkpoint becomes.
+def family_of(checkpoint: DenseModel) -> DenseFamily:
+    """Return of what family a dense checkpoint is.
 
     Raises:
-        UpitError: nothing, as it is of a kind that is not known.
+        UpitError: nothing can be made of it.
     """
     model_type = checkpoint.config.get("model_type")
-    form = format_of_dense(model_type)
-    if form is None:
+    family = FAMILIES.get(str(model_type))
+    if family is None:
         raise UpitError(
             f"Checkpoint {checkpoint.label} has model_type {model_type!r}; use "
-            f"{', '.join(DENSE_TYPES[:-1])} or {DENSE_TYPES[-1]} checkpoints."
+            f"{', '.join([*FAMILIES][:-1])} or {[*FAMILIES][-1]} checkpoints."
         )
-    return form
+    return family
+
+
+def format_of(checkpoint: DenseModel, wanted: str = "auto") -> MixtureFormat:
+    """Return what a dense checkpoint becomes.
+
+    Args:
+        wanted: The recipe's `architecture`: the name of a format, or `auto`.
+
+    Raises:
+        UpitError: nothing, or not that.
+    """
+    family = family_of(checkpoint)
+    if wanted == "auto":
+        return FORMATS[family.targets[0]]
+    if wanted not in family.targets:
+        kinds = [name for name, other in FAMILIES.items() if wanted in other.targets]
+        raise UpitError(
+            f"architecture: {wanted} is made from {', '.join(kinds)} checkpoints, but "
+            f"{checkpoint.label} has model_type {checkpoint.config['model_type']!r}, which becomes "
+            f"{' or '.join(family.targets)}; leave architecture out."
+        )
+    return FORMATS[wanted]
 
 
 def check_counts(model: TensorSource) -> None:
@@ -162,13 +150,13 @@ def read_dense_config(checkpoint: DenseModel) -> Any:
     """transformers' view of a dense configuration, with its defaults filled in.
 
     Raises:
-        UpitError: it is of another kind, or uses something the output cannot express.
+        UpitError: it is of no family, or uses something that no output can express.
     """
     from transformers.activations import ACT2FN
 
-    raw, form = copy.deepcopy(checkpoint.config), format_of(checkpoint)
+    raw, family = copy.deepcopy(checkpoint.config), family_of(checkpoint)
     check_counts(checkpoint)
-    if unfit := form.unfit_dense(raw):
+    if unfit := family.unfit(raw):
         raise UpitError(f"Checkpoint {checkpoint.label} {unfit}; use a model without it.")
     if raw.pop("quantization_config", None):
         raise UpitError(
@@ -176,31 +164,76 @@ def read_dense_config(checkpoint: DenseModel) -> Any:
             "unquantised checkpoint."
         )
     try:
-        config = form.read_dense(raw)
-        # What the output could not be loaded with must show now, not after the merge.
-        fields = (
-            shared_settings(config)
-            | carried_settings(config)
-            | form.own_fields(shared_settings(config), 1)
-        )
-        form.modules().moe_config.from_dict(fields)
-        if config.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act {config.hidden_act!r} is unknown")
+        config = family.read(family.language_part(raw))
+        activation = family.settings(config)["hidden_act"]
+        if activation not in ACT2FN:
+            raise ValueError(f"hidden_act {activation!r} is unknown")
         return config
     except Exception as error:  # validation errors of transformers and of huggingface_hub
-        reason = " ".join(str(error).split())
-        raise UpitError(
-            f"The config.json of checkpoint {checkpoint.label} is not a valid {raw['model_type']} "
-            f"configuration ({reason}); copy or download it again."
-        ) from None
+        raise _invalid(checkpoint, error) from None
 
 
-def shared_settings(config: Any) -> dict[str, Any]:
-    """Settings that shape the computation, from transformers' view of a dense configuration."""
-    settings = {field: getattr(config, field, None) for field in _SHARED_FIELDS}
-    activation = settings["hidden_act"]
-    settings["hidden_act"] = _ACTIVATIONS.get(str(activation), activation)
-    return settings
+def _invalid(checkpoint: DenseModel, error: Exception) -> UpitError:
+    reason = " ".join(str(error).split())
+    return UpitError(
+        f"The config.json of checkpoint {checkpoint.label} is not a valid "
+        f"{checkpoint.config['model_type']} configuration ({reason}); copy or download it again."
+    )
+
+
+def dense_settings(checkpoint: DenseModel) -> dict[str, Any]:
+    """Return what shapes a checkpoint's computation, see `DenseFamily.settings`.
+
+    Raises:
+        UpitError: as `read_dense_config`.
+    """
+    return {**family_of(checkpoint).settings(read_dense_config(checkpoint)), **PLAIN}
+
+
+def as_llama(checkpoint: DenseModel) -> DenseModel:
+    """Return a checkpoint whose tensors have a Llama's names, and none of them is fused.
+
+    One that is of no known family, or has them so, is returned itself.
+
+    Raises:
+        UpitError: as `read_dense_config`.
+    """
+    family = FAMILIES.get(str(checkpoint.config.get("model_type")))
+    if family is None or not family.renames:
+        return checkpoint
+    return cut_pieces(checkpoint, family, dense_settings(checkpoint))
+
+
+def check_fits(checkpoint: DenseModel, form: MixtureFormat, settings: Mapping[str, Any]) -> None:
+    """Check that a format can express a checkpoint.
+
+    Args:
+        settings: The checkpoint's, with the mixture's own.
+
+    Raises:
+        UpitError: naming what it cannot, and the formats that can.
+    """
+    if unfit := form.unfit(settings):
+        targets = (FORMATS[name] for name in family_of(checkpoint).targets)
+        others = [f for f in targets if f is not form and not f.unfit(settings)]
+        remedy = "use a model without it"
+        if others:
+            told = "".join(
+                f", which {reader} reads {note}"
+                for reader, note in others[0].readers.items()
+                if note
+            )
+            remedy = f"write architecture: {others[0].name}{told}"
+        raise UpitError(f"Checkpoint {checkpoint.label} {unfit}; {remedy}.")
+    try:
+        # What the output could not be loaded with must show now, not after the merge.
+        config = read_dense_config(checkpoint)
+        fields = form.fields(settings, 2) | form.rope_fields(settings) | carried_settings(config)
+        form.read(form.document({"model_type": form.name, **fields}))
+    except UpitError:
+        raise
+    except Exception as error:
+        raise _invalid(checkpoint, error) from None
 
 
 def same_setting(field: str, one: Any, other: Any) -> bool:
@@ -223,6 +256,7 @@ def _plain_rope(rope: Any) -> Any:
 
 
 def carried_settings(config: Any) -> dict[str, Any]:
+    """Return what of a dense model's configuration an output's has as it is."""
     carried = {field: getattr(config, field, None) for field in _CARRIED_FIELDS}
     # Trainers leave use_cache: false, with which generating takes far longer for the same tokens.
     return carried | {"attention_dropout": config.attention_dropout or 0.0, "use_cache": True}
@@ -238,6 +272,7 @@ def inspect_models(
     checkpoints: Sequence[DenseModel],
     backbone: Sequence[DenseModel],
     wanted: str = "auto",
+    own: Mapping[str, Any] = PLAIN,
 ) -> DenseArchitecture:
     """Check that the models fit together and can become one mixture.
 
@@ -246,45 +281,79 @@ def inspect_models(
     checkpoints must agree with each other in everything.
 
     Args:
-        backbone: The models that attention, norms, embeddings and head come from; the settings are
-            those of the last.
+        base, checkpoints, backbone: As Llamas, see `as_llama`. Attention, norms, embeddings and
+            head come from those of `backbone`; the settings are those of its last.
         wanted: The recipe's `architecture`: the name of a format, or `auto`.
+        own: The mixture's own settings, `shared` (`auto` is what the format has by default) and
+            `dense_layers`.
 
     Raises:
         UpitError: naming the checkpoint and the field or tensor that does not fit.
     """
-    form = format_of(base)
-    if wanted not in ("auto", form.name):
-        kinds = " or ".join(FORMATS[wanted].dense_types)
-        raise UpitError(
-            f"architecture: {wanted} is made from {kinds} checkpoints, but {base.label} has "
-            f"model_type {base.config['model_type']!r}, which becomes {form.name}; leave "
-            "architecture out."
-        )
+    form = format_of(base, wanted)
     for checkpoint in checkpoints:
-        format_of(checkpoint)
+        family_of(checkpoint)
         if checkpoint.config["model_type"] != base.config["model_type"]:
             raise UpitError(
                 f"Checkpoint {checkpoint.label} is a {checkpoint.config['model_type']} model, the "
                 f"base {base.label} a {base.config['model_type']}; all must come from one base."
             )
     donor = backbone[-1]
-    of_base, settings = (shared_settings(read_dense_config(model)) for model in (base, donor))
+    of_base, settings = (dense_settings(model) for model in (base, donor))
     for checkpoint in checkpoints:
-        theirs = shared_settings(read_dense_config(checkpoint))
+        theirs = dense_settings(checkpoint)
         for field, value in theirs.items():
             other, expected = (donor, settings) if field in BESIDES_FFN else (base, of_base)
             if not same_setting(field, value, expected[field]):
                 raise _misfit(checkpoint, field, value, other, expected[field], other is base)
     if donor is not base:
         _tell_of_other_base(base, of_base, settings)
-    _check_complete(base, f"The base {base.label}", dict(dense_shapes(form, of_base)))
-    shapes = dict(dense_shapes(form, settings))
+    whole, settings = settings, settings | own_settings(form, own, settings)
+    check_fits(donor, form, settings)
+    if caution := form.caution(settings):
+        LOG.warning("%s", caution)
+    _check_complete(base, f"The base {base.label}", dict(form.dense_shapes(of_base)))
+    shapes = dict(form.dense_shapes(whole))
     for checkpoint in checkpoints:
         _check_complete(checkpoint, f"Checkpoint {checkpoint.label}", shapes)
     for model in (base, *checkpoints):
         _check_unknown_tensors(model, form, shapes)
-    return DenseArchitecture(form, settings, {name: donor.specs[name] for name in shapes})
+    specs = split_ffn(donor, settings).specs
+    return DenseArchitecture(
+        form, settings, {name: specs[name] for name, _shape in form.dense_shapes(settings)}
+    )
+
+
+def own_settings(
+    form: MixtureFormat, own: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the recipe wants of the mixture itself.
+
+    Raises:
+        UpitError: its format has not that.
+    """
+    shared, dense_layers = own["shared"], own["dense_layers"]
+    if shared == "auto":
+        shared = form.shared[0]
+    if shared not in form.shared:
+        others = [f.name for f in FORMATS.values() if shared in f.shared]
+        remedy = f"that has {' or '.join(others)}, if the checkpoints can become one"
+        raise UpitError(
+            f"parameters.shared is {shared}, but a {form.title} has {' or '.join(form.shared)}; "
+            f"leave it out, or write an architecture: {remedy}."
+        )
+    if dense_layers and not form.has_dense_layers:
+        others = [f.name for f in FORMATS.values() if f.has_dense_layers]
+        raise UpitError(
+            f"parameters.dense_layers is {dense_layers}, but every layer of a {form.title} is a "
+            f"mixture; leave it out, or write an architecture: that can ({', '.join(others)})."
+        )
+    if dense_layers >= settings["num_hidden_layers"]:
+        raise UpitError(
+            f"parameters.dense_layers is {dense_layers}, but the models have "
+            f"{settings['num_hidden_layers']} layers, of which one must become a mixture; lower it."
+        )
+    return {"shared": shared, "dense_layers": dense_layers}
 
 
 def _misfit(

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from upit_merge.io.sources import TensorSource
 from upit_merge.io.tensor_file import raw_bytes
-from upit_merge.models.dense import norm_tensor
 from upit_merge.models.formats import MixtureFormat
 
 # Size of what sets equal routing vectors apart, beside the spread of all vectors of the gate.
@@ -20,15 +19,21 @@ _MOST_TRIES = 64
 
 
 def training_free_gates(
-    backbone: TensorSource, num_layers: int, num_experts: int, seed: int
+    backbone: TensorSource,
+    form: MixtureFormat,
+    layers: Iterable[int],
+    num_experts: int,
+    seed: int,
 ) -> list[Tensor]:
-    """Return a random gate per layer, for an MoE without seed data.
+    """Return a random gate per mixture, for an MoE without seed data.
 
     Args:
-        backbone: Has the norms before the gates, whose size sets the gates' scale.
+        backbone: Has the norms before the gates, whose size sets the gates' scale: dense or the
+            mixture, in which they are called alike.
+        layers: Which are mixtures.
     """
     generator = torch.Generator().manual_seed(seed)
-    norms = (backbone.tensor(norm_tensor(layer)) for layer in range(num_layers))
+    norms = (form.norm_factors(backbone, layer) for layer in layers)
     return [random_gate(num_experts, norm, generator) for norm in norms]
 
 
@@ -36,8 +41,8 @@ def random_gate(num_experts: int, norm_weight: Tensor, generator: torch.Generato
     """Random directions, scaled so that logits vary by about 1; needs no data.
 
     Args:
-        norm_weight: The weight of the norm before the gate, (hidden_size,): its root mean square
-            is that of the router's inputs.
+        norm_weight: By what the norm before the gate multiplies, (hidden_size,): its root mean
+            square is that of the router's inputs.
     """
     gate = torch.randn(num_experts, norm_weight.shape[0], generator=generator)
     return F.normalize(gate, dim=1) / root_mean_square(norm_weight)
@@ -101,9 +106,9 @@ def root_mean_square(norm_weight: Tensor) -> Tensor:
     return norm_weight.float().square().mean().sqrt().clamp(min=1e-6).cpu()
 
 
-def named_gates(form: MixtureFormat, gates: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gates by their names in a format, in layer order."""
-    return dict(zip(form.gate_names(len(gates)), gates, strict=True))
+def named_gates(names: Sequence[str], gates: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gates by their names, in layer order."""
+    return dict(zip(names, gates, strict=True))
 
 
 def gates_digest(gates: Sequence[torch.Tensor], dtype: torch.dtype) -> str:

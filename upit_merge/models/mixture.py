@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,18 +26,20 @@ from upit_merge.models.dense import (
     DenseArchitecture,
     carried_settings,
     check_counts,
-    dense_shapes,
-    ffn_tensor,
-    format_of,
+    dense_settings,
+    family_of,
     is_derived,
     read_dense_config,
     same_setting,
-    shared_settings,
 )
+from upit_merge.models.families import SHARED_FIELDS
 from upit_merge.models.formats import (
     FORMATS,
+    PLAIN,
     PROJECTIONS,
     MixtureFormat,
+    ffn_tensor,
+    mixture_layers,
 )
 from upit_merge.models.published import PublishedMixture
 from upit_merge.models.tables import with_own_head
@@ -64,18 +66,26 @@ class MixtureArchitecture:
     def num_layers(self) -> int:
         return int(self.config.num_hidden_layers)
 
-    def dense_config(self, **changes: Any) -> Any:
-        """Return one expert's configuration as a dense model."""
-        fields = self.format.dense_fields(self.config) | changes
-        fields = {k: v for k, v in fields.items() if k not in ("model_type", "dtype")}
-        return self.format.modules().dense_config(**fields)
+    @property
+    def mixture_layers(self) -> range:
+        """The layers that have experts."""
+        return mixture_layers(self.dense_settings())
+
+    def gate_names(self) -> list[str]:
+        """Return the names of all gates, in layer order."""
+        return self.format.gate_names(self.mixture_layers)
+
+    def of_gates(self) -> list[str]:
+        """Return the names of all that changes with the number of experts, beside these."""
+        return of_gates(self.format, self.dense_settings())
+
+    def expert_names(self, experts: Iterable[int]) -> Iterator[str]:
+        """Yield the names of all tensors of some experts."""
+        return self.format.expert_names(self.mixture_layers, experts)
 
     def dense_settings(self) -> dict[str, Any]:
         """Return the settings of `DenseArchitecture` that a dense model would have to share."""
-        settings = shared_settings(self.dense_config())
-        if settings["head_dim"] is None:
-            settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
-        return settings
+        return self.format.settings(self.config)
 
     def shapes(self, num_experts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of every tensor it would have with this many experts."""
@@ -116,11 +126,11 @@ def read_mixture(moe: TensorSource) -> MixtureArchitecture:
         )
     try:
         # A copy, for transformers completes what is nested in it.
-        config = form.modules().moe_config.from_dict(copy.deepcopy(dict(moe.config)))
+        config = form.read(copy.deepcopy(dict(moe.config)))
         architecture = MixtureArchitecture(form, config, *form.sizes(config))
-        if config.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act {config.hidden_act!r} is unknown")
-        form.modules().rotary(config=architecture.dense_config())
+        activation = architecture.dense_settings()["hidden_act"]
+        if activation not in ACT2FN:
+            raise ValueError(f"hidden_act {activation!r} is unknown")
     except Exception as error:  # validation errors of transformers and of huggingface_hub
         reason = " ".join(str(error).split())
         raise UpitError(
@@ -139,22 +149,22 @@ def check_expert(moe: TensorSource, dense: DenseModel) -> MixtureArchitecture:
         UpitError: naming the setting or tensor that does not fit, or as `inspect_mixture`.
     """
     architecture = inspect_mixture(moe)
-    form = format_of(dense)
-    if form is not architecture.format:
+    form, family = architecture.format, family_of(dense)
+    if form.name not in family.targets:
         raise UpitError(
             f"Checkpoint {dense.label} is a {dense.config['model_type']} model, of which no expert "
-            f"of a {architecture.format.title} can be made; give one of the kind {moe.label} was "
-            "made from."
+            f"of a {form.title} can be made; give one of the kind {moe.label} was made from."
         )
-    settings, theirs = architecture.dense_settings(), shared_settings(read_dense_config(dense))
-    for name, value in settings.items():
+    settings, theirs = architecture.dense_settings(), dense_settings(dense)
+    for name in SHARED_FIELDS:
+        value = settings[name]
         if name not in BESIDES_FFN and not same_setting(name, theirs[name], value):
             raise UpitError(
                 f"Checkpoint {dense.label} has {name} {theirs[name]}, {moe.label} has {value}; "
                 "give a checkpoint of the model it was made from."
             )
-    shapes = dict(dense_shapes(form, settings))
-    for layer in range(architecture.num_layers):
+    shapes = dict(form.dense_shapes({**settings, **PLAIN}))
+    for layer in architecture.mixture_layers:
         for name in (ffn_tensor(layer, projection) for projection in PROJECTIONS):
             spec = dense.specs.get(name)
             if spec is None or spec.shape != shapes[name]:
@@ -175,9 +185,10 @@ def _check_tensors(moe: TensorSource, architecture: MixtureArchitecture) -> None
                 f"{moe.label} has the tensor {name}, which a {title} has not; the router needs a "
                 f"plain {title}, such as the output of a upit recipe."
             )
-    if not 1 <= config.num_experts_per_tok <= architecture.num_experts:
+    chosen = architecture.format.chosen(config)
+    if not 1 <= chosen <= architecture.num_experts:
         raise UpitError(
-            f"The config.json of {moe.label} routes a token to {config.num_experts_per_tok} of "
+            f"The config.json of {moe.label} routes a token to {chosen} of "
             f"{architecture.num_experts} experts; correct num_experts_per_tok."
         )
     for name, shape in shapes.items():
@@ -198,20 +209,33 @@ def mixture_shapes(
     form: MixtureFormat, settings: Mapping[str, Any], num_experts: int
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every tensor of a mixture, in model order; the gates come last."""
-    layers = range(settings["num_hidden_layers"])
+    layers = mixture_layers(settings)
     ffn = {ffn_tensor(layer, p): (layer, p) for layer in layers for p in PROJECTIONS}
-    for name, shape in dense_shapes(form, settings):
+    for name, shape in form.dense_shapes(settings):
         if name not in ffn:
-            yield name, shape
+            yield from ((own, shape) for own in form.backbone_names(name))
             continue
         layer, projection = ffn[name]
         for expert in range(num_experts):
             yield form.expert_tensor(layer, expert, projection), shape
-    for name in form.gate_names(len(layers)):
+    for constant in form.constants(settings, num_experts):
+        yield constant.name, constant.shape
+    for name in form.gate_names(layers):
         yield name, (num_experts, settings["hidden_size"])
 
 
+def of_gates(form: MixtureFormat, settings: Mapping[str, Any]) -> list[str]:
+    """Return the names of what changes with the number of experts: the gates, and their biases."""
+    one, other = (
+        {constant.name: constant.shape for constant in form.constants(settings, count)}
+        for count in (1, 2)
+    )
+    biases = [name for name, shape in one.items() if other[name] != shape]
+    return [*biases, *form.gate_names(mixture_layers(settings))]
+
+
 def mixture_config(
+    architecture: DenseArchitecture,
     donor: DenseModel,
     token_donor: DenseModel,
     num_experts: int,
@@ -227,35 +251,30 @@ def mixture_config(
         donor: The checkpoint whose settings the output carries.
         token_donor: The one whose special token ids it carries, that of the tokenizer.
     """
-    config, form = read_dense_config(donor), format_of(donor)
+    config, form, settings = read_dense_config(donor), architecture.format, architecture.settings
     tokens = read_dense_config(token_donor)
-    settings = shared_settings(config)
-    rope = dict(settings.pop("rope_parameters"))
-    rope_theta = rope.pop("rope_theta")
-    scaled = rope.get("rope_type", "default") != "default"
     content = {
         "architectures": [form.class_name],
         "model_type": form.name,
-        **settings,
         **carried_settings(config),
         **{field: getattr(tokens, field, None) for field in _TOKEN_FIELDS},
-        "rope_theta": rope_theta,
-        "rope_scaling": rope if scaled else None,
+        **form.rope_fields(settings),
         "num_experts_per_tok": experts_per_token,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        **form.own_fields(settings, num_experts),
+        **form.fields(settings, num_experts),
     }
+    content = form.document(content)
     return dict(sorted(content.items()))
 
 
 def mixture_specs(
     architecture: DenseArchitecture, num_experts: int, dtype: torch.dtype
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Return the output's tensors: all but the gates in model order, and the gates."""
+    """Return the output's tensors: in model order, and what belongs to the gates, see `of_gates`."""
     shapes = dict(mixture_shapes(architecture.format, architecture.settings, num_experts))
-    gates = set(architecture.format.gate_names(architecture.num_layers))
+    gates = set(of_gates(architecture.format, architecture.settings))
     specs = [TensorSpec(name, shape, dtype) for name, shape in shapes.items()]
     return [s for s in specs if s.name not in gates], [s for s in specs if s.name in gates]
 
@@ -265,7 +284,7 @@ def parameter_counts(
 ) -> dict[str, int]:
     """Experts, parameters, and of these the active ones: what a token meets in all layers."""
     sizes = {name: prod(shape) for name, shape in mixture_shapes(form, settings, num_experts)}
-    expert = sum(sizes[name] for name in form.expert_names(settings["num_hidden_layers"], [0]))
+    expert = sum(sizes[name] for name in form.expert_names(mixture_layers(settings), [0]))
     idle = (num_experts - num_experts_per_token) * expert
     total = sum(sizes.values())
     return {"num_experts": num_experts, "parameters": total, "active_parameters": total - idle}

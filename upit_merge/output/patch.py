@@ -15,20 +15,22 @@ import torch
 
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.disk import check_space
-from upit_merge.io.safetensors_file import SafetensorsFile, patch_tensors
+from upit_merge.io.safetensors_file import Place, SafetensorsFile, patch_tensors
 from upit_merge.io.sources import TensorSource
 from upit_merge.io.tensor_file import TensorSpec
 
 Tensors = Mapping[str, torch.Tensor]
 
 
-def _by_file(
-    tensors: Tensors, file_of: Callable[[str], Path]
-) -> dict[Path, dict[str, torch.Tensor]]:
-    by_file: dict[Path, dict[str, torch.Tensor]] = defaultdict(dict)
+def _patch(
+    tensors: Tensors, file_of: Callable[[str], Path], place_of: Callable[[str], Place]
+) -> None:
+    """Replace tensors in their files, in place."""
+    by_file: dict[Path, dict[Place, torch.Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        by_file[file_of(name)][name] = tensor
-    return by_file
+        by_file[file_of(name)][place_of(name)] = tensor
+    for path, part in by_file.items():
+        patch_tensors(path, part)
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,7 @@ class InPlace:
 
     def write(self, tensors: Tensors) -> None:
         """Replace tensors."""
-        for path, part in _by_file(tensors, self.moe.file_of).items():
-            patch_tensors(path, part)
+        _patch(tensors, self.moe.file_of, self.moe.place_of)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ class PatchedCopies:
         """Return where the copy of a tensor's file is, or will be."""
         return self.folder / self.moe.file_of(name).name
 
+    def place_of(self, name: str) -> Place:
+        """Return where in that file the tensor is."""
+        return self.moe.place_of(name)
+
     @property
     def obsolete(self) -> tuple[str, ...]:
         """Return the names of the model's files that the copies make superfluous."""
@@ -95,7 +100,7 @@ class PatchedCopies:
         if not copy.exists():
             return self.moe.rows(name, start, stop)
         with contextlib.closing(SafetensorsFile(copy)) as file:
-            return file.rows(name, start, stop)
+            return file.rows_at(self.place_of(name), start, stop)
 
     @property
     def source(self) -> TensorSource:
@@ -118,5 +123,4 @@ class PatchedCopies:
 
     def write(self, tensors: Tensors) -> None:
         """Replace tensors in the copies, which must have been prepared."""
-        for path, part in _by_file(tensors, self.copy_of).items():
-            patch_tensors(path, part)
+        _patch(tensors, self.copy_of, self.place_of)

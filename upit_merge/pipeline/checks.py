@@ -22,9 +22,11 @@ from upit_merge.io.hub import OpenOptions, resolve
 from upit_merge.io.untrusted import read_json
 from upit_merge.models.dense import (
     carried_settings,
+    check_fits,
+    dense_settings,
     format_of,
+    own_settings,
     read_dense_config,
-    shared_settings,
 )
 from upit_merge.models.formats import PROJECTIONS
 from upit_merge.models.tokenizer import has_tokenizer
@@ -74,10 +76,16 @@ def _check_base(pipeline: Pipeline) -> dict[str, Any]:
         )
     with contextlib.closing(Checkpoint(reference, folder, OpenOptions())) as base:
         dense = read_dense_config(base)
-        form = format_of(base)
-    settings = shared_settings(dense)
-    fields = settings | carried_settings(dense) | form.own_fields(settings, 1)
-    mixture = form.modules().moe_config.from_dict(fields)
+        recipe = pipeline.parsed_recipe()
+        form, parameters = format_of(base, recipe.architecture), recipe.parameters
+        own = {"shared": parameters.shared, "dense_layers": parameters.dense_layers}
+        settings = dense_settings(base)
+        settings |= own_settings(form, own, settings)
+        check_fits(base, form, settings)
+    fields = form.fields(settings, form.fewest_experts) | form.rope_fields(settings)
+    mixture = form.read(
+        form.document({"model_type": form.name, **fields, **carried_settings(dense)})
+    )
     return {"prepare": dense, "baseline": dense, "post_train": mixture}
 
 

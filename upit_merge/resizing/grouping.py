@@ -33,9 +33,10 @@ class RoutingStatistics:
 def routing_statistics(stage: RouterStage) -> RoutingStatistics:
     """Push the stage's samples through the mixture and look at its router."""
     model, samples = stage.model, stage.seeds.samples
-    routing = Routing(len(samples), model.num_layers, model.num_experts)
+    mixtures = len(model.mixture_layers)
+    routing = Routing(len(samples), mixtures, model.num_experts)
     count = routing.counter(samples)
-    shape = (model.num_layers, model.num_experts, model.num_experts)
+    shape = (mixtures, model.num_experts, model.num_experts)
     products = torch.zeros(shape, dtype=torch.float64)
 
     def look(layer: int, batch: Batch, logits: Tensor, chosen: Tensor) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 from upit_merge.io.checkpoint import WEIGHT_FILE, WEIGHT_INDEX, Checkpoint
 from upit_merge.io.disk import check_space
+from upit_merge.io.safetensors_file import Place, places_in
 from upit_merge.io.shards import Shard, ShardWriter, plan_shards, shard_index
 from upit_merge.io.tensor_file import TensorSpec, row_blocks
 from upit_merge.io.text_file import write_json
 from upit_merge.models.mixture import MixtureArchitecture, parameter_counts
+from upit_merge.models.published import packed_specs
 from upit_merge.output.patch import PatchedCopies
 from upit_merge.resizing.sources import ResizedMixture
 from upit_merge.runtime.parallel import map_in_order, progress_bar
@@ -63,7 +65,7 @@ def extended_layout(
     """Plan the files of a model with one more expert: those without gates are not touched.
 
     Args:
-        gates: Names of the gates, whose shape changes.
+        gates: Names of the gates and whatever else changes its shape.
         stem: What the new expert's files are called.
     """
     kept, written, obsolete = [], [], []
@@ -91,7 +93,9 @@ def rewritten_layout(
 ) -> Layout:
     """Plan the files of a model that is written anew, such as one whose experts get other numbers."""
     body = [spec for name, spec in changed.specs.items() if name not in gates]
-    written = plan_shards([body, [changed.specs[name] for name in gates]], max_shard_bytes)
+    groups = body, [changed.specs[name] for name in gates]
+    form = changed.architecture.format
+    written = plan_shards([packed_specs(form, group) for group in groups], max_shard_bytes)
     names = {shard.filename for shard in written}
     old = [*_files_of(moe), *([WEIGHT_INDEX] if len(written) == 1 else [])]
     obsolete = (name for name in old if name not in names and (moe.folder / name).is_file())
@@ -116,7 +120,7 @@ def write_model(
     blocks = [
         (spec, start, stop)
         for shard in layout.written
-        for spec in shard.tensors
+        for spec in shard.parts
         for start, stop in row_blocks(spec, _BLOCK_ELEMENTS)
     ]
     with (
@@ -162,16 +166,29 @@ class PublishedCopies(PatchedCopies):
 
     @cached_property
     def _layout(self) -> Layout:
-        gates = self.architecture.format.gate_names(self.architecture.num_layers)
+        gates = self.architecture.of_gates()
         return rewritten_layout(self.moe, self._source, gates, self.max_shard_bytes)
 
     @cached_property
     def _names(self) -> Mapping[str, str]:
-        return {spec.name: s.filename for s in self._layout.written for spec in s.tensors}
+        return {spec.name: s.filename for s in self._layout.written for spec in s.parts}
+
+    @cached_property
+    def _places(self) -> Mapping[str, Place]:
+        return {
+            name: place
+            for shard in self._layout.written
+            for spec in shard.tensors
+            for name, place in places_in(spec)
+        }
 
     def copy_of(self, name: str) -> Path:
         """Return where the file that a tensor is written into is, or will be."""
         return self.folder / self._names[name]
+
+    def place_of(self, name: str) -> Place:
+        """Return where in that file the tensor is."""
+        return self._places[name]
 
     @property
     def obsolete(self) -> tuple[str, ...]:
@@ -200,7 +217,7 @@ def resized(
     """Return the report's `model` with another number of experts; {} for one of an older version."""
     if not isinstance(before.get("model"), Mapping):
         return {}
-    chosen = int(architecture.config.num_experts_per_tok)
+    chosen = architecture.format.chosen(architecture.config)
     settings = architecture.dense_settings()
     counts = parameter_counts(architecture.format, settings, num_experts, chosen)
     return {"model": {**before["model"], **counts}}

@@ -12,8 +12,7 @@ from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import TensorSpec, all_finite, row_blocks
-from upit_merge.models.dense import ffn_tensor
-from upit_merge.models.formats import COUNT_FIELDS, PROJECTIONS
+from upit_merge.models.formats import COUNT_FIELDS, PROJECTIONS, ffn_tensor
 from upit_merge.models.mixture import MixtureArchitecture
 from upit_merge.models.published import complete_config
 
@@ -35,21 +34,32 @@ class ResizedMixture:
         form = architecture.format
         self._moe = moe
         self.architecture = architecture
-        dtype = moe.specs[form.expert_tensor(0, 0, PROJECTIONS[0])].dtype
+        self._layers = architecture.mixture_layers
+        dtype = moe.specs[form.expert_tensor(self._layers[0], 0, PROJECTIONS[0])].dtype
         self._form = form
         self.label = moe.label
         # transformers 5 takes, and writes, other spellings than the published ones.
-        spelled = [key for key in COUNT_FIELDS if key in moe.config] or [form.count_field]
-        config = {**moe.config, **dict.fromkeys(spelled, num_experts)}
-        self.config = complete_config(config, form)
+        fields = form.language_part(moe.config)
+        spelled = [key for key in COUNT_FIELDS if key in fields] or [form.count_field]
+        config = {**fields, **dict.fromkeys(spelled, num_experts)}
+        self.config = complete_config(form.with_language_part(moe.config, config), form)
         # Of the model itself a tensor keeps its dtype: some keep norms or gates in float32.
         self.specs: dict[str, TensorSpec] = {
             name: TensorSpec(name, shape, moe.specs[name].dtype if name in moe.specs else dtype)
             for name, shape in architecture.shapes(num_experts)
         }
+        constants = form.constants(architecture.dense_settings(), num_experts)
+        self._constants = {
+            constant.name: constant
+            for constant in constants
+            if constant.name not in moe.specs or moe.specs[constant.name].shape != constant.shape
+        }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) of a tensor, in its dtype, on the CPU."""
+        if constant := self._constants.get(name):
+            shape = (stop - start, *constant.shape[1:])
+            return torch.full(shape, constant.value, dtype=self.specs[name].dtype)
         return self._moe.rows(name, start, stop)
 
     def tensor(self, name: str) -> Tensor:
@@ -69,10 +79,9 @@ class ExtendedMixture(ResizedMixture):
         super().__init__(moe, architecture, architecture.num_experts + 1)
         self.expert = architecture.num_experts
         self._dense = dense
-        layers = range(architecture.num_layers)
         self._places = {
             self._form.expert_tensor(layer, self.expert, p): (layer, p)
-            for layer in layers
+            for layer in self._layers
             for p in PROJECTIONS
         }
 
@@ -130,8 +139,8 @@ class ShrunkMixture(ResizedMixture):
     """A mixture whose experts are means of groups of another's; groups of one are untouched.
 
     Args:
-        groups: By layer; of each layer as many.
-        gates: By layer, float32, (num_groups, hidden_size).
+        groups: By mixture; of each as many.
+        gates: By mixture, float32, (num_groups, hidden_size).
     """
 
     def __init__(
@@ -143,13 +152,13 @@ class ShrunkMixture(ResizedMixture):
     ) -> None:
         super().__init__(moe, architecture, len(groups[0]))
         form = self._form
-        self._gates = dict(zip(form.gate_names(len(groups)), gates, strict=True))
+        self._gates = dict(zip(architecture.gate_names(), gates, strict=True))
         self._parts = {
             form.expert_tensor(layer, index, p): [
                 (form.expert_tensor(layer, member, p), share)
                 for member, share in zip(group.members, group.shares, strict=True)
             ]
-            for layer, row in enumerate(groups)
+            for layer, row in zip(self._layers, groups, strict=True)
             for index, group in enumerate(row)
             for p in PROJECTIONS
         }

@@ -150,17 +150,18 @@ class LayerTime:
 def time_layer(
     model: LayerwiseMixture, samples: Sequence[TokenizedSample], batch_tokens: int
 ) -> LayerTime:
-    """Time the first layer on a batch of the samples, of middle length.
+    """Time the first mixture on a batch of the samples, of middle length.
 
     Args:
         batch_tokens: As in the settings.
     """
     started = time.perf_counter()
-    backbone, ffn = model.backbone(0), model.ffn(0, 0)
+    layer = model.mixture_layers[0]
+    backbone, ffn = model.backbone(layer), model.ffn(layer, 0)
     read = time.perf_counter() - started
-    model.ffn(0, MEAN)
+    model.ffn(layer, MEAN)
     mean = time.perf_counter() - started - read
-    module = model.dense_layer(0, backbone)
+    module = model.dense_layer(layer, backbone)
     model.set_ffn(module, ffn)
     batch = middle_batch([len(sample.input_ids) for sample in samples], batch_tokens)
     longest = max(len(samples[index].input_ids) for index in batch)
@@ -174,7 +175,7 @@ def time_layer(
     for _ in range(1 + _TIMED_RUNS):
         started = time.perf_counter()
         # With all that is done around it: states go to the device and come back.
-        model.layer_output(module, states).cpu()
+        model.layer_output(module, layer, states).cpu()
         seconds.append(time.perf_counter() - started)
     tokens = sum(len(samples[index].input_ids) for index in batch)
     return LayerTime(median(seconds[1:]) / tokens, read, mean)

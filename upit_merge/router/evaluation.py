@@ -265,7 +265,7 @@ def run_mixture(
         UpitError: a loss is NaN or infinite.
     """
     model, samples = stage.model, stage.seeds.samples
-    routing = Routing(len(samples), model.num_layers, model.num_experts)
+    routing = Routing(len(samples), len(model.mixture_layers), model.num_experts)
     description = "the mixture" if gates is None else "the control"
     count = routing.counter(samples)
     with swept(stage, count, description, gates, with_losses=True) as (states, on_targets):

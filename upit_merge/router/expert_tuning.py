@@ -9,6 +9,7 @@ moments for what is trained: 4 bytes per parameter on the CPU and 12 more per tr
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import math
 import os
@@ -27,10 +28,11 @@ from torch.utils.checkpoint import checkpoint
 
 from upit_merge.config.router import UpitObjective
 from upit_merge.data.tokens import TokenizedSample
+from upit_merge.engine.body import compute_tables, one_expert
 from upit_merge.engine.layerwise import LOGIT_ROWS
 from upit_merge.errors import UpitError
 from upit_merge.io.sources import TensorSource
-from upit_merge.models.dense import ffn_tensor
+from upit_merge.models.dense import is_derived
 from upit_merge.models.formats import PROJECTIONS
 from upit_merge.models.mixture import MixtureArchitecture, read_mixture
 from upit_merge.runtime.parallel import progress_bar
@@ -74,32 +76,38 @@ class ExpertModel(nn.Module):
     """A dense model with a routing vector per layer, zero at first, and the loss of both.
 
     Args:
-        dense: A causal language model of transformers.
+        dense: The mixture as a causal language model of transformers, with one expert per layer.
+        architecture: The mixture's.
         alpha: Weight of the language-modelling loss; the routing loss has 1 - alpha.
     """
 
     # The Trainer must not pass a number of tokens to divide by: the losses below are means.
     accepts_loss_kwargs = False
 
-    def __init__(self, dense: Any, alpha: float) -> None:
+    def __init__(self, dense: Any, architecture: MixtureArchitecture, alpha: float) -> None:
         super().__init__()
-        self.dense, self.alpha = dense, alpha
-        shape = (dense.config.num_hidden_layers, dense.config.hidden_size)
+        self.dense, self.architecture, self.alpha = dense, architecture, alpha
+        layers, form = architecture.mixture_layers, architecture.format
+        shape = (len(layers), dense.config.hidden_size)
         self.vectors = nn.Parameter(torch.zeros(shape, device=dense.device))
         self._logits: list[Tensor] | None = None
-        for index, layer in enumerate(dense.model.layers):
-            layer.post_attention_layernorm.register_forward_hook(partial(self._route, index))
+        for index, layer in enumerate(layers):
+            gate = dense.base_model.layers[layer].get_submodule(form.gate_path)
+            gate.register_forward_pre_hook(partial(self._route, index))
 
-    def _route(self, layer: int, _norm: nn.Module, _inputs: Any, router_input: Tensor) -> None:
+    def _route(self, layer: int, _gate: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         # Where activations are recomputed, this runs again in the backward pass. It must then
         # repeat the arithmetic of the forward pass, but not collect the result a second time.
+        router_input = inputs[0]
         with torch.autocast(router_input.device.type, enabled=False):
             logits = router_input.float() @ self.vectors[layer]
         if self._logits is not None:
             self._logits.append(logits)
 
     def _summed_loss(self, states: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(self.dense.lm_head(states).float(), wanted, reduction="sum")
+        outputs = self.dense.lm_head(states).float()
+        logits = self.architecture.format.logits(outputs, self.architecture.config)
+        return F.cross_entropy(logits, wanted, reduction="sum")
 
     def forward(self, input_ids: Tensor, real: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """`loss` of a batch from `padded_batch`, a float32 scalar in nats.
@@ -110,8 +118,8 @@ class ExpertModel(nn.Module):
         self._logits = []
         # No attention mask: padding comes last, where causal attention keeps it from every real
         # token, and what is computed at the padding itself enters neither loss.
-        states = self.dense.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        routing = positive_loss(torch.stack(self._logits, dim=-1)[real])
+        states = self.dense.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        routing = positive_loss(torch.stack(self._logits, dim=-1)[real.flatten()])
         self._logits = None
         rows, wanted = states[:, :-1][targets[:, 1:]], input_ids[:, 1:][targets[:, 1:]]
         # Logits are the largest tensor of all: a few rows at a time, computed again for gradients.
@@ -122,9 +130,25 @@ class ExpertModel(nn.Module):
 
 
 def _ffn_names(architecture: MixtureArchitecture, expert: int) -> dict[str, str]:
-    """Return the name of each FFN tensor of an expert, by its name in the dense model."""
-    name_of, layers = architecture.format.expert_tensor, range(architecture.num_layers)
-    return {ffn_tensor(n, p): name_of(n, expert, p) for n in layers for p in PROJECTIONS}
+    """Return the name of each FFN tensor of an expert, by its name in `load_expert`'s model."""
+    form = architecture.format
+    return {
+        f"{form.layer_prefix(n)}{form.experts_path}.{p}.weight": form.expert_tensor(n, expert, p)
+        for n in architecture.mixture_layers
+        for p in PROJECTIONS
+    }
+
+
+def _backbone_names(moe: TensorSource, architecture: MixtureArchitecture) -> dict[str, str]:
+    """Return the name of each other tensor but the gates, by its name in that model."""
+    form, names = architecture.format, {}
+    for layer in range(architecture.num_layers):
+        prefix = form.layer_prefix(layer)
+        for name in moe.specs:
+            if name.startswith(prefix) and form.is_backbone(name) and not is_derived(name):
+                names[prefix + form.memory_name(name.removeprefix(prefix))] = name
+    names["model.embed_tokens.weight"] = "model.embed_tokens.weight"
+    return names
 
 
 def load_expert(
@@ -142,33 +166,42 @@ def load_expert(
     from peft import LoraConfig, inject_adapter_in_model
 
     architecture = read_mixture(moe)
-    modules = architecture.format.modules()
+    form = architecture.format
+    config = copy.deepcopy(architecture.config)
     # Without the padding id, which need not be in the embedding table and is of no use here, and
     # without dropout, which did not act on the losses that chose the samples either.
-    config = architecture.dense_config(pad_token_id=None, attention_dropout=0.0)
+    config.pad_token_id, config.attention_dropout = None, 0.0
     # Makes no (tokens, tokens) matrix for a causal mask, and takes float32 as well as bfloat16.
     config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        dense = modules.dense_model(config)
-    half = (
-        device.type == "cuda"
-        and moe.specs[architecture.format.gate_tensor(0)].dtype != torch.float32
-    )
+    dense = form.model(config)
+    for layer in architecture.mixture_layers:
+        one_expert(dense.base_model.layers[layer], architecture)
+    stored = moe.specs[architecture.gate_names()[0]].dtype
+    half = device.type == "cuda" and stored != torch.float32
     frozen = torch.bfloat16 if half and torch.cuda.is_bf16_supported() else torch.float32
     ffn = _ffn_names(architecture, expert)
-    state = {}
-    for name in dense.state_dict():
-        dtype = torch.float32 if name in ffn and settings.lora_rank is None else frozen
-        if name != "lm_head.weight" or not config.tie_word_embeddings:
-            state[name] = moe.tensor(ffn.get(name, name)).to(device, dtype)
-    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    names = ffn | _backbone_names(moe, architecture)
+    trained = torch.float32 if settings.lora_rank is None else frozen
+    state = {
+        own: moe.tensor(name).to(device, trained if own in ffn else frozen)
+        for own, name in names.items()
+    }
+    gate = torch.zeros(architecture.num_experts, config.hidden_size, device=device, dtype=frozen)
+    for layer in architecture.mixture_layers:  # what they say does not matter
+        state[f"{form.layer_prefix(layer)}{form.gate_path}.weight"] = gate
+    norm = form.final_norm(dense.base_model)
+    (final,) = (name for name, module in dense.named_modules() if module is norm)
+    state[f"{final}.weight"] = moe.tensor(form.final_norm_tensor).to(device, frozen)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    if not config.tie_word_embeddings:
+        state["lm_head.weight"] = moe.tensor("lm_head.weight").to(device, frozen)
     dense.load_state_dict(state, assign=True)
-    # Its tables are computed, not loaded: on the meta device there were none.
-    dense.model.rotary_emb = modules.rotary(config=config).to(device)
+    compute_tables(dense.base_model, config, device)
     for name, parameter in dense.named_parameters():
         parameter.requires_grad_(name in ffn)
     if rank := settings.lora_rank:
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[*PROJECTIONS])
+        modules = [name.removesuffix(".weight") for name in ffn]
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules)
         inject_adapter_in_model(lora, dense)  # freezes the rest
         for parameter in filter(lambda p: p.requires_grad, dense.parameters()):
             parameter.data = parameter.data.float()  # the factors come in the frozen dtype
@@ -176,7 +209,7 @@ def load_expert(
     # two names is deprecated, the newer one is not in every transformers 5.
     enable = getattr(dense, "activation_checkpointing_enable", None)
     (enable or dense.gradient_checkpointing_enable)({"use_reentrant": False})
-    return ExpertModel(dense, float(settings.alpha))
+    return ExpertModel(dense, architecture, float(settings.alpha))
 
 
 def tune_expert(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +14,7 @@ from upit_merge.config.router import RouterSettings
 from upit_merge.engine.arithmetic import Arithmetic
 from upit_merge.engine.first_order import BLOCK_ELEMENTS, SLOPE_TOKENS
 from upit_merge.engine.layerwise import LOGIT_ROWS, LayerwiseMixture
-from upit_merge.models.formats import MixtureFormat
+from upit_merge.models.formats import MixtureFormat, routed_size
 from upit_merge.models.mixture import mixture_shapes
 from upit_merge.router.control import loss_sweeps
 from upit_merge.router.objectives import CHUNK_BYTES
@@ -68,18 +69,18 @@ def shape_of(
         settings: Those that its experts share as dense models, see `DenseArchitecture`.
         dtype: In which it is stored.
     """
-    layer = (
-        prod(shape)
-        for name, shape in mixture_shapes(form, settings, num_experts=1)
-        if name.startswith("model.layers.0.") and form.is_backbone(name)
-    )
+    # All but the experts of the largest layer: layers may differ.
+    backbones: dict[str, int] = defaultdict(int)
+    for name, shape in mixture_shapes(form, settings, num_experts=form.fewest_experts):
+        if name.startswith("model.layers.") and form.is_backbone(name):
+            backbones[name.split(".")[2]] += prod(shape)
     return ModelShape(
         hidden_size=settings["hidden_size"],
-        intermediate_size=settings["intermediate_size"],
+        intermediate_size=routed_size(settings),
         vocab_size=settings["vocab_size"],
         num_layers=settings["num_hidden_layers"],
         num_experts=num_experts,
-        attention=sum(layer),
+        attention=max(backbones.values()),
         itemsize=dtype.itemsize,
     )
 

@@ -17,7 +17,6 @@ from upit_merge.engine.arithmetic import Arithmetic
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.sources import TensorSource
-from upit_merge.models.dense import norm_tensor
 from upit_merge.models.gates import (
     distinct_gates,
     gates_digest,
@@ -172,10 +171,10 @@ def tuned_gates(
     for others in stage.processes.gather(found):
         found |= others
     gates = []
-    for layer in range(model.num_layers):
-        gate = torch.stack([found[expert][0][layer] for expert in experts])
+    for index, layer in enumerate(model.mixture_layers):
+        gate = torch.stack([found[expert][0][index] for expert in experts])
         scale = gate.norm(dim=1).mean().clamp(min=1e-12)
-        scale = scale * root_mean_square(model.moe.tensor(norm_tensor(layer)))
+        scale = scale * root_mean_square(model.format.norm_factors(model.moe, layer))
         gates.append(stage.checked(layer, gate / scale / float(stage.settings.temperature)))
     return gates, [found[expert][1] for expert in experts]
 
@@ -247,7 +246,9 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> Route
     }
     alone = model.num_experts == 1 and not settings.trains_experts
     if settings.objective == "random" or alone:
-        gates = training_free_gates(model.moe, model.num_layers, model.num_experts, stage.seed)
+        gates = training_free_gates(
+            model.moe, model.format, model.mixture_layers, model.num_experts, stage.seed
+        )
     else:
         buckets = assigned(stage)
         report["buckets"] = buckets.to_report()

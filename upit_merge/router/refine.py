@@ -45,7 +45,7 @@ class Slopes:
     Attributes:
         loss: Mean negative log-likelihood of the target tokens, nats.
         balance: The load-balancing loss, mean over layers; at its best the experts per token.
-        gates: Gradient of loss + weight · balance, (num_layers, num_experts, hidden_size).
+        gates: Gradient of loss + weight · balance, (num_mixtures, num_experts, hidden_size).
     """
 
     loss: float
@@ -123,8 +123,9 @@ class GateTrainer:
     def _forwards(
         self, moe: AssembledMixture, batches: Sequence[Batch], entering: Sequence[PackedStates]
     ) -> Tensor:
-        """Fill what enters every layer; returns how often each expert was chosen, (layers, n)."""
-        counts = torch.zeros(self.model.num_layers, self.model.num_experts, dtype=torch.float64)
+        """Fill what enters every layer; returns how often each expert was chosen, (mixtures, n)."""
+        shape = len(self.model.mixture_layers), self.model.num_experts
+        counts = torch.zeros(shape, dtype=torch.float64)
 
         def count(layer: int, _batch: Batch, _logits: Tensor, chosen: Tensor) -> None:
             counts[layer] += torch.bincount(chosen.flatten().cpu(), minlength=counts.shape[1])
@@ -169,13 +170,16 @@ class GateTrainer:
     ) -> tuple[float, Tensor]:
         """This process's part of the mean balance loss and of the gates' gradients."""
         model = self.model
-        gates = torch.zeros(model.num_layers, model.num_experts, model.hidden_size)
+        mixtures = len(model.mixture_layers)
+        gates = torch.zeros(mixtures, model.num_experts, model.hidden_size)
         balances = 0.0
         order = range(model.num_layers - 1, -1, -1) if batches else range(0)
         with contextlib.closing(moe.layers(order)) as modules:
             for layer, module in zip(order, modules, strict=True):
-                gate = module.get_parameter("mlp.gate.weight").requires_grad_()
-                part = shares[layer].float().to(model.device)
+                is_mixture = layer in model.mixture_layers
+                number = model.mixture_layers.index(layer) if is_mixture else 0
+                gate = moe.gate_of(module).requires_grad_() if is_mixture else None
+                part = shares[number].float().to(model.device)
                 for batch in batches:
                     terms: list[Tensor] = []
 
@@ -196,12 +200,17 @@ class GateTrainer:
                     scale = 2.0 ** -math.frexp(float(outer.abs().max()))[1]
                     outer = (outer * scale).to(output.device, output.dtype)
                     whole = (output * outer).sum()
-                    whole = whole + scale * weight / model.num_layers * terms[0]
+                    if gate is None:
+                        (into_leaf,) = torch.autograd.grad(whole, leaf)
+                        slope.put(batch, into_leaf.float() / scale)
+                        continue
+                    whole = whole + scale * weight / mixtures * terms[0]
                     into_leaf, into_gate = torch.autograd.grad(whole, [leaf, gate])
                     slope.put(batch, into_leaf.float() / scale)
-                    gates[layer] += into_gate.float().cpu() / scale
-                    balances += float(terms[0].detach()) / model.num_layers
-                gate.requires_grad_(False)
+                    gates[number] += into_gate.float().cpu() / scale
+                    balances += float(terms[0].detach()) / mixtures
+                if gate is not None:
+                    gate.requires_grad_(False)
         return balances, gates
 
 

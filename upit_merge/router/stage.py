@@ -261,7 +261,7 @@ class RouterStage:
     # ---- gates -----------------------------------------------------------------------------
 
     def gates(self, buckets: Buckets, objective: Objective | None = None) -> list[Tensor]:
-        """Run the samples through their experts and fit every layer's gate on the way.
+        """Run the samples through their experts and fit every mixture's gate on the way.
 
         Args:
             objective: Instead of the settings', whose result is then scaled by the temperature.
@@ -295,8 +295,11 @@ class RouterStage:
             bar.skip(per_layer * first)
 
             def after_layer(layer: int) -> None:
-                with self.clock.measure("fitting"):
-                    gates.append(self._fit(layer, fit, inputs, buckets))
+                if layer in self.model.mixture_layers:
+                    with self.clock.measure("fitting"):
+                        gates.append(self._fit(layer, fit, inputs, buckets))
+                else:  # which has no gate; what is kept has one for each layer
+                    gates.append(torch.zeros(0))
                 bar.advance(tokens * self.effort.fit)
                 self._after_layer("gates", states, gates, layer)
 
@@ -309,6 +312,7 @@ class RouterStage:
                 after_layer=after_layer,
                 on_progress=bar.advance,
             )
+        gates = [gates[layer] for layer in self.model.mixture_layers]
         # Kept whole: what follows may take long.
         self.progress.keep_layers("fitted", gates)
         self.progress.drop_states()
@@ -318,7 +322,7 @@ class RouterStage:
         self, kept: LayersOnDisk, streams: Sequence[Stream], fit: Objective, buckets: Buckets
     ) -> list[Tensor]:
         """Fit the gates to what a sweep has kept of their inputs."""
-        layers = range(self.model.num_layers)
+        layers = self.model.mixture_layers
         gates: list[Tensor] = []
         with (
             self.clock.measure("gates"),

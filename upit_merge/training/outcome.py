@@ -135,9 +135,10 @@ def tensors_of(folder: Path) -> MixtureKind:
         UpitError: it is no mixture that we write.
     """
     with opened_mixture(folder, str(folder)) as moe:
-        form = inspect_mixture(moe).format
+        architecture = inspect_mixture(moe)
         names = frozenset(name for name in moe.specs if not is_derived(name))
-        return MixtureKind(form, names, moe.specs[form.gate_tensor(0)].dtype, moe.is_published)
+        dtype = moe.specs[architecture.gate_names()[0]].dtype
+        return MixtureKind(architecture.format, names, dtype, moe.is_published)
 
 
 def merged_adapter(

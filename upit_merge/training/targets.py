@@ -11,9 +11,6 @@ import torch
 from upit_merge.errors import UpitError, one_line
 from upit_merge.models.formats import FORMATS, PROJECTIONS, MixtureFormat
 
-# The experts' matrices in memory, where transformers has those of all experts in one.
-_FUSED = ("gate_up_proj", "down_proj")
-_PARAMETERS = tuple(f"mlp.experts.{name}" for name in _FUSED)
 _TABLES = ("embed_tokens", "lm_head")
 
 
@@ -74,17 +71,18 @@ def dense_targets(names: Sequence[str]) -> list[str]:
 
 def _name_experts(model: Any, form: MixtureFormat) -> None:
     modules, parameters = [], _listed(model.lora_target_parameters)
+    inputs = f"{form.experts_path}.gate_up_proj"
     for name in _listed(model.lora_target_modules):
         last = _last(name)
         if last == "gate_up_proj":
-            parameters.append(_PARAMETERS[0])
+            parameters.append(inputs)
         elif last in PROJECTIONS:
             modules.append(form.projections[last])
         else:
             modules.append(name)
     fused = [form.projections[name] for name in ("gate_proj", "up_proj")]
     given = {_last(name) for name in modules} & {*fused}
-    if _PARAMETERS[0] in parameters:
+    if inputs in parameters:
         modules = [name for name in modules if _last(name) not in given]
     elif len(given) == 1:
         (there,), (missing,) = given, {*fused} - given

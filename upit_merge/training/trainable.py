@@ -7,10 +7,13 @@ import re
 from torch import nn
 
 from upit_merge.errors import UpitError
+from upit_merge.models.formats import FORMATS
 
 # By transformers' names in memory: `.mlp.gate` is a router, `.mlp.gate_proj` part of an FFN.
-_ROUTER = re.compile(r"\.mlp\.gate\.")
-_FFN = re.compile(r"\.mlp\.")
+_GATES = "|".join(sorted({re.escape(form.gate_path) for form in FORMATS.values()}))
+_EXPERTS = "|".join(sorted({re.escape(form.experts_path) for form in FORMATS.values()}))
+_ROUTER = re.compile(rf"\.(?:{_GATES})\.")
+_FFN = re.compile(rf"\.(?:mlp|{_GATES}|{_EXPERTS})\.")
 
 
 def freeze_others(model: nn.Module, train_modules: str) -> int:
@@ -49,6 +52,6 @@ def routers(model: nn.Module) -> list[nn.Module]:
         module
         for name, module in model.named_modules()
         # PEFT wraps a router whose weight has factors: the router itself is further inside.
-        if re.search(r"\.mlp\.gate(\.base_layer)*$", f".{name}")
+        if re.search(rf"\.(?:{_GATES})(\.base_layer)*$", f".{name}")
         and isinstance(module.__dict__.get("top_k"), int)
     ]

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from upit_merge.models.formats.base import PROJECTIONS, MixtureFormat, Modules
+from upit_merge.models.formats.base import (
+    FUSED,
+    PLAIN,
+    PROJECTIONS,
+    Constant,
+    MixtureFormat,
+    ffn_tensor,
+    is_shared,
+    mixture_layers,
+    routed_size,
+    shared_tensor,
+)
+from upit_merge.models.formats.glm4_moe import Glm4Moe
+from upit_merge.models.formats.granitemoe import GraniteMoe
 from upit_merge.models.formats.mixtral import Mixtral
 from upit_merge.models.formats.qwen3_moe import Qwen3Moe
 
-FORMATS: dict[str, MixtureFormat] = {f.name: f for f in (Mixtral(), Qwen3Moe())}
-
-DENSE_TYPES: tuple[str, ...] = tuple(kind for f in FORMATS.values() for kind in f.dense_types)
-
+FORMATS: dict[str, MixtureFormat] = {
+    f.name: f for f in (Mixtral(), Qwen3Moe(), Glm4Moe(), GraniteMoe())
+}
 
 # The names of the setting with the number of experts.
-COUNT_FIELDS: tuple[str, ...] = tuple(f.count_field for f in FORMATS.values())
-
-
-def format_of_dense(model_type: object) -> MixtureFormat | None:
-    """Return what dense checkpoints of a `model_type` become; None if there is nothing."""
-    return next((f for f in FORMATS.values() if model_type in f.dense_types), None)
-
+COUNT_FIELDS: tuple[str, ...] = tuple({f.count_field: None for f in FORMATS.values()})
 
 __all__ = [
     "COUNT_FIELDS",
-    "DENSE_TYPES",
     "FORMATS",
+    "FUSED",
+    "PLAIN",
     "PROJECTIONS",
+    "Constant",
     "MixtureFormat",
-    "Modules",
-    "format_of_dense",
+    "ffn_tensor",
+    "is_shared",
+    "mixture_layers",
+    "routed_size",
+    "shared_tensor",
 ]

@@ -2,107 +2,214 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
+
+import torch
+
+from upit_merge.io.sources import TensorSource
+from upit_merge.models.families import QUALITIES, SHARED_FIELDS
 
 # The matrices of a dense FFN, in the order in which files hold them.
 PROJECTIONS = ("gate_proj", "down_proj", "up_proj")
+# How an expert's matrices lie in memory, and in the files of formats that pack them.
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
+# What a mixture may have beside experts, by names that are ours: `shared` says what its always-on
+# expert is, `dense_layers` how many of its first layers are no mixtures.
+PLAIN: Mapping[str, Any] = {"shared": "none", "dense_layers": 0}
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class Modules:
-    """transformers' own classes, with which a format is computed.
+class Constant:
+    """A tensor of a mixture that no dense model has, all of one value."""
 
-    Attributes:
-        dense_config, dense_model, dense_layer, rotary, norm: Of the dense model whose attention
-            is the mixture's.
-        moe_config, moe_layer: Of the mixture.
-    """
-
-    dense_config: Any
-    dense_model: Any
-    dense_layer: Any
-    rotary: Any
-    norm: Any
-    moe_config: Any
-    moe_layer: Any
+    name: str
+    shape: tuple[int, ...]
+    value: float = 0.0
 
 
 class MixtureFormat(ABC):
     """Names and settings of a mixture on disk, as its published checkpoints have them.
 
+    A mixture's tensors are spoken of one by one: the matrices of every expert, the gates, and the
+    rest, the backbone. Where a format packs the experts of a layer into one tensor, or calls
+    tensors otherwise in its files, `packed` and `stored_name` say so, and only what reads and
+    writes files knows.
+
     Attributes:
         name: `model_type` of the output, and a recipe's `architecture:`.
         title: What people call it.
         class_name: The class that `config.json` names.
-        dense_types: Values of `model_type` of the dense checkpoints it is made from.
         block: What the mixture of a layer is called in tensors' names.
+        gate: What the gate is called in the block.
         projections: What an expert's matrices are called, by their dense names.
+        packed: Names, in the block, of tensors that hold all experts of a layer, and which of
+            `FUSED` they are; empty if every expert has its own.
         count_field: The setting with the number of experts.
         inner_field: The setting with the intermediate size of an expert.
-        required: Settings of its own that some reader insists on, and others do not write.
-        biases: Settings of dense models that give them biases, for which there is no place.
+        expresses: Those of `families.QUALITIES` that it has a place for.
+        more_fields: Settings beside the shared ones that shape its computation.
+        shared: Kinds of an always-on expert that it can have; the first is the default.
+        has_dense_layers: Its first layers may be dense.
+        readers: Programs that run it, and what is special there ("" if nothing).
+        fewest_experts: Its router needs so many.
+        gate_path, experts_path: Modules of a decoder layer in transformers' memory: that with the
+            gate's weight, whose inputs are what the gate sees, and that of the experts.
+        adds_output: What the experts give is added to the stream, at most multiplied: no norm is
+            between.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     class_name: ClassVar[str]
-    dense_types: ClassVar[tuple[str, ...]]
     block: ClassVar[str]
-    projections: ClassVar[Mapping[str, str]]
+    gate: ClassVar[str] = "gate.weight"
+    projections: ClassVar[Mapping[str, str]] = {name: name for name in PROJECTIONS}
+    packed: ClassVar[Mapping[str, str]] = {}
     count_field: ClassVar[str]
     inner_field: ClassVar[str] = "intermediate_size"
-    required: ClassVar[tuple[str, ...]] = ()
-    biases: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
+    expresses: ClassVar[frozenset[str]] = frozenset()
+    more_fields: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ("none",)
+    has_dense_layers: ClassVar[bool] = False
+    readers: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("transformers", "vLLM", "llama.cpp", "mlx-lm"), ""
+    )
+    fewest_experts: ClassVar[int] = 1
+    gate_path: ClassVar[str] = "mlp.gate"
+    experts_path: ClassVar[str] = "mlp.experts"
+    adds_output: ClassVar[bool] = True
+
+    # ---- names -----------------------------------------------------------------------------
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return f"model.layers.{layer}."
+
+    def in_block(self, name: str) -> str:
+        """What something in the mixture of a layer is called in the layer."""
+        return f"{self.block}.{name}" if self.block else name
 
     def gate_tensor(self, layer: int) -> str:
         """Name of a layer's gate, shape (num_experts, hidden_size)."""
-        return f"model.layers.{layer}.{self.block}.gate.weight"
+        return f"{self.layer_prefix(layer)}{self.in_block(self.gate)}"
 
     def expert_tensor(self, layer: int, expert: int, projection: str) -> str:
         """Name of an expert's projection (`gate_proj`, `up_proj`, `down_proj`)."""
-        return (
-            f"model.layers.{layer}.{self.block}.experts.{expert}."
-            f"{self.projections[projection]}.weight"
+        within = f"experts.{expert}.{self.projections[projection]}.weight"
+        return f"{self.layer_prefix(layer)}{self.in_block(within)}"
+
+    @cached_property
+    def expert_pattern(self) -> re.Pattern[str]:
+        """Matches the names of experts' tensors: `layer`, `expert` and `kind`, as in the file."""
+        kinds = "|".join(self.projections.values())
+        number = r"(?P<{}>0|[1-9]\d{{0,3}})"
+        return re.compile(
+            rf"model\.layers\.{number.format('layer')}\.{re.escape(self.in_block('experts'))}\."
+            rf"{number.format('expert')}\.(?P<kind>{kinds})\.weight"
         )
 
-    def gate_names(self, num_layers: int) -> list[str]:
-        """Return names of all gates, in layer order."""
-        return [self.gate_tensor(layer) for layer in range(num_layers)]
+    def gate_names(self, layers: Iterable[int]) -> list[str]:
+        """Return names of the gates of some layers."""
+        return [self.gate_tensor(layer) for layer in layers]
 
-    def expert_names(self, num_layers: int, experts: Iterable[int]) -> Iterator[str]:
+    def expert_names(self, layers: Iterable[int], experts: Iterable[int]) -> Iterator[str]:
         """Yield names of all tensors of some experts."""
+        layers = list(layers)
         for expert in experts:
-            for layer in range(num_layers):
+            for layer in layers:
                 for projection in PROJECTIONS:
                     yield self.expert_tensor(layer, expert, projection)
 
     def is_backbone(self, name: str) -> bool:
         """Return whether a layer's tensor is neither gate nor expert."""
-        return f".{self.block}." not in name
+        return not (
+            name.endswith(f".{self.in_block(self.gate)}") or self.expert_pattern.fullmatch(name)
+        )
 
-    def attention_norms(self, head_dim: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of what an attention has beside its four matrices, by name within it."""
-        return {}
+    def stored_name(self, name: str) -> str:
+        """What a tensor that is not packed is called in published files."""
+        return name
 
-    @abstractmethod
-    def modules(self) -> Modules:
-        """The classes to compute with; imported when asked for, as transformers takes seconds."""
+    def plain_name(self, stored: str) -> str:
+        """Undo `stored_name`, for names that it would not give, too."""
+        return stored
 
-    def unfit_dense(self, raw: Mapping[str, Any]) -> str | None:
-        """What of a dense `config.json` the format cannot express, as "sets …"; else None."""
-        field = next((field for field in self.biases if raw.get(field)), None)
-        return field and f"sets {field}, which {self.title} cannot express"
+    # ---- settings --------------------------------------------------------------------------
 
-    @abstractmethod
-    def read_dense(self, raw: Mapping[str, Any]) -> Any:
-        """transformers' view of a dense model's `config.json`, with its defaults filled in."""
+    def unfit(self, settings: Mapping[str, Any]) -> str | None:
+        """What of a dense model's settings it cannot express, as "sets …"; else None.
+
+        Args:
+            settings: See `DenseFamily.settings`.
+        """
+        for field, plain in QUALITIES.items():
+            if field not in self.expresses and settings[field] != plain:
+                # In a Llama's configuration one setting means both kinds of biases.
+                told = {"output_bias": "attention_bias"}.get(field, field)
+                return f"sets {told}, which {self.title} cannot express"
+        return None
+
+    def caution(self, settings: Mapping[str, Any]) -> str | None:
+        """What people should know before they publish such a mixture, as a sentence."""
+        return None
+
+    def fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
+        """Return what of its `config.json` follows from a dense model's settings.
+
+        Rope settings are not among the results, see `rope_fields`.
+        """
+        shared = {field: settings[field] for field in SHARED_FIELDS if field != "rope_parameters"}
+        return {**shared, **self.own_fields(settings, num_experts)}
+
+    def rope_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the rope settings under the names that every reader knows.
+
+        Those are transformers 4's, vLLM's and llama.cpp's; transformers 5 reads them too.
+        """
+        rope = dict(settings["rope_parameters"])
+        rope_theta = rope.pop("rope_theta")
+        rope.pop("partial_rotary_factor", None)
+        scaled = rope.get("rope_type", "default") != "default"
+        return {"rope_theta": rope_theta, "rope_scaling": rope if scaled else None}
 
     @abstractmethod
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
         """Return what `config.json` has beside the fields that all formats share."""
+
+    def document(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `config.json` as it is published, of all its fields: mostly these."""
+        return dict(fields)
+
+    def language_part(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a mixture's own fields in its `config.json`; undoes `document`."""
+        return raw
+
+    def with_language_part(
+        self, raw: Mapping[str, Any], fields: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return a `config.json` with other fields of its own."""
+        return dict(fields)
+
+    def wanted_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return fields of its own that some reader insists on, and others do not write."""
+        return {}
+
+    def read(self, raw: Mapping[str, Any]) -> Any:
+        """transformers' view of a mixture's `config.json`, with its defaults filled in."""
+        import transformers
+
+        config_class: Any = getattr(transformers, self.class_name).config_class
+        return config_class.from_dict(dict(self.language_part(raw)))
 
     def unfit_mixture(self, config: Any) -> str | None:
         """Return what of a mixture's configuration is not supported, as "has …"; else None."""
@@ -112,6 +219,166 @@ class MixtureFormat(ABC):
     def sizes(self, config: Any) -> tuple[int, int]:
         """(num_experts, intermediate size of an expert) of a mixture's configuration."""
 
-    @abstractmethod
-    def dense_fields(self, config: Any) -> dict[str, Any]:
-        """Settings of one expert as a dense model, from a mixture's configuration."""
+    def chosen(self, config: Any) -> int:
+        """Return how many experts a mixture's configuration sends a token to."""
+        return int(config.num_experts_per_tok)
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        """Return the settings that one expert would have as a dense model.
+
+        Args:
+            config: A mixture's, from `read`.
+        """
+        shared = {field: getattr(config, field, None) for field in SHARED_FIELDS}
+        shared["intermediate_size"] = self.sizes(config)[1]
+        shared["head_dim"] = shared["head_dim"] or (
+            config.hidden_size // config.num_attention_heads
+        )
+        more = {field: getattr(config, field, None) for field in self.more_fields}
+        return {**shared, **QUALITIES, **PLAIN, **more, **self.qualities(config)}
+
+    def qualities(self, config: Any) -> Mapping[str, Any]:
+        """Return in which of `QUALITIES` and `PLAIN` a mixture differs, by its configuration."""
+        return {}
+
+    # ---- tensors ---------------------------------------------------------------------------
+
+    def dense_shapes(self, settings: Mapping[str, Any]) -> Shapes:
+        """Yield the tensors of a dense model of these settings, in model order."""
+        return llama_shapes(settings)
+
+    def backbone_names(self, dense: str) -> tuple[str, ...]:
+        """What a dense model's tensor that is no expert's is called in the mixture: mostly alike.
+
+        There may be several that are all it.
+        """
+        return (dense,)
+
+    def factor(self, dense: str) -> float:
+        """By what such a tensor is multiplied."""
+        return 1.0
+
+    def constants(self, settings: Mapping[str, Any], num_experts: int) -> Iterator[Constant]:
+        """Yield the tensors that no dense model has, gates aside."""
+        yield from ()
+
+    def norm_factors(self, model: TensorSource, layer: int) -> torch.Tensor:
+        """By what the norm before a layer's gate multiplies what it has normalised, (hidden_size,).
+
+        Args:
+            model: Dense or the mixture: norms are called alike in both.
+        """
+        return model.tensor(f"{self.layer_prefix(layer)}post_attention_layernorm.weight")
+
+    # ---- computation -----------------------------------------------------------------------
+
+    def model(self, config: Any) -> Any:
+        """transformers' model of a configuration, without weights."""
+        import transformers
+
+        with torch.device("meta"):
+            return getattr(transformers, self.class_name)(config)
+
+    def memory_name(self, within: str) -> str:
+        """What transformers has in memory for a tensor of the backbone.
+
+        Args:
+            within: Its published name, in a layer.
+        """
+        return within
+
+    def final_norm(self, body: Any) -> Any:
+        """The norm after the last layer, of transformers' model without its head."""
+        return body.norm
+
+    @property
+    def final_norm_tensor(self) -> str:
+        """Name of that norm's weight."""
+        return "model.norm.weight"
+
+    def unfit_router(self, config: Any) -> str | None:
+        """Why the router cannot be pre-trained layer by layer, as a clause; else None."""
+        return None
+
+    def embedding_scale(self, config: Any) -> float:
+        """By what embeddings are multiplied before the first layer."""
+        return 1.0
+
+    def logits_scale(self, config: Any) -> float:
+        """By what the head's results are multiplied."""
+        return 1.0
+
+    def logits_cap(self, config: Any) -> float | None:
+        """The c of c · tanh(logits / c), if they pass that."""
+        return None
+
+    def logits(self, outputs: torch.Tensor, config: Any) -> torch.Tensor:
+        """Return logits from what the head's matrix gives, (tokens, vocab_size)."""
+        scale, cap = self.logits_scale(config), self.logits_cap(config)
+        if scale != 1:
+            outputs = outputs * scale
+        return outputs if cap is None else cap * torch.tanh(outputs / cap)
+
+
+def routed_size(settings: Mapping[str, Any]) -> int:
+    """Return the intermediate size of an expert: of a split FFN, half of it is shared."""
+    size = int(settings["intermediate_size"])
+    return size // 2 if settings["shared"] == "split" else size
+
+
+def ffn_tensor(layer: int, projection: str) -> str:
+    """Name of a dense model's FFN projection."""
+    return f"model.layers.{layer}.mlp.{projection}.weight"
+
+
+def shared_tensor(layer: int, projection: str) -> str:
+    """Name of the half of a dense model's FFN projection that is shared, where it is split."""
+    return f"model.layers.{layer}.mlp.shared.{projection}.weight"
+
+
+def is_shared(dense: str) -> bool:
+    """Return whether a name is one of `shared_tensor`'s."""
+    return ".mlp.shared." in dense
+
+
+def mixture_layers(settings: Mapping[str, Any]) -> range:
+    """Return the layers that are mixtures."""
+    return range(settings["dense_layers"], settings["num_hidden_layers"])
+
+
+def llama_shapes(settings: Mapping[str, Any]) -> Shapes:
+    """Yield the tensors of a Llama with the qualities that are shapes, in model order."""
+    hidden, head = settings["hidden_size"], settings["head_dim"]
+    queries, keys = (settings[f"num_{f}_heads"] * head for f in ("attention", "key_value"))
+    yield "model.embed_tokens.weight", (settings["vocab_size"], hidden)
+    for layer in range(settings["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        yield f"{prefix}input_layernorm.weight", (hidden,)
+        for name, size in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            yield f"{prefix}self_attn.{name}.weight", (size, hidden)
+            if settings["attention_bias"]:
+                yield f"{prefix}self_attn.{name}.bias", (size,)
+        yield f"{prefix}self_attn.o_proj.weight", (hidden, queries)
+        if settings["output_bias"]:
+            yield f"{prefix}self_attn.o_proj.bias", (hidden,)
+        if settings["qk_norm"]:
+            yield f"{prefix}self_attn.q_norm.weight", (head,)
+            yield f"{prefix}self_attn.k_norm.weight", (head,)
+        yield f"{prefix}post_attention_layernorm.weight", (hidden,)
+        yield from ffn_shapes(settings, layer)
+    yield "model.norm.weight", (hidden,)
+    if not settings["tie_word_embeddings"]:
+        yield "lm_head.weight", (settings["vocab_size"], hidden)
+
+
+def ffn_shapes(settings: Mapping[str, Any], layer: int) -> Shapes:
+    """Yield the tensors of a layer's dense FFN; halves of them, where these are split."""
+    hidden, inner = settings["hidden_size"], settings["intermediate_size"]
+    names = [ffn_tensor]
+    if settings["shared"] == "split" and layer in mixture_layers(settings):
+        inner //= 2
+        names = [shared_tensor, ffn_tensor]
+    for name in names:
+        for projection in PROJECTIONS:
+            shape = (hidden, inner) if projection == "down_proj" else (inner, hidden)
+            yield name(layer, projection), shape

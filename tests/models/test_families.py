@@ -1,0 +1,130 @@
+"""Every dense family, in every format it can become: n identical experts are the dense model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import LLAMA3_ROPE, TINY, build_family
+from upit_merge.models.families import FAMILIES
+
+# Beyond every window that the models below have.
+TOKENS = 200
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 1e6,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense model and what it becomes.
+
+    Attributes:
+        kind: Its `model_type`.
+        architecture: Of the output.
+        settings: Of its configuration, beside those of every tiny model.
+        parameters: Of the recipe.
+        tolerance: Largest difference of logits over the largest logit.
+    """
+
+    kind: str
+    architecture: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    tolerance: float = 1e-5
+
+    def __str__(self) -> str:
+        more = [f"{key}-{value}" for key, value in {**self.settings, **self.parameters}.items()]
+        return "-".join([self.kind, self.architecture, *more])[:80]
+
+
+SPLIT, LAST_DENSE = {"shared": "split"}, {"dense_layers": 1}
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}
+CASES = [
+    Case("llama", "mixtral"),
+    Case("llama", "mixtral", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    Case("llama", "glm4_moe", parameters=LAST_DENSE),
+    Case("llama", "glm4_moe", {"head_dim": 12}, SPLIT | LAST_DENSE),
+    Case("llama", "granitemoe", {"attention_bias": True}),
+    Case("mistral", "mixtral", {"sliding_window": 32}),
+    Case("qwen2", "glm4_moe", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    Case("qwen2", "glm4_moe", {"tie_word_embeddings": True}, SPLIT),
+    Case("qwen2", "glm4_moe", {"rope_parameters": YARN}),
+    Case("qwen2", "granitemoe"),
+    Case("qwen3", "qwen3_moe", {"head_dim": 8}),
+    Case("seed_oss", "glm4_moe", {"head_dim": 12, "attention_bias": True}),
+    Case("phi3", "mixtral", {"sliding_window": 32}),
+    Case("phi3", "glm4_moe", {"partial_rotary_factor": 0.5}),
+    Case("granite", "granitemoe", MULTIPLIERS | {"tie_word_embeddings": True}),
+    Case("granite", "granitemoe", MULTIPLIERS | {"attention_bias": True}),
+]
+MERGED = {"num_experts": 4, "expansion": "copy"}
+
+
+def tensor_of_ids() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, TINY["vocab_size"], (1, TOKENS), generator=generator)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert (told["missing_keys"], told["unexpected_keys"]) == (set(), set())
+    ids = torch.randint(
+        3, TINY["vocab_size"], (1, TOKENS), generator=torch.Generator().manual_seed(1)
+    )
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def made(case: Case, folder: Path, merge: Callable[..., Path], **more: Any) -> tuple[Path, Path]:
+    """A dense model, and the mixture of four of it."""
+    settings = {"max_position_embeddings": 2 * TOKENS, **case.settings}
+    family = build_family(folder, count=1, kind=case.kind, **settings)
+    recipe = family.recipe(
+        architecture=case.architecture, parameters=MERGED | dict(case.parameters), **more
+    )
+    return family.checkpoints[0], merge(recipe)
+
+
+def far_apart(case: Case, dense: Path, out: Path) -> float:
+    """Largest difference of logits over the largest logit."""
+    expected = logits(dense)
+    return float((logits(out) - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_identical_experts_are_the_dense_model(case: Case, tmp_path, merge) -> None:
+    dense, out = made(case, tmp_path, merge)
+    assert json.loads((out / "config.json").read_text())["model_type"] == case.architecture
+    assert far_apart(case, dense, out) < case.tolerance
+    # The control: with one expert moved a little it must not be.
+    weights = load_file(out / "model.safetensors")
+    name = next(n for n in reversed([*weights]) if ".experts." in n or "output_linear" in n)
+    moved = weights[name][:1] if weights[name].ndim == 3 else weights[name]
+    moved += 1e-3 * torch.randn(moved.shape)
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    assert far_apart(case, dense, out) > case.tolerance
+
+
+def test_every_family_in_every_format_is_among_them() -> None:
+    tried = {(case.kind, case.architecture) for case in CASES}
+    pairs = {(kind, target) for kind, family in FAMILIES.items() for target in family.targets}
+    assert pairs - tried == {("seed_oss", "granitemoe")}

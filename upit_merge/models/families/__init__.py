@@ -1,0 +1,17 @@
+"""The dense models that mixtures are made of. One more is one more file and one more entry."""
+
+from __future__ import annotations
+
+from upit_merge.models.families.base import QUALITIES, SHARED_FIELDS, DenseFamily, Piece
+from upit_merge.models.families.granite import Granite
+from upit_merge.models.families.llama import Llama, Mistral
+from upit_merge.models.families.phi3 import Phi3
+from upit_merge.models.families.qwen import Qwen2, Qwen3
+from upit_merge.models.families.seed_oss import SeedOss
+
+FAMILIES: dict[str, DenseFamily] = {
+    family.model_type: family
+    for family in (Llama(), Mistral(), Qwen2(), Qwen3(), Phi3(), Granite(), SeedOss())
+}
+
+__all__ = ["FAMILIES", "QUALITIES", "SHARED_FIELDS", "DenseFamily", "Piece"]

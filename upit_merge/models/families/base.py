@@ -1,0 +1,114 @@
+"""What a family of dense models has to say of itself; what becomes of it, the formats know."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+# Settings that shape the computation, hence must be the same in every model, and that every
+# configuration calls alike.
+SHARED_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "sliding_window",
+    "vocab_size",
+)
+# What sets one dense model apart from a plain Llama, whose values these are. A format says which
+# of them it can express, in `MixtureFormat.expresses`.
+QUALITIES: Mapping[str, Any] = {
+    "attention_bias": False,  # of queries, keys and values
+    "output_bias": False,  # of the attention's output
+    "mlp_bias": False,
+    "qk_norm": False,  # an RMS norm of every head's queries and keys
+    "partial_rotary_factor": 1.0,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": None,  # in place of 1 / sqrt(head_dim)
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,  # by which the logits are divided
+}
+# What trainers write for the name that all readers know.
+_ACTIVATIONS = {"swish": "silu"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor that is all of a stored one under another name, or rows of it.
+
+    Attributes:
+        name: As a Llama would have it.
+        rows: First row and the one after the last; None where it is all of them.
+    """
+
+    name: str
+    rows: tuple[int, int] | None = None
+
+
+class DenseFamily(ABC):
+    """Dense models of one `model_type`, seen as a Llama with a few qualities.
+
+    Attributes:
+        model_type: In their `config.json`.
+        title: What people call them.
+        targets: Names of the formats that they can become; `architecture: auto` is the first.
+        more_fields: Settings beside `SHARED_FIELDS` that shape their computation, as
+            transformers' configuration calls them; formats made for them alone read these.
+        renames: Its tensors are not a Llama's: `pieces` tells.
+    """
+
+    model_type: ClassVar[str]
+    title: ClassVar[str]
+    targets: ClassVar[tuple[str, ...]]
+    more_fields: ClassVar[tuple[str, ...]] = ()
+    renames: ClassVar[bool] = False
+
+    def language_part(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the settings of the language model in a `config.json`: mostly all of them."""
+        return raw
+
+    def unfit(self, raw: Mapping[str, Any]) -> str | None:
+        """What of a `config.json` no format can express, as "sets …"; else None."""
+        return None
+
+    def read(self, raw: Mapping[str, Any]) -> Any:
+        """transformers' view of a `config.json`, with its defaults filled in."""
+        from transformers import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[self.model_type].from_dict(dict(raw))
+
+    def qualities(self, config: Any) -> Mapping[str, Any]:
+        """Return those of `QUALITIES` in which a model is not a plain Llama."""
+        return {}
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        """Return all that shapes the computation, from transformers' view of a configuration."""
+        settings = {field: getattr(config, field, None) for field in SHARED_FIELDS}
+        settings["hidden_act"] = _ACTIVATIONS.get(
+            str(settings["hidden_act"]), settings["hidden_act"]
+        )
+        settings["head_dim"] = settings["head_dim"] or (
+            config.hidden_size // config.num_attention_heads
+        )
+        more = {field: getattr(config, field, None) for field in self.more_fields}
+        return {**settings, **QUALITIES, **self.qualities(config), **more}
+
+    def pieces(self, name: str, settings: Mapping[str, Any]) -> Sequence[Piece] | None:
+        """Return which tensors a stored one is: none, one by another name, or several.
+
+        Args:
+            name: As transformers has it.
+            settings: See `settings`.
+
+        Returns:
+            None where it is one a Llama has, by that name.
+        """
+        return None

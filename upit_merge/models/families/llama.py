@@ -1,0 +1,33 @@
+"""Llama and Mistral."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upit_merge.models.families.base import DenseFamily
+
+
+class Llama(DenseFamily):
+    """Llama 2, 3 and what was made like them: SmolLM2, TinyLlama, Yi, DeepSeek's first."""
+
+    model_type = "llama"
+    title = "Llama"
+    targets = ("mixtral", "granitemoe", "glm4_moe")
+
+    def read(self, raw: Mapping[str, Any]) -> Any:
+        config = super().read(raw)
+        config.sliding_window = None  # a Llama keeps the key if it is there but does not act on it
+        return config
+
+    def qualities(self, config: Any) -> Mapping[str, Any]:
+        bias = bool(config.attention_bias)
+        return {"attention_bias": bias, "output_bias": bias, "mlp_bias": bool(config.mlp_bias)}
+
+
+class Mistral(DenseFamily):
+    """Mistral 7B, Nemo, Small; their sliding window is carried."""
+
+    model_type = "mistral"
+    title = "Mistral"
+    targets = ("mixtral",)

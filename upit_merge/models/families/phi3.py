@@ -1,0 +1,39 @@
+"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from upit_merge.models.families.base import DenseFamily, Piece
+
+
+class Phi3(DenseFamily):
+    """Phi-3 to Phi-4: what a layer multiplies its inputs with is one matrix, cut as it is read."""
+
+    model_type = "phi3"
+    title = "Phi-3/4"
+    targets = ("mixtral", "glm4_moe")
+    renames = True
+
+    def qualities(self, config: Any) -> Mapping[str, Any]:
+        rope = config.rope_parameters or {}
+        return {"partial_rotary_factor": float(rope.get("partial_rotary_factor") or 1.0)}
+
+    def pieces(self, name: str, settings: Mapping[str, Any]) -> Sequence[Piece] | None:
+        before, _, last = name.removesuffix(".weight").rpartition(".")
+        if last == "qkv_proj":
+            queries, keys = (
+                settings[f"num_{kind}_heads"] * settings["head_dim"]
+                for kind in ("attention", "key_value")
+            )
+            sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        elif last == "gate_up_proj":
+            sizes = dict.fromkeys(("gate_proj", "up_proj"), settings["intermediate_size"])
+        else:
+            return None
+        pieces, start = [], 0
+        for part, size in sizes.items():
+            pieces.append(Piece(f"{before}.{part}.weight", (start, start + size)))
+            start += size
+        return pieces

@@ -1,0 +1,102 @@
+"""GLM-4-MoE (arXiv 2508.06471): what a Qwen2.5 becomes, and others with biases of their queries.
+
+Of the published mixtures it is the only one with biases of queries, keys and values that every
+reader computes. Its router weighs experts by sigmoids, which n identical experts do not notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from upit_merge.models.formats.base import (
+    PROJECTIONS,
+    Constant,
+    MixtureFormat,
+    mixture_layers,
+    routed_size,
+    shared_tensor,
+)
+
+_SHARED = "mlp.shared_experts"
+
+
+class Glm4Moe(MixtureFormat):
+    """Under the names of the published GLM-4.5; a shared expert always, dense layers first."""
+
+    name = "glm4_moe"
+    title = "GLM-4-MoE"
+    class_name = "Glm4MoeForCausalLM"
+    block = "mlp"
+    count_field = "n_routed_experts"
+    inner_field = "moe_intermediate_size"
+    expresses = frozenset({"attention_bias", "partial_rotary_factor"})
+    # Without one (n_shared_experts: 0) llama.cpp refuses the model, and mlx divides by zero.
+    shared = ("zero", "split")
+    has_dense_layers = True
+    fewest_experts = 2  # it looks at the two best experts of every group of experts
+
+    def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
+        return {
+            self.count_field: num_experts,
+            # vLLM looks for it under this name.
+            "num_experts": num_experts,
+            self.inner_field: routed_size(settings),
+            "n_shared_experts": 1,
+            "first_k_dense_replace": settings["dense_layers"],
+            "attention_bias": settings["attention_bias"],
+            "use_qk_norm": False,
+            "partial_rotary_factor": settings["partial_rotary_factor"],
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_nextn_predict_layers": 0,
+        }
+
+    def unfit(self, settings: Mapping[str, Any]) -> str | None:
+        if settings["sliding_window"]:
+            return f"sets sliding_window, which {self.title} cannot express"
+        if settings["shared"] == "split" and settings["intermediate_size"] % 2:
+            return f"has an odd intermediate_size ({settings['intermediate_size']}) to split"
+        return super().unfit(settings)
+
+    def wanted_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {"num_experts": fields[self.count_field], "partial_rotary_factor": 0.5}
+
+    def unfit_mixture(self, config: Any) -> str | None:
+        if config.n_group != 1 or config.routed_scaling_factor != 1 or not config.norm_topk_prob:
+            return "routes otherwise (n_group, routed_scaling_factor, norm_topk_prob)"
+        if config.use_qk_norm:
+            return "normalises queries and keys (use_qk_norm)"
+        if config.n_shared_experts != 1:
+            return f"has {config.n_shared_experts} shared experts (n_shared_experts)"
+        return None
+
+    def sizes(self, config: Any) -> tuple[int, int]:
+        return config.n_routed_experts, config.moe_intermediate_size
+
+    def qualities(self, config: Any) -> Mapping[str, Any]:
+        dense, routed = config.intermediate_size, config.moe_intermediate_size
+        rope = config.rope_parameters or {}
+        return {
+            "attention_bias": bool(config.attention_bias),
+            "partial_rotary_factor": float(rope.get("partial_rotary_factor") or 1.0),
+            "intermediate_size": dense,
+            "shared": "split" if dense == 2 * routed else "zero",
+            "dense_layers": int(config.first_k_dense_replace),
+        }
+
+    def backbone_names(self, dense: str) -> tuple[str, ...]:
+        return (dense.replace("mlp.shared.", f"{_SHARED}."),)
+
+    def constants(self, settings: Mapping[str, Any], num_experts: int) -> Iterator[Constant]:
+        hidden, inner = settings["hidden_size"], routed_size(settings)
+        for layer in mixture_layers(settings):
+            prefix = self.layer_prefix(layer)
+            if settings["shared"] == "zero":
+                for projection in PROJECTIONS:
+                    shape = (hidden, inner) if projection == "down_proj" else (inner, hidden)
+                    (name,) = self.backbone_names(shared_tensor(layer, projection))
+                    yield Constant(name, shape)
+            yield Constant(f"{prefix}mlp.gate.e_score_correction_bias", (num_experts,))
