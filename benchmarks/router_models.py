@@ -104,15 +104,26 @@ def with_random_gates(
 
 
 def merged(
-    folder: Path, checkpoints: Sequence[Path], out: Path, parameters: dict, **router
+    folder: Path,
+    checkpoints: Sequence[Path],
+    out: Path,
+    parameters: dict,
+    *,
+    recipe: dict[str, Any] | None = None,
+    **router,
 ) -> Path:
-    """Merge some checkpoints of a folder from `build`, with a router; returns the output."""
+    """Merge some checkpoints of a folder from `build`, with a router; returns the output.
+
+    Args:
+        recipe: Further keys of the recipe.
+    """
     document = {
         "merge_method": "upit",
         "base_model": str(folder / "base"),
         "models": [{"model": str(path)} for path in checkpoints],
         "dtype": "float32",
         "parameters": parameters,
+        **(recipe or {}),
         "router": {"data": str(folder / "seed.jsonl"), **router},
     }
     return _run(document, out)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import LLAMA3_ROPE, TINY, build_family
 from upit_merge.models.families import FAMILIES
@@ -128,3 +128,31 @@ def test_every_family_in_every_format_is_among_them() -> None:
     tried = {(case.kind, case.architecture) for case in CASES}
     pairs = {(kind, target) for kind, family in FAMILIES.items() for target in family.targets}
     assert pairs - tried == {("seed_oss", "granitemoe")}
+
+
+def test_a_tied_model_has_both_tables_where_readers_do_not_tie(tmp_path, merge) -> None:
+    """vLLM and mlx-lm take no embeddings for the head of a GLM-4-MoE."""
+    _, out = made(Case("qwen2", "glm4_moe", {"tie_word_embeddings": True}), tmp_path, merge)
+    weights = load_file(out / "model.safetensors")
+    assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("room", [2, 9])
+def test_the_tokens_of_glm_take_spare_rows(tmp_path, merge, caplog, room: int) -> None:
+    """llama.cpp's converter looks for them; where there is no room, a sentence says so."""
+    case = Case("qwen2", "glm4_moe", {"vocab_size": TINY["vocab_size"] + room})
+    dense, out = made(case, tmp_path, merge)
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (dense, out))
+    text = "Some text, with <s> and <|user|> in it."
+    wanted = ("[gMASK]", "<|user|>", "<|observation|>", "<|endoftext|>")
+    first = TINY["vocab_size"]
+    if room < len(wanted):
+        assert "[gMASK]" not in after.get_vocab()
+        assert "llama.cpp's converter looks for the tokens [gMASK], <|user|>" in caplog.text
+        return
+    assert [after.get_vocab()[token] for token in wanted] == [*range(first, first + 4)]
+    assert after(text)["input_ids"] != before(text)["input_ids"]
+    plain = text.replace("<|user|>", "a user")
+    assert after(plain)["input_ids"] == before(plain)["input_ids"]
+    assert (after.bos_token_id, after.eos_token_id) == (before.bos_token_id, before.eos_token_id)

@@ -51,8 +51,9 @@ def moe(shared_family: Family, merge) -> Iterator[Checkpoint]:
 
 
 def gradients_of(model: ExpertModel) -> dict[str, Tensor]:
+    """By names in a dense model; in the mixture one FFN stands for the experts."""
     return {
-        name.removeprefix("dense."): parameter.grad
+        name.removeprefix("dense.").replace(".experts.", "."): parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
@@ -253,7 +254,7 @@ def test_lora_scale_and_merge(moe, tmp_path, monkeypatch) -> None:
     tuned = tune(moe, tmp_path, lora_rank=3)
     inputs = torch.randn(4, 32)
     for layer in range(2):
-        module = model.dense.model.layers[layer].mlp.up_proj
+        module = model.dense.model.layers[layer].mlp.experts.up_proj
         weight = by_dense_name(tuned.ffn)[f"model.layers.{layer}.mlp.up_proj.weight"]
         torch.testing.assert_close(inputs @ weight.T, module(inputs), rtol=0, atol=1e-5)
         factors = module.lora_B["default"].weight @ module.lora_A["default"].weight

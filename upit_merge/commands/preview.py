@@ -38,7 +38,9 @@ class PlannedMixture:
         constants = form.constants(architecture.settings, count)
         self._constants = {constant.name: constant for constant in constants}
         self._backbone = {
-            own: dense for dense in architecture.specs for own in form.backbone_names(dense)
+            own: dense
+            for dense in architecture.specs
+            for own in form.outputs_of(dense, architecture.settings)
         }
         self._ffn = {
             form.expert_tensor(layer, expert, p): (min(expert, last), ffn_tensor(layer, p))

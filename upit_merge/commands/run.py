@@ -32,7 +32,11 @@ from upit_merge.models.dense import context_length
 from upit_merge.models.gates import named_gates
 from upit_merge.models.mixture import mixture_config, opened_mixture
 from upit_merge.models.tokenizer import load_tokenizer
-from upit_merge.models.tokenizer_files import copy_generation_config, copy_tokenizer_files
+from upit_merge.models.tokenizer_files import (
+    add_wanted_tokens,
+    copy_generation_config,
+    copy_tokenizer_files,
+)
 from upit_merge.output.identity import file_states
 from upit_merge.output.patch import InPlace
 from upit_merge.output.staging import (
@@ -321,6 +325,9 @@ def write_settings(
         LOG.warning("No model of the recipe has a tokenizer; the output has none either.")
     elif copy_tokenizer:
         copy_tokenizer_files(inputs.tokenizer, folder)
+        architecture = inputs.architecture
+        size = architecture.settings["vocab_size"]
+        add_wanted_tokens(folder, architecture.format.wanted_tokens, size)
         if inputs.chat_template:
             write_chat_templates({DEFAULT: inputs.chat_template}, folder)
         elif inputs.borrowed:

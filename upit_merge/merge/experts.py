@@ -283,7 +283,7 @@ def _jobs(
     size, child_size = (f(inputs, devices[0]) for f in (block_elements, child_block_elements))
     for count, (name, spec) in enumerate(architecture.specs.items()):
         index, layer, projection = ffn.get(name, (None, 0, ""))
-        targets = dict(enumerate(form.backbone_names(name)))
+        targets = dict(enumerate(form.outputs_of(name, architecture.settings)))
         if index is not None:
             targets = {e: name_of(layer, e, projection) for e in range(len(lineage))}
         targets = {expert: target for expert, target in targets.items() if sink.wants(target)}

@@ -88,7 +88,7 @@ class DenseArchitecture:
         """Return what the mixture calls all that becomes no expert: attention, norms, tables."""
         ffn = {name for _layer, _projection, name in self.ffn_names()}
         rest = (name for name in self.specs if name not in ffn)
-        return [own for name in rest for own in self.format.backbone_names(name)]
+        return [own for name in rest for own in self.format.outputs_of(name, self.settings)]
 
 
 def family_of(checkpoint: DenseModel) -> DenseFamily:

@@ -213,7 +213,7 @@ def mixture_shapes(
     ffn = {ffn_tensor(layer, p): (layer, p) for layer in layers for p in PROJECTIONS}
     for name, shape in form.dense_shapes(settings):
         if name not in ffn:
-            yield from ((own, shape) for own in form.backbone_names(name))
+            yield from ((own, shape) for own in form.outputs_of(name, settings))
             continue
         layer, projection = ffn[name]
         for expert in range(num_experts):

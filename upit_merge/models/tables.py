@@ -8,10 +8,7 @@ from typing import TypeVar
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.tensor_file import equal_tensors
-
-EMBEDDINGS = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-
+from upit_merge.models.formats import EMBEDDINGS, HEAD
 
 Kind = TypeVar("Kind", bound=Checkpoint)
 

@@ -18,7 +18,12 @@ from upit_merge.models.chat_template import (
     tokenizer_config,
     write_loosely,
 )
-from upit_merge.models.tokenizer import FAST_FILE, VOCABULARY_FILES, load_tokenizer
+from upit_merge.models.tokenizer import (
+    FAST_FILE,
+    VOCABULARY_FILES,
+    highest_token_id,
+    load_tokenizer,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -56,6 +61,45 @@ def copy_tokenizer_files(donor: DenseModel, folder: Path) -> None:
     if not (folder / FAST_FILE).is_file():
         _convert(donor, folder)
     make_readable(folder)
+
+
+def add_wanted_tokens(folder: Path, tokens: Sequence[str], vocab_size: int) -> None:
+    """Give a `tokenizer.json` tokens that some reader of the format looks for, if it lacks them.
+
+    They get ids that embeddings are there for and no token has: the text they are is read as one of
+    them from then on, all other text as before.
+
+    Args:
+        tokens: What is looked for.
+        vocab_size: How many embeddings there are.
+    """
+    if not tokens:
+        return
+    path = folder / FAST_FILE
+    content = _readable_json(path) if path.is_file() else {}
+    added, model = content.get("added_tokens"), content.get("model")
+    known = {entry["content"] for entry in added} if isinstance(added, list) else set()
+    missing = [token for token in tokens if token not in known]
+    if not missing:
+        return
+    first = 1 + (highest_token_id(folder) or 0)
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    free = vocab_size - first
+    if not isinstance(added, list) or not isinstance(vocabulary, dict) or free < len(missing):
+        LOG.warning(
+            "llama.cpp's converter looks for the tokens %s, for which the tokenizer has no room; "
+            "it will refuse the output, other programs will not.",
+            ", ".join(missing),
+        )
+        return
+    for token in missing:
+        number = vocabulary.get(token)
+        entry = {"id": first if number is None else number, "content": token, "special": True}
+        first += number is None
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added.append({**entry, **flags})
+    content["added_tokens"] = sorted(added, key=lambda entry: entry["id"])
+    write_loosely(path, content)
 
 
 def _convert(donor: DenseModel, folder: Path) -> None:

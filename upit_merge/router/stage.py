@@ -352,7 +352,7 @@ class RouterStage:
             buckets.assigned,
             self.model.num_experts,
             self.model.device,
-            layer,
+            self.model.mixture_layers.index(layer),
             self.processes.total,
         )
         return self.checked(layer, fit(data))

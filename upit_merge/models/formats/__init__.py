@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from upit_merge.models.formats.base import (
+    EMBEDDINGS,
     FUSED,
+    HEAD,
     PLAIN,
     PROJECTIONS,
     Constant,
@@ -28,8 +30,10 @@ COUNT_FIELDS: tuple[str, ...] = tuple({f.count_field: None for f in FORMATS.valu
 
 __all__ = [
     "COUNT_FIELDS",
+    "EMBEDDINGS",
     "FORMATS",
     "FUSED",
+    "HEAD",
     "PLAIN",
     "PROJECTIONS",
     "Constant",

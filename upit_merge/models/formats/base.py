@@ -21,6 +21,7 @@ FUSED: Mapping[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "down_proj": ("down_proj",),
 }
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What a mixture may have beside experts, by names that are ours: `shared` says what its always-on
 # expert is, `dense_layers` how many of its first layers are no mixtures.
 PLAIN: Mapping[str, Any] = {"shared": "none", "dense_layers": 0}
@@ -60,6 +61,9 @@ class MixtureFormat(ABC):
         more_fields: Settings beside the shared ones that shape its computation.
         shared: Kinds of an always-on expert that it can have; the first is the default.
         has_dense_layers: Its first layers may be dense.
+        can_tie: Its readers take the embeddings for the head if `tie_word_embeddings` says so;
+            else an output has both tables.
+        wanted_tokens: Some reader expects the tokenizer to know these.
         readers: Programs that run it, and what is special there ("" if nothing).
         fewest_experts: Its router needs so many.
         gate_path, experts_path: Modules of a decoder layer in transformers' memory: that with the
@@ -81,6 +85,8 @@ class MixtureFormat(ABC):
     more_fields: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ("none",)
     has_dense_layers: ClassVar[bool] = False
+    can_tie: ClassVar[bool] = True
+    wanted_tokens: ClassVar[tuple[str, ...]] = ()
     readers: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("transformers", "vLLM", "llama.cpp", "mlx-lm"), ""
     )
@@ -169,6 +175,7 @@ class MixtureFormat(ABC):
         Rope settings are not among the results, see `rope_fields`.
         """
         shared = {field: settings[field] for field in SHARED_FIELDS if field != "rope_parameters"}
+        shared["tie_word_embeddings"] = self.can_tie and shared["tie_word_embeddings"]
         return {**shared, **self.own_fields(settings, num_experts)}
 
     def rope_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,6 +260,13 @@ class MixtureFormat(ABC):
         There may be several that are all it.
         """
         return (dense,)
+
+    def outputs_of(self, dense: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return all tensors of the mixture that are a dense model's, see `backbone_names`."""
+        names = self.backbone_names(dense)
+        if dense == EMBEDDINGS and settings["tie_word_embeddings"] and not self.can_tie:
+            names = (*names, HEAD)
+        return names
 
     def factor(self, dense: str) -> float:
         """By what such a tensor is multiplied."""
@@ -350,7 +364,7 @@ def llama_shapes(settings: Mapping[str, Any]) -> Shapes:
     """Yield the tensors of a Llama with the qualities that are shapes, in model order."""
     hidden, head = settings["hidden_size"], settings["head_dim"]
     queries, keys = (settings[f"num_{f}_heads"] * head for f in ("attention", "key_value"))
-    yield "model.embed_tokens.weight", (settings["vocab_size"], hidden)
+    yield EMBEDDINGS, (settings["vocab_size"], hidden)
     for layer in range(settings["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         yield f"{prefix}input_layernorm.weight", (hidden,)
@@ -368,7 +382,7 @@ def llama_shapes(settings: Mapping[str, Any]) -> Shapes:
         yield from ffn_shapes(settings, layer)
     yield "model.norm.weight", (hidden,)
     if not settings["tie_word_embeddings"]:
-        yield "lm_head.weight", (settings["vocab_size"], hidden)
+        yield HEAD, (settings["vocab_size"], hidden)
 
 
 def ffn_shapes(settings: Mapping[str, Any], layer: int) -> Shapes:

@@ -34,6 +34,10 @@ class Glm4Moe(MixtureFormat):
     # Without one (n_shared_experts: 0) llama.cpp refuses the model, and mlx divides by zero.
     shared = ("zero", "split")
     has_dense_layers = True
+    # mlx-lm finds no head otherwise, and vLLM computes with one of random numbers.
+    can_tie = False
+    # Without them llama.cpp's converter ends in an error, whatever model it converts.
+    wanted_tokens = ("[gMASK]", "<|user|>", "<|observation|>", "<|endoftext|>")
     fewest_experts = 2  # it looks at the two best experts of every group of experts
 
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
