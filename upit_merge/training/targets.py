@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from upit_merge.errors import UpitError, one_line
-from upit_merge.models.formats import FORMATS, PROJECTIONS, MixtureFormat
+from upit_merge.models.formats import FORMATS, FUSED, PROJECTIONS, MixtureFormat
 
 _TABLES = ("embed_tokens", "lm_head")
 
@@ -72,10 +72,18 @@ def dense_targets(names: Sequence[str]) -> list[str]:
 def _name_experts(model: Any, form: MixtureFormat) -> None:
     modules, parameters = [], _listed(model.lora_target_parameters)
     inputs = f"{form.experts_path}.gate_up_proj"
+    own_parameters = {
+        **{p: f"{form.experts_path}.{kind}" for kind, parts in FUSED.items() for p in parts},
+        "gate": f"{form.gate_path}.weight",
+    }
     for name in _listed(model.lora_target_modules):
         last = _last(name)
         if last == "gate_up_proj":
             parameters.append(inputs)
+        elif not form.peft_knows and last in (*PROJECTIONS, "gate"):
+            # Modules of a shared expert or a dense layer may be called so, too.
+            modules += [name] if last != "gate" else []
+            parameters.append(own_parameters[last])
         elif last in PROJECTIONS:
             modules.append(form.projections[last])
         else:

@@ -17,6 +17,7 @@ from trl import SFTTrainer
 
 from upit_merge.models.tokenizer_files import make_readable
 from upit_merge.runtime.parallel import progress_bar
+from upit_merge.models.formats import FORMATS
 from upit_merge.training.routing import RoutingMonitor, balance_each_layer, routing_metrics
 from upit_merge.training.trainable import routers
 
@@ -38,7 +39,7 @@ class ExpertTrainer(SFTTrainer):
             mixture = (
                 self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             )
-            balance_each_layer(mixture, gates, mixture.config.num_experts_per_tok)
+            balance_each_layer(mixture, gates, _spell_counts(mixture.config))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.monitor is not None:
@@ -70,6 +71,21 @@ class ExpertTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: a mixture has a card, rendered from its report, and checkpoints need none."""
+
+
+def _spell_counts(config: Any) -> int:
+    """Let a mixture's configuration tell TRL how many experts there are; returns how many chosen.
+
+    TRL 1.16 asks every one for `num_experts` and `num_experts_per_tok`, which Mixtral's has and
+    Granite's has not. What is added here is not a field, and is not saved.
+    """
+    form = FORMATS[config.model_type.removesuffix("_text")]
+    counts = {"num_experts": form.sizes(config)[0], "num_experts_per_tok": form.chosen(config)}
+    missing = {name: property(lambda _self, n=n: n) for name, n in counts.items()
+               if not hasattr(config, name)}
+    if missing:
+        config.__class__ = type(type(config).__name__, (type(config),), missing)
+    return counts["num_experts_per_tok"]
 
 
 class SaveWatch(TrainerCallback):

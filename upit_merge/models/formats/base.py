@@ -66,6 +66,7 @@ class MixtureFormat(ABC):
         wanted_tokens: Some reader expects the tokenizer to know these.
         readers: Programs that run it, and what is special there ("" if nothing).
         fewest_experts: Its router needs so many.
+        peft_knows: PEFT finds the experts in memory by what they are called in files.
         gate_path, experts_path: Modules of a decoder layer in transformers' memory: that with the
             gate's weight, whose inputs are what the gate sees, and that of the experts.
         adds_output: What the experts give is added to the stream, at most multiplied: no norm is
@@ -91,6 +92,7 @@ class MixtureFormat(ABC):
         ("transformers", "vLLM", "llama.cpp", "mlx-lm"), ""
     )
     fewest_experts: ClassVar[int] = 1
+    peft_knows: ClassVar[bool] = True
     gate_path: ClassVar[str] = "mlp.gate"
     experts_path: ClassVar[str] = "mlp.experts"
     adds_output: ClassVar[bool] = True
@@ -151,6 +153,10 @@ class MixtureFormat(ABC):
         return stored
 
     # ---- settings --------------------------------------------------------------------------
+
+    def readers_of(self, settings: Mapping[str, Any]) -> Mapping[str, str]:
+        """Return the programs that run a mixture of these settings, see `readers`."""
+        return self.readers
 
     def unfit(self, settings: Mapping[str, Any]) -> str | None:
         """What of a dense model's settings it cannot express, as "sets …"; else None.

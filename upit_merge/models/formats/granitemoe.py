@@ -39,6 +39,7 @@ class GraniteMoe(MixtureFormat):
         "llama.cpp": "",
         "mlx-lm": "",
     }
+    peft_knows = False
     gate_path = "block_sparse_moe.router"
     experts_path = "block_sparse_moe.experts"
 

@@ -18,6 +18,11 @@ class Mixtral(MixtureFormat):
     projections: ClassVar = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
     count_field = "num_local_experts"
 
+    def readers_of(self, settings: Mapping[str, Any]) -> Mapping[str, str]:
+        if settings["head_dim"] * settings["num_attention_heads"] == settings["hidden_size"]:
+            return self.readers
+        return {**self.readers, "mlx-lm": "not with heads of another size than hidden / heads"}
+
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
         return {self.count_field: num_experts}
 
