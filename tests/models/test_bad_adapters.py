@@ -161,8 +161,8 @@ WEIGHT_CASES = {
     ),
     "a bias": Case(
         factors(lambda t: t.update({f"{PREFIX}.bias": torch.zeros(48)})),
-        f"Checkpoint {ADAPTER} has the tensor {PREFIX}.bias, which is a bias, which Mixtral cannot "
-        "express; use a plain LoRA adapter without biases, or merge it into its base first …",
+        f"Checkpoint {ADAPTER} has the tensor {PREFIX}.bias, which is a bias, which cannot be "
+        "applied; use a plain LoRA adapter without biases, or merge it into its base first …",
     ),
     **{
         f"tensor {name}": Case(

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import LLAMA3_ROPE, TINY, build_family
+from tests.support.lora import adapters, with_adapters
+from tests.support.naive import load_model
 from upit_merge.models.families import FAMILIES
 
 # Beyond every window that the models below have.
@@ -156,3 +158,24 @@ def test_the_tokens_of_glm_take_spare_rows(tmp_path, merge, caplog, room: int) -
     plain = text.replace("<|user|>", "a user")
     assert after(plain)["input_ids"] == before(plain)["input_ids"]
     assert (after.bos_token_id, after.eos_token_id) == (before.bos_token_id, before.eos_token_id)
+
+
+def test_adapters_on_fused_matrices(tmp_path, merge) -> None:
+    """LoRA on Phi-3's fused inputs: as PEFT merges it, then cut."""
+    family = build_family(tmp_path, count=1, kind="phi3")
+    modules = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    expected = with_adapters(family, count=2, target_modules=modules)
+    written = load_model(merge(adapters(family, parameters={"backbone": "last"})))
+    for layer in range(2):
+        attention, inner = f"model.layers.{layer}.self_attn", TINY["intermediate_size"]
+        fused = expected[-1][f"{attention}.qkv_proj.weight"]
+        parts = [written[f"{attention}.{name}_proj.weight"] for name in "qkv"]
+        torch.testing.assert_close(torch.cat(parts), fused, rtol=0, atol=1e-6)
+        for expert, model in enumerate(expected):
+            both = model[f"model.layers.{layer}.mlp.gate_up_proj.weight"]
+            place = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+            gate, up, down = (written[f"{place}.{name}.weight"] for name in ("w1", "w3", "w2"))
+            torch.testing.assert_close(gate, both[:inner], rtol=0, atol=1e-6)
+            torch.testing.assert_close(up, both[inner:], rtol=0, atol=1e-6)
+            whole = model[f"model.layers.{layer}.mlp.down_proj.weight"]
+            torch.testing.assert_close(down, whole, rtol=0, atol=1e-6)

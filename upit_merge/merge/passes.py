@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from upit_merge.io.shards import Shard, ShardWriter
+from upit_merge.io.tensor_file import TensorSpec, row_blocks
+from upit_merge.merge.blocks import SUM_BLOCK_ELEMENTS
 from upit_merge.merge.experts import Sink, write_experts
 from upit_merge.merge.growth import needs_gram, plan_lineage
 from upit_merge.merge.inputs import Inputs
@@ -56,9 +58,13 @@ def write_constants(sink: Sink, inputs: Inputs) -> None:
     architecture = inputs.architecture
     form, settings = architecture.format, architecture.settings
     for constant in form.constants(settings, inputs.num_experts):
-        if sink.wants(constant.name):
-            dtype = sink.dtype(constant.name)
-            sink.write(constant.name, 0, torch.full(constant.shape, constant.value, dtype=dtype))
+        if not sink.wants(constant.name):
+            continue
+        dtype = sink.dtype(constant.name)
+        spec = TensorSpec(constant.name, constant.shape, dtype)
+        for start, stop in row_blocks(spec, SUM_BLOCK_ELEMENTS):
+            rows = torch.full((stop - start, *constant.shape[1:]), constant.value, dtype=dtype)
+            sink.write(constant.name, start, rows)
     names = form.gate_names(architecture.mixture_layers)
     if any(map(sink.wants, names)):
         donor, seed = inputs.settings_donor, inputs.recipe.seed

@@ -13,7 +13,7 @@ import torch
 from upit_merge.errors import UpitError, shown
 from upit_merge.io.sources import DenseModel, TensorSource
 from upit_merge.io.tensor_file import TensorSpec
-from upit_merge.models.families import FAMILIES, DenseFamily
+from upit_merge.models.families import FAMILIES, DenseFamily, Piece
 from upit_merge.models.formats import (
     COUNT_FIELDS,
     FORMATS,
@@ -202,6 +202,23 @@ def as_llama(checkpoint: DenseModel) -> DenseModel:
     if family is None or not family.renames:
         return checkpoint
     return cut_pieces(checkpoint, family, dense_settings(checkpoint))
+
+
+def ffn_modules(checkpoint: DenseModel) -> list[str]:
+    """Return what the modules of a checkpoint's FFNs are called, in its own words.
+
+    Raises:
+        UpitError: as `read_dense_config`.
+    """
+    family = FAMILIES.get(str(checkpoint.config.get("model_type")))
+    if family is None or not family.renames:
+        return [*PROJECTIONS]
+    settings, found = dense_settings(checkpoint), dict[str, None]()
+    for name in checkpoint.specs:
+        for piece in family.pieces(name, settings) or [Piece(name)]:
+            if piece.name.split(".")[-2] in PROJECTIONS:
+                found[name.split(".")[-2]] = None
+    return [*found]
 
 
 def check_fits(checkpoint: DenseModel, form: MixtureFormat, settings: Mapping[str, Any]) -> None:

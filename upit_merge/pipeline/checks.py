@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from upit_merge.models.dense import (
     carried_settings,
     check_fits,
     dense_settings,
+    ffn_modules,
     format_of,
     own_settings,
     read_dense_config,
 )
-from upit_merge.models.formats import PROJECTIONS
 from upit_merge.models.tokenizer import has_tokenizer
 from upit_merge.pipeline.config import Pipeline, write_yaml
 from upit_merge.runtime.device import resolve_devices
@@ -47,7 +48,7 @@ def check_pipeline(pipeline: Pipeline) -> None:
     if pipeline.out.is_file():
         raise UpitError(f"{pipeline.source}: output is {pipeline.out}, a file; name a folder.")
     resolve_devices(config.device)
-    configurations = _check_base(pipeline)
+    configurations, ffn = _check_base(pipeline)
     router = pipeline.parsed_recipe().router
     if router is not None:
         column = router.assign.column if isinstance(router.assign, ByColumn) else None
@@ -57,15 +58,15 @@ def check_pipeline(pipeline: Pipeline) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in _training_blocks(pipeline).items():
             file, config = Path(folder) / f"{name}.yml", configurations[name]
-            _check_training(pipeline, name, settings, file, config)
+            _check_training(pipeline, name, settings, file, config, ffn)
 
 
-def _check_base(pipeline: Pipeline) -> dict[str, Any]:
+def _check_base(pipeline: Pipeline) -> tuple[dict[str, Any], list[str]]:
     """Open the base as the merge will, which reads no pickles.
 
     Returns:
         transformers' configuration of the model that each training begins with; a mixture's has
-        not its number of experts.
+        not its number of experts. And what the modules of the base's FFNs are called.
     """
     reference = pipeline.config.base_model
     folder = resolve(reference, OpenOptions(), role="base model")
@@ -75,7 +76,7 @@ def _check_base(pipeline: Pipeline) -> dict[str, Any]:
             "files, which a pipeline does not read; convert it to safetensors."
         )
     with contextlib.closing(Checkpoint(reference, folder, OpenOptions())) as base:
-        dense = read_dense_config(base)
+        dense, ffn = read_dense_config(base), ffn_modules(base)
         recipe = pipeline.parsed_recipe()
         form, parameters = format_of(base, recipe.architecture), recipe.parameters
         own = {"shared": parameters.shared, "dense_layers": parameters.dense_layers}
@@ -86,7 +87,7 @@ def _check_base(pipeline: Pipeline) -> dict[str, Any]:
     mixture = form.read(
         form.document({"model_type": form.name, **fields, **carried_settings(dense)})
     )
-    return {"prepare": dense, "baseline": dense, "post_train": mixture}
+    return {"prepare": dense, "baseline": dense, "post_train": mixture}, ffn
 
 
 def _training_blocks(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
@@ -101,7 +102,12 @@ def _training_blocks(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
 
 
 def _check_training(
-    pipeline: Pipeline, name: str, settings: dict[str, Any], file: Path, config: Any
+    pipeline: Pipeline,
+    name: str,
+    settings: dict[str, Any],
+    file: Path,
+    config: Any,
+    ffn: Sequence[str],
 ) -> None:
     write_yaml(file, settings)
     where = f"{pipeline.source}: {name}"
@@ -119,11 +125,11 @@ def _check_training(
         name == "prepare"
         and job.model.use_peft
         and isinstance(modules, list)
-        and not {module.rpartition(".")[2] for module in modules} & {*PROJECTIONS}
+        and not {module.rpartition(".")[2] for module in modules} & {*ffn}
     ):
         raise UpitError(
             f"{where}: lora_target_modules has no part of the FFN, which becomes the expert; add "
-            f"{', '.join(PROJECTIONS)}."
+            f"{', '.join(ffn)}."
         )
     try:
         resolve_targets_of(job.model, config)

@@ -15,9 +15,9 @@ from transformers import (
 )
 from trl import SFTTrainer
 
+from upit_merge.models.formats import FORMATS
 from upit_merge.models.tokenizer_files import make_readable
 from upit_merge.runtime.parallel import progress_bar
-from upit_merge.models.formats import FORMATS
 from upit_merge.training.routing import RoutingMonitor, balance_each_layer, routing_metrics
 from upit_merge.training.trainable import routers
 
@@ -81,8 +81,11 @@ def _spell_counts(config: Any) -> int:
     """
     form = FORMATS[config.model_type.removesuffix("_text")]
     counts = {"num_experts": form.sizes(config)[0], "num_experts_per_tok": form.chosen(config)}
-    missing = {name: property(lambda _self, n=n: n) for name, n in counts.items()
-               if not hasattr(config, name)}
+
+    def telling(count: int) -> property:
+        return property(lambda _config: count)
+
+    missing = {name: telling(count) for name, count in counts.items() if not hasattr(config, name)}
     if missing:
         config.__class__ = type(type(config).__name__, (type(config),), missing)
     return counts["num_experts_per_tok"]

@@ -14,7 +14,7 @@ from upit_merge.io.pickle_file import PickleFile
 from upit_merge.io.safetensors_file import SafetensorsFile
 from upit_merge.io.tensor_names import check_gathered, plain_name
 from upit_merge.io.untrusted import own_file
-from upit_merge.models.formats import PROJECTIONS
+from upit_merge.models.dense import ffn_modules
 from upit_merge.models.lora.change import Change, Owner, WeightFile
 from upit_merge.models.lora.config import CONFIG, AdapterConfig
 from upit_merge.models.lora.tables import TABLES, Tables
@@ -117,9 +117,10 @@ class _Reader:
                 f"Checkpoint {self.label} has no tensors for {missing}, which its {CONFIG} names; "
                 "save the adapter again."
             )
-        if not any(name.split(".")[-2] in PROJECTIONS for name in changes):
+        modules = ffn_modules(self.base)
+        if not any(name.split(".")[-2] in modules for name in changes):
             raise UpitError(
-                f"Checkpoint {self.label} has trained no FFN module ({', '.join(PROJECTIONS)}), so "
+                f"Checkpoint {self.label} has trained no FFN module ({', '.join(modules)}), so "
                 "there is no expert in it; use an adapter that has, as attention is shared by all "
                 "experts."
             )
@@ -147,7 +148,7 @@ class _Reader:
         if not plain.startswith(_PREFIX) or suffix is None:
             reason = "cannot be applied"
             if name.endswith(".bias"):
-                reason = "is a bias, which Mixtral cannot express"
+                reason = "is a bias, which cannot be applied"
             raise UpitError(
                 f"Checkpoint {self.label} has the tensor {name}, which {reason}; use a plain LoRA "
                 "adapter without biases, or merge it into its base first (PEFT's merge_and_unload)."
