@@ -264,4 +264,6 @@ def complete_config(config: Mapping[str, Any], form: MixtureFormat) -> dict[str,
     counts = [complete[key] for key in COUNT_FIELDS if key in complete]
     if counts:
         complete.setdefault(form.count_field, counts[0])
-    return form.with_language_part(config, {**form.wanted_fields(complete), **complete})
+    for key, value in form.wanted_fields(complete).items():
+        complete.setdefault(key, value)
+    return form.with_language_part(config, complete)
