@@ -30,6 +30,32 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {"residual_multiplier": 0.4, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
         {},
     ),
+    "ernie4_5_moe": ("ernie4_5", "ernie4_5_moe", {"head_dim": 8}, {"shared": "none"}),
+    "ernie4_5_moe, split, dense": (
+        "ernie4_5",
+        "ernie4_5_moe",
+        {"head_dim": 8, "num_hidden_layers": 3},
+        {"shared": "split", "dense_layers": 1},
+    ),
+    "lfm2_moe": (
+        "lfm2",
+        "lfm2_moe",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "block_multiple_of": 8,
+            "conv_bias": True,
+        },
+        {"dense_layers": 1},
+    ),
+    "cohere2_moe": (
+        "cohere2",
+        "cohere2_moe",
+        {"num_hidden_layers": 4, "sliding_window": 12, "head_dim": 8, "logit_scale": 0.5},
+        {},
+    ),
+    "granitemoe_swa": ("smollm3", "granitemoe_swa", {"no_rope_layers": [0, 1]}, {}),
+    "flex_olmo": ("olmo2", "flex_olmo", {"attention_bias": True}, {}),
     "phi3": ("phi3", "mixtral", {"sliding_window": 12}, {}),
 }
 

@@ -54,7 +54,7 @@ class Body:
         self.architecture = architecture
         self.device = device
         config = copy.deepcopy(architecture.config)
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = self.format.attention
         config._experts_implementation = "eager"
         self.config = config
         model = self.format.model(config)
@@ -117,9 +117,12 @@ def one_expert(layer: nn.Module, architecture: MixtureArchitecture) -> None:
 
 def compute_tables(body: nn.Module, config: Any, device: torch.device) -> None:
     """Give a model that was made on the meta device its rotary tables: they are not loaded."""
-    for name, module in list(body.named_children()):
-        if name != "layers" and any(buffer.is_meta for buffer in module.buffers()):
-            setattr(body, name, type(module)(config=config).to(device))
+    for name, module in list(body.named_modules()):
+        inside = module.buffers(recurse=False)
+        if not name.startswith("layers") and any(buffer.is_meta for buffer in inside):
+            # There may be several, each with a configuration of its own.
+            own = getattr(module, "config", config)
+            body.set_submodule(name, type(module)(config=own).to(device), strict=True)
 
 
 class _Recorder(nn.Module):

@@ -276,7 +276,10 @@ def carried_settings(config: Any) -> dict[str, Any]:
     """Return what of a dense model's configuration an output's has as it is."""
     carried = {field: getattr(config, field, None) for field in _CARRIED_FIELDS}
     # Trainers leave use_cache: false, with which generating takes far longer for the same tokens.
-    return carried | {"attention_dropout": config.attention_dropout or 0.0, "use_cache": True}
+    return carried | {
+        "attention_dropout": getattr(config, "attention_dropout", 0.0) or 0.0,
+        "use_cache": True,
+    }
 
 
 def context_length(checkpoint: DenseModel) -> int:

@@ -172,7 +172,7 @@ def load_expert(
     # without dropout, which did not act on the losses that chose the samples either.
     config.pad_token_id, config.attention_dropout = None, 0.0
     # Makes no (tokens, tokens) matrix for a causal mask, and takes float32 as well as bfloat16.
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = form.attention
     dense = form.model(config)
     for layer in architecture.mixture_layers:
         one_expert(dense.base_model.layers[layer], architecture)

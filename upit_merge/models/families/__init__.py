@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from upit_merge.models.families.base import QUALITIES, SHARED_FIELDS, DenseFamily, Piece
+from upit_merge.models.families.cohere2 import Cohere2
+from upit_merge.models.families.ernie import Ernie
 from upit_merge.models.families.granite import Granite
+from upit_merge.models.families.lfm2 import Lfm2
 from upit_merge.models.families.llama import Llama, Mistral
+from upit_merge.models.families.olmo2 import Olmo2
 from upit_merge.models.families.phi3 import Phi3
 from upit_merge.models.families.qwen import Qwen2, Qwen3
 from upit_merge.models.families.seed_oss import SeedOss
+from upit_merge.models.families.smollm3 import SmolLM3
 
 FAMILIES: dict[str, DenseFamily] = {
     family.model_type: family
-    for family in (Llama(), Mistral(), Qwen2(), Qwen3(), Phi3(), Granite(), SeedOss())
+    for family in (
+        Llama(),
+        Mistral(),
+        Qwen2(),
+        Qwen3(),
+        Phi3(),
+        Granite(),
+        SeedOss(),
+        SmolLM3(),
+        Lfm2(),
+        Ernie(),
+        Cohere2(),
+        Olmo2(),
+    )
 }
 
 __all__ = ["FAMILIES", "QUALITIES", "SHARED_FIELDS", "DenseFamily", "Piece"]

@@ -16,13 +16,29 @@ from upit_merge.models.formats.base import (
     routed_size,
     shared_tensor,
 )
+from upit_merge.models.formats.cohere2_moe import Cohere2Moe
+from upit_merge.models.formats.ernie4_5_moe import Ernie45Moe
+from upit_merge.models.formats.flex_olmo import FlexOlmo
 from upit_merge.models.formats.glm4_moe import Glm4Moe
 from upit_merge.models.formats.granitemoe import GraniteMoe
+from upit_merge.models.formats.granitemoe_swa import GraniteMoeSwa
+from upit_merge.models.formats.lfm2_moe import Lfm2Moe
 from upit_merge.models.formats.mixtral import Mixtral
 from upit_merge.models.formats.qwen3_moe import Qwen3Moe
 
 FORMATS: dict[str, MixtureFormat] = {
-    f.name: f for f in (Mixtral(), Qwen3Moe(), Glm4Moe(), GraniteMoe())
+    f.name: f
+    for f in (
+        Mixtral(),
+        Qwen3Moe(),
+        Glm4Moe(),
+        GraniteMoe(),
+        GraniteMoeSwa(),
+        Lfm2Moe(),
+        Ernie45Moe(),
+        Cohere2Moe(),
+        FlexOlmo(),
+    )
 }
 
 # The names of the setting with the number of experts.

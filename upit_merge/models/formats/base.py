@@ -71,6 +71,8 @@ class MixtureFormat(ABC):
             gate's weight, whose inputs are what the gate sees, and that of the experts.
         adds_output: What the experts give is added to the stream, at most multiplied: no norm is
             between.
+        attention: Which of transformers' ways to compute attention the layers have; `sdpa` makes no
+            matrix for a causal mask.
     """
 
     name: ClassVar[str]
@@ -96,6 +98,7 @@ class MixtureFormat(ABC):
     gate_path: ClassVar[str] = "mlp.gate"
     experts_path: ClassVar[str] = "mlp.experts"
     adds_output: ClassVar[bool] = True
+    attention: ClassVar[str] = "sdpa"
 
     # ---- names -----------------------------------------------------------------------------
 

@@ -10,15 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from upit_merge.models.formats.base import (
-    PROJECTIONS,
     Constant,
     MixtureFormat,
     mixture_layers,
     routed_size,
-    shared_tensor,
 )
-
-_SHARED = "mlp.shared_experts"
+from upit_merge.models.formats.shared import odd_to_split, shared_name, shared_zeros
 
 
 class Glm4Moe(MixtureFormat):
@@ -61,9 +58,7 @@ class Glm4Moe(MixtureFormat):
     def unfit(self, settings: Mapping[str, Any]) -> str | None:
         if settings["sliding_window"]:
             return f"sets sliding_window, which {self.title} cannot express"
-        if settings["shared"] == "split" and settings["intermediate_size"] % 2:
-            return f"has an odd intermediate_size ({settings['intermediate_size']}) to split"
-        return super().unfit(settings)
+        return odd_to_split(settings) or super().unfit(settings)
 
     def wanted_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         return {"num_experts": fields[self.count_field], "partial_rotary_factor": 0.5}
@@ -92,15 +87,10 @@ class Glm4Moe(MixtureFormat):
         }
 
     def backbone_names(self, dense: str) -> tuple[str, ...]:
-        return (dense.replace("mlp.shared.", f"{_SHARED}."),)
+        return (shared_name(dense),)
 
     def constants(self, settings: Mapping[str, Any], num_experts: int) -> Iterator[Constant]:
-        hidden, inner = settings["hidden_size"], routed_size(settings)
+        yield from shared_zeros(settings)
         for layer in mixture_layers(settings):
-            prefix = self.layer_prefix(layer)
-            if settings["shared"] == "zero":
-                for projection in PROJECTIONS:
-                    shape = (hidden, inner) if projection == "down_proj" else (inner, hidden)
-                    (name,) = self.backbone_names(shared_tensor(layer, projection))
-                    yield Constant(name, shape)
-            yield Constant(f"{prefix}mlp.gate.e_score_correction_bias", (num_experts,))
+            name = f"{self.layer_prefix(layer)}mlp.gate.e_score_correction_bias"
+            yield Constant(name, (num_experts,))

@@ -1,0 +1,25 @@
+"""Cohere2: Command R7B, Command A, Tiny Aya."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upit_merge.models.families.base import DenseFamily
+
+
+class Cohere2(DenseFamily):
+    """Attention and FFN side by side after one layer norm; rotary only where there is a window."""
+
+    model_type = "cohere2"
+    title = "Cohere2"
+    targets = ("cohere2_moe",)
+    more_fields = ("layer_types", "logit_scale")
+
+    def qualities(self, config: Any) -> Mapping[str, Any]:
+        bias = bool(config.attention_bias)
+        return {
+            "attention_bias": bias,
+            "output_bias": bias,
+            "rms_norm_eps": config.layer_norm_eps,
+        }

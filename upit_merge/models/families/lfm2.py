@@ -1,0 +1,45 @@
+"""LFM2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from upit_merge.models.families.base import DenseFamily, Piece
+
+_FFN = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+class Lfm2(DenseFamily):
+    """LFM2 (350M to 2.6B): short convolutions in some layers, attention in the others."""
+
+    model_type = "lfm2"
+    title = "LFM2"
+    targets = ("lfm2_moe",)
+    more_fields = ("layer_types", "conv_bias", "conv_L_cache")
+    renames = True
+
+    def qualities(self, config: Any) -> Mapping[str, Any]:
+        return {
+            "hidden_act": "silu",
+            "rms_norm_eps": config.norm_eps,
+            "intermediate_size": _ffn_size(config),
+        }
+
+    def pieces(self, name: str, settings: Mapping[str, Any]) -> Sequence[Piece] | None:
+        before, _, last = name.removesuffix(".weight").rpartition(".feed_forward.")
+        if not before or last not in _FFN:
+            return None
+        return [Piece(f"{before}.mlp.{_FFN[last]}.weight")]
+
+
+def _ffn_size(config: Any) -> int:
+    """Return the width that its FFNs have: that of the configuration is only where it begins."""
+    size = int(config.intermediate_size)
+    if config.block_auto_adjust_ff_dim:
+        size = int(2 * size / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            size = int(config.block_ffn_dim_multiplier * size)
+        multiple = config.block_multiple_of
+        size = multiple * ((size + multiple - 1) // multiple)
+    return size

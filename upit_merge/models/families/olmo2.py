@@ -1,0 +1,20 @@
+"""OLMo 2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upit_merge.models.families.base import DenseFamily
+
+
+class Olmo2(DenseFamily):
+    """Normalises what attention and FFN give, not what they are given."""
+
+    model_type = "olmo2"
+    title = "OLMo 2"
+    targets = ("flex_olmo",)
+
+    def qualities(self, config: Any) -> Mapping[str, Any]:
+        bias = bool(config.attention_bias)
+        return {"attention_bias": bias, "output_bias": bias}

@@ -1,0 +1,32 @@
+"""SmolLM3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upit_merge.models.families.base import DenseFamily
+
+
+class SmolLM3(DenseFamily):
+    """A Llama of which every fourth layer has no rotary embedding."""
+
+    model_type = "smollm3"
+    title = "SmolLM3"
+    targets = ("granitemoe_swa",)
+    more_fields = ("no_rope_layers",)
+
+    def unfit(self, raw: Mapping[str, Any]) -> str | None:
+        if raw.get("use_sliding_window"):
+            return "sets use_sliding_window, on the layers that no reader but transformers windows"
+        return None
+
+    def read(self, raw: Mapping[str, Any]) -> Any:
+        config = super().read(raw)
+        config.sliding_window = None  # of no meaning without use_sliding_window
+        config.no_rope_layers = config.no_rope_layers[: config.num_hidden_layers]
+        return config
+
+    def qualities(self, config: Any) -> Mapping[str, Any]:
+        bias = bool(config.attention_bias)
+        return {"attention_bias": bias, "output_bias": bias, "mlp_bias": bool(config.mlp_bias)}
