@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_refused(four, moe, tmp_path, monkeypatch) -> None:
         (("extend", moe, "--model", deeper), f"Checkpoint {deeper} has num_hidden_layers 3"),
         (("extend", moe, "--model", qwen), "is a qwen3 model, of which no expert of a Mixtral can"),
         (("extend", moe, "--model", "./nowhere"), "The checkpoint ./nowhere does not exist"),
-        (("extend", moe, "--model", moe), "has model_type 'mixtral'; use llama, mistral or qwen3"),
+        (("extend", moe, "--model", moe), "has model_type 'mixtral', a mixture of experts already"),
         (
             ("extend", tmp_path / "no", "--model", four.base, "--data", seeds),
             "does not exist; give",
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused(four, moe, tmp_path, monkeypatch) -> None:
         (extend(moe, four, "--data", "none.jsonl"), "There is no seed data at 'none.jsonl'"),
         (shrink(moe, four, 4), "has 4 experts per layer, which cannot be merged into 4; give a"),
         (shrink(moe, four, 1), "routes a token to 2 experts, so that 1 would be too few; give "),
-        (shrink(four.base, four, 2), "the router needs a Mixtral or Qwen3-MoE folder"),
+        (shrink(four.base, four, 2), "the router needs a Mixtral, Qwen3-MoE, "),
     ]:
         assert told in refused(*words)
         assert contents(moe) == before

@@ -22,6 +22,7 @@ from upit_merge.config.recipe import (
     parse_recipe_text,
 )
 from upit_merge.config.router import ByColumn, Refinement, RouterSettings, UpitObjective
+from upit_merge.models.formats import FORMATS
 
 BLOCKS = {
     "parameters": Parameters,
@@ -79,7 +80,7 @@ WRONG_VALUES: list[tuple[str, str, list[Any]]] = [
     ("models.1.model", NOT_EMPTY, [""]),
     ("models.1.parameters", MAPPING, [None]),
     ("models.1.parameters.density", DENSITY, [0]),
-    ("architecture", "auto, mixtral, qwen3_moe", ["gpt"]),
+    ("architecture", ", ".join(["auto", *FORMATS]), ["gpt", "qwen2_moe"]),
     ("architecture", TEXT, [8]),
     ("dtype", DTYPES, ["int8", 16]),
     ("out_dtype", DTYPES, ["fp16"]),
@@ -123,6 +124,11 @@ WRONG_VALUES: list[tuple[str, str, list[Any]]] = [
     ("parameters.mutation", "'once' or 'compound'", ["twice"]),
     ("parameters.backbone", NOT_EMPTY, [""]),
     ("parameters.backbone", TEXT, [3]),
+    ("parameters.shared", "'auto', 'none', 'zero' or 'split'", ["half", True]),
+    ("parameters.shared_from", NOT_EMPTY, [""]),
+    ("parameters.shared_from", TEXT, [3]),
+    ("parameters.dense_layers", "0 or more", [-1]),
+    ("parameters.dense_layers", WHOLE, [1.5, "all", True]),
     ("parameters.seed", "0 or more", [-1]),
     ("parameters.seed", WHOLE, [1.5]),
     ("parameters.seed", f"a number below {2**63}", [2**63]),
@@ -205,6 +211,8 @@ UNKNOWN_KEYS = {
     "router.seed": "it belongs under parameters:",
     "num_experts": "it belongs under parameters:",
     "objective": "it belongs under router:",
+    "parameters.share": "did you mean shared?",
+    "dense_layers": "it belongs under parameters:",
     "parameters.dtype": "it belongs at the top level",
     "flavour": "known here: architecture, base_model, chat_template, dtype, merge_method, models, out_dtype, parameters, router, tokenizer_source",
     "router.learning rate": "known here: assign, batch_tokens, compute, data, losses, max_length, memory_gb, objective, refine, sample, split, stream, subset, temperature, upit",
@@ -253,6 +261,11 @@ OTHERWISE_WRONG = [
         parameters(num_experts=2, experts_per_token=3),
         "r: parameters: num_experts (2) is below experts_per_token (3), but a token cannot be "
         "routed to more experts than there are; lower experts_per_token or raise num_experts.",
+    ),
+    (
+        parameters(shared_from="base"),
+        "r: parameters: shared_from is for shared: split, but shared is auto; add shared: split, or "
+        "remove it.",
     ),
     (
         parameters(noise=0.1),

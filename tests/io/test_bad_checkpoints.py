@@ -75,13 +75,13 @@ FOLDER_CASES = {
         "sft/checkpoint-1500; give the folder of a complete Hugging Face checkpoint.",
     ),
     "other architecture": Case(
-        config(SECOND, model_type="qwen2"),
-        "Checkpoint sft/checkpoint-1000 has model_type 'qwen2'; use llama, mistral "
-        "or qwen3 checkpoints.",
+        config(SECOND, model_type="mamba"),
+        "Checkpoint sft/checkpoint-1000 has model_type 'mamba'; use llama, mistral, … or … "
+        "checkpoints.",
     ),
     "no model_type": Case(
         config(BASE, model_type=None),
-        "Checkpoint base has model_type None; use llama, mistral or qwen3 checkpoints.",
+        "Checkpoint base has model_type None; use llama, mistral, … or … checkpoints.",
     ),
     "Llama and Mistral": Case(
         other_family(LAST, kind="mistral"),
@@ -139,13 +139,13 @@ FOLDER_CASES = {
     ),
     "attention_bias": Case(
         config(LAST, attention_bias=True),
-        "Checkpoint sft/checkpoint-1500 sets attention_bias, which Mixtral cannot express; "
-        "use a model without it.",
+        "Checkpoint sft/checkpoint-1500 has attention_bias True, the base base has False; all "
+        "models must come from the same base.",
     ),
     "mlp_bias": Case(
         config(LAST, mlp_bias=True),
-        "Checkpoint sft/checkpoint-1500 sets mlp_bias, which Mixtral cannot express; use a "
-        "model without it.",
+        "Checkpoint sft/checkpoint-1500 has mlp_bias True, the base base has False; all models "
+        "must come from the same base.",
     ),
     "quantised": Case(
         config(LAST, quantization_config={"bits": 4}),

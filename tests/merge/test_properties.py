@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from upit_merge.config.recipe import Recipe, parse_recipe, parse_recipe_text
 from upit_merge.errors import UpitError
 from upit_merge.io.safetensors_file import SafetensorsFile
+from upit_merge.models.formats import FORMATS
 
 Document = dict[str, Any]
 
@@ -242,7 +243,7 @@ recipes = mappings(
     },
     dtype=dtypes,
     out_dtype=dtypes,
-    architecture=st.sampled_from(["auto", "mixtral", "qwen3_moe"]),
+    architecture=st.sampled_from(["auto", *FORMATS]),
     tokenizer_source=sources,
     chat_template=st.none() | st.text(st.characters(codec="utf-8"), max_size=12),
     parameters=mappings(
@@ -260,6 +261,8 @@ recipes = mappings(
         similarity=st.sampled_from(["cosine", "l2"]),
         mutation=st.just("once"),
         backbone=texts,
+        shared=st.sampled_from(["auto", "none", "zero", "split"]),
+        dense_layers=st.integers(0, 99),
         seed=st.integers(0, 2**63 - 1),
     ).filter(lambda p: not (p.get("repeat_pairs") and p.get("parents") == "farthest_child"))
     | mappings(
@@ -267,6 +270,11 @@ recipes = mappings(
         noise=st.integers(0, 9) | st.floats(0, 9),
         reinitialise=st.just(0) | st.floats(0, 1, exclude_max=True),
         backbone=texts,
+        shared=st.sampled_from(["auto", "none", "zero", "split"]),
+    )
+    | mappings(
+        {"shared": st.just("split"), "shared_from": texts},
+        dense_layers=st.integers(0, 99),
         seed=st.integers(0, 2**63 - 1),
     ),
     router=st.none()

@@ -64,6 +64,17 @@ LFM2 = {
     "block_multiple_of": 8,
 }
 COHERE2 = {"num_hidden_layers": 4, "sliding_window": 32, "head_dim": 8}
+# Phi-3's own place of the context that it was first trained with: not in its rope settings.
+LONG = {
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.01, 1.02, 1.03],
+        "long_factor": [1.0, 1.5, 2.0, 2.5],
+        "original_max_position_embeddings": 64,
+    },
+}
 CASES = [
     Case("llama", "mixtral"),
     Case("llama", "mixtral", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
@@ -77,7 +88,14 @@ CASES = [
     Case("qwen2", "granitemoe"),
     Case("qwen3", "qwen3_moe", {"head_dim": 8}),
     Case("seed_oss", "glm4_moe", {"head_dim": 12, "attention_bias": True}),
+    Case("mistral", "mixtral", {"sliding_window": None}),
+    Case("ministral", "mixtral", {"sliding_window": 32, "head_dim": 8}),
+    Case("ministral3", "mixtral", {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.0}}),
     Case("phi3", "mixtral", {"sliding_window": 32}),
+    Case("phi3", "mixtral", LONG),
+    Case("phi3", "glm4_moe", {"sliding_window": 2 * TOKENS}),
+    Case("phi3", "glm4_moe", LONG | {"sliding_window": 10**6}),
+    Case("qwen2", "glm4_moe", {"use_sliding_window": True, "max_window_layers": 2}),
     Case("phi3", "glm4_moe", {"partial_rotary_factor": 0.5}),
     Case("granite", "granitemoe", MULTIPLIERS | {"tie_word_embeddings": True}),
     Case("granite", "granitemoe", MULTIPLIERS | {"attention_bias": True}),

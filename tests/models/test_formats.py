@@ -76,6 +76,9 @@ def test_qwen3_experts_are_the_naive_ones(tmp_path, merge) -> None:
     verify_output(out, None, QUIET)
 
 
+WINDOWED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "wanted", "told"),
     [
@@ -84,9 +87,10 @@ def test_qwen3_experts_are_the_naive_ones(tmp_path, merge) -> None:
             "qwen3",
             {},
             "mixtral",
-            "architecture: mixtral is made from llama, mistral, phi3 checkpoints",
+            "architecture: mixtral is made from llama, mistral, ministral, "
+            "ministral3, phi3 checkpoints",
         ),
-        ("qwen3", {"use_sliding_window": True}, "auto", " sets use_sliding_window, which acts on "),
+        ("qwen3", WINDOWED, "auto", " sets use_sliding_window, which acts on "),
         ("qwen3", {"attention_bias": True}, "auto", " sets attention_bias, which Qwen3-MoE cannot"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from upit_merge.errors import UpitError, shown
 from upit_merge.io.sources import DenseModel, TensorSource
 from upit_merge.io.tensor_file import TensorSpec
-from upit_merge.models.families import FAMILIES, DenseFamily, Piece
+from upit_merge.models.families import FAMILIES, DenseFamily, Piece, why_not
 from upit_merge.models.formats import (
     COUNT_FIELDS,
     FORMATS,
@@ -100,6 +100,8 @@ def family_of(checkpoint: DenseModel) -> DenseFamily:
     model_type = checkpoint.config.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
+        if reason := why_not(str(model_type), FORMATS):
+            raise UpitError(f"Checkpoint {checkpoint.label} {reason}.")
         raise UpitError(
             f"Checkpoint {checkpoint.label} has model_type {model_type!r}; use "
             f"{', '.join([*FAMILIES][:-1])} or {[*FAMILIES][-1]} checkpoints."
@@ -231,7 +233,9 @@ def check_fits(checkpoint: DenseModel, form: MixtureFormat, settings: Mapping[st
         UpitError: naming what it cannot, and the formats that can.
     """
     if unfit := form.unfit(settings):
-        targets = (FORMATS[name] for name in family_of(checkpoint).targets)
+        family = family_of(checkpoint)
+        unfit = unfit.replace("sets output_bias,", f"sets {family.output_bias_field},")
+        targets = (FORMATS[name] for name in family.targets)
         others = [f for f in targets if f is not form and not f.unfit(settings)]
         remedy = "use a model without it"
         if others:
@@ -330,8 +334,9 @@ def inspect_models(
         _tell_of_other_base(base, of_base, settings)
     whole, settings = settings, settings | own_settings(form, own, settings)
     check_fits(donor, form, settings)
-    if caution := form.caution(settings):
-        LOG.warning("%s", caution)
+    for caution in (form.caution(settings), family_of(donor).caution(donor.config)):
+        if caution:
+            LOG.warning("%s", caution)
     _check_complete(base, f"The base {base.label}", dict(form.dense_shapes(of_base)))
     shapes = dict(form.dense_shapes(whole))
     for checkpoint in checkpoints:

@@ -114,10 +114,10 @@ def read_mixture(moe: TensorSource) -> MixtureArchitecture:
 
     form = FORMATS.get(str(moe.config.get("model_type")))
     if form is None:
-        titles = " or ".join(form.title for form in FORMATS.values())
+        *titles, last = (form.title for form in FORMATS.values())
         raise UpitError(
             f"{moe.label} has model_type {moe.config.get('model_type')!r}; the router needs a "
-            f"{titles} folder, such as the output of a upit recipe."
+            f"{', '.join(titles)} or {last} folder, such as the output of a upit recipe."
         )
     check_counts(moe)
     if moe.config.get("quantization_config"):
@@ -131,6 +131,9 @@ def read_mixture(moe: TensorSource) -> MixtureArchitecture:
         activation = architecture.dense_settings()["hidden_act"]
         if activation not in ACT2FN:
             raise ValueError(f"hidden_act {activation!r} is unknown")
+        rope = architecture.dense_settings()["rope_parameters"] or {}
+        if not isinstance(theta := rope.get("rope_theta", 1), int | float):
+            raise ValueError(f"rope_theta {theta!r} is no number")
     except Exception as error:  # validation errors of transformers and of huggingface_hub
         reason = " ".join(str(error).split())
         raise UpitError(

@@ -8,9 +8,11 @@ from upit_merge.models.families.ernie import Ernie
 from upit_merge.models.families.granite import Granite
 from upit_merge.models.families.lfm2 import Lfm2
 from upit_merge.models.families.llama import Llama, Mistral
+from upit_merge.models.families.ministral import Ministral, Ministral3
 from upit_merge.models.families.olmo2 import Olmo2
 from upit_merge.models.families.phi3 import Phi3
 from upit_merge.models.families.qwen import Qwen2, Qwen3
+from upit_merge.models.families.refused import REFUSED, why_not
 from upit_merge.models.families.seed_oss import SeedOss
 from upit_merge.models.families.smollm3 import SmolLM3
 
@@ -19,6 +21,8 @@ FAMILIES: dict[str, DenseFamily] = {
     for family in (
         Llama(),
         Mistral(),
+        Ministral(),
+        Ministral3(),
         Qwen2(),
         Qwen3(),
         Phi3(),
@@ -32,4 +36,12 @@ FAMILIES: dict[str, DenseFamily] = {
     )
 }
 
-__all__ = ["FAMILIES", "QUALITIES", "SHARED_FIELDS", "DenseFamily", "Piece"]
+__all__ = [
+    "FAMILIES",
+    "QUALITIES",
+    "REFUSED",
+    "SHARED_FIELDS",
+    "DenseFamily",
+    "Piece",
+    "why_not",
+]

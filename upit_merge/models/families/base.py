@@ -62,6 +62,7 @@ class DenseFamily(ABC):
         targets: Names of the formats that they can become; `architecture: auto` is the first.
         more_fields: Settings beside `SHARED_FIELDS` that shape their computation, as
             transformers' configuration calls them; formats made for them alone read these.
+        output_bias_field: What its `config.json` calls that quality.
         renames: Its tensors are not a Llama's: `pieces` tells.
     """
 
@@ -69,6 +70,8 @@ class DenseFamily(ABC):
     title: ClassVar[str]
     targets: ClassVar[tuple[str, ...]]
     more_fields: ClassVar[tuple[str, ...]] = ()
+    # In most configurations one setting means both kinds of biases.
+    output_bias_field: ClassVar[str] = "attention_bias"
     renames: ClassVar[bool] = False
 
     def language_part(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -84,6 +87,10 @@ class DenseFamily(ABC):
         from transformers import CONFIG_MAPPING
 
         return CONFIG_MAPPING[self.model_type].from_dict(dict(raw))
+
+    def caution(self, raw: Mapping[str, Any]) -> str | None:
+        """What people should know of what becomes of such a `config.json`, as a sentence."""
+        return None
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
         """Return those of `QUALITIES` in which a model is not a plain Llama."""

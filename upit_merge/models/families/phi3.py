@@ -16,6 +16,18 @@ class Phi3(DenseFamily):
     targets = ("mixtral", "glm4_moe")
     renames = True
 
+    def read(self, raw: Mapping[str, Any]) -> Any:
+        config = super().read(raw)
+        window = config.sliding_window
+        if window and window >= config.max_position_embeddings:
+            config.sliding_window = None  # which hides nothing
+        rope = dict(config.rope_parameters)
+        if rope.get("rope_type", "default") != "default":
+            # Other models look for it there alone, and take the whole context if it is not.
+            rope["original_max_position_embeddings"] = config.original_max_position_embeddings
+            config.rope_parameters = rope
+        return config
+
     def qualities(self, config: Any) -> Mapping[str, Any]:
         rope = config.rope_parameters or {}
         return {"partial_rotary_factor": float(rope.get("partial_rotary_factor") or 1.0)}

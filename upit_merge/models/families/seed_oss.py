@@ -14,6 +14,7 @@ class SeedOss(DenseFamily):
     model_type = "seed_oss"
     title = "Seed-OSS"
     targets = ("glm4_moe", "granitemoe")
+    output_bias_field = "attention_out_bias"
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
         return {

@@ -164,14 +164,14 @@ class MixtureFormat(ABC):
     def unfit(self, settings: Mapping[str, Any]) -> str | None:
         """What of a dense model's settings it cannot express, as "sets …"; else None.
 
+        Qualities are named as in `QUALITIES`.
+
         Args:
             settings: See `DenseFamily.settings`.
         """
         for field, plain in QUALITIES.items():
             if field not in self.expresses and settings[field] != plain:
-                # In a Llama's configuration one setting means both kinds of biases.
-                told = {"output_bias": "attention_bias"}.get(field, field)
-                return f"sets {told}, which {self.title} cannot express"
+                return f"sets {field}, which {self.title} cannot express"
         return None
 
     def caution(self, settings: Mapping[str, Any]) -> str | None:
