@@ -19,6 +19,9 @@ from upit_merge.merge.inputs import opened
 from upit_merge.merge.passes import find_lineage, measure_similarity
 from upit_merge.merge.right_base import warn_of_foreign_base
 from upit_merge.merge.similarity import cosine
+from upit_merge.models.dense import DenseArchitecture, family_of
+from upit_merge.models.families import DenseFamily
+from upit_merge.models.formats import FORMATS, PLAIN, MixtureFormat
 from upit_merge.output.staging import check_output_is_free
 from upit_merge.report.tables import lineage_table, show
 from upit_merge.router.router_gain import SampleLosses, measure_router_gain
@@ -74,6 +77,7 @@ def plan_recipe(
             f"Output: {parameters:,} parameters, {total / 1e9:.2f} GB in {len(shards)} file(s), "
             f"{inputs.num_experts} experts per layer, {inputs.experts_per_token} per token."
         )
+        print(readers_line(inputs.architecture, family_of(inputs.base)))
         if seeds:
             print(seeds.summary())
         for line in required.lines(out):
@@ -102,6 +106,22 @@ def plan_recipe(
                 )
     for sentence in required.shortages(out):
         raise UpitError(sentence)
+
+
+def readers_line(architecture: DenseArchitecture, family: DenseFamily) -> str:
+    """Say what format an output has, which programs run it, and what else it could have been."""
+    chosen, settings = architecture.format, architecture.settings
+    told = f"Format: {chosen.title}, run by {_readers(chosen)}"
+    others = [FORMATS[name] for name in family.targets if name != chosen.name]
+    whole = {**settings, **PLAIN}  # another has other kinds of shared experts
+    for other in (form for form in others if not form.unfit(whole)):
+        told += f"; architecture: {other.name} would be a {other.title}, run by {_readers(other)}"
+    return f"{told}."
+
+
+def _readers(form: MixtureFormat) -> str:
+    notes = [f"{name} ({note})" if note else name for name, note in form.readers.items()]
+    return ", ".join(notes)
 
 
 def _with_data(recipe: Recipe, data: str, **of_data: str | None) -> Recipe:
