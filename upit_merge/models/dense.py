@@ -13,7 +13,7 @@ import torch
 from upit_merge.errors import UpitError, shown
 from upit_merge.io.sources import DenseModel, TensorSource
 from upit_merge.io.tensor_file import TensorSpec
-from upit_merge.models.families import FAMILIES, DenseFamily, Piece, why_not
+from upit_merge.models.families import FAMILIES, DenseFamily, Piece, refusal
 from upit_merge.models.formats import (
     COUNT_FIELDS,
     FORMATS,
@@ -100,12 +100,7 @@ def family_of(checkpoint: DenseModel) -> DenseFamily:
     model_type = checkpoint.config.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
-        if reason := why_not(str(model_type), FORMATS):
-            raise UpitError(f"Checkpoint {checkpoint.label} {reason}.")
-        raise UpitError(
-            f"Checkpoint {checkpoint.label} has model_type {model_type!r}; use "
-            f"{', '.join([*FAMILIES][:-1])} or {[*FAMILIES][-1]} checkpoints."
-        )
+        raise refusal(checkpoint.label, model_type, [*FAMILIES], FORMATS)
     return family
 
 

@@ -12,7 +12,7 @@ from upit_merge.models.families.ministral import Ministral, Ministral3
 from upit_merge.models.families.olmo2 import Olmo2
 from upit_merge.models.families.phi3 import Phi3
 from upit_merge.models.families.qwen import Qwen2, Qwen3
-from upit_merge.models.families.refused import REFUSED, why_not
+from upit_merge.models.families.refused import REFUSED, refusal
 from upit_merge.models.families.seed_oss import SeedOss
 from upit_merge.models.families.smollm3 import SmolLM3
 
@@ -43,5 +43,5 @@ __all__ = [
     "SHARED_FIELDS",
     "DenseFamily",
     "Piece",
-    "why_not",
+    "refusal",
 ]

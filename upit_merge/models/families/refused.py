@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
+
+from upit_merge.errors import UpitError
 
 _NO_GATE = "their FFN has no gate, as the experts of all formats have"
 _POST_NORMS = "normalise what attention and FFN give"
@@ -65,20 +67,27 @@ MIXTURES = frozenset(
 )
 
 
-def why_not(model_type: str, outputs: Mapping[str, object]) -> str | None:
-    """Return why nothing is made of such models, as "has model_type …"; None if that is unknown.
+def refusal(
+    label: str, model_type: object, families: Sequence[str], outputs: Container[str]
+) -> UpitError:
+    """Return the error for a checkpoint of no family, with the reason if it is known.
 
     Args:
-        outputs: The formats of mixtures, by their `model_type`.
+        label: The checkpoint's.
+        families: All `model_type`s that there is a family for.
+        outputs: Those that an output can have.
     """
-    named = f"has model_type {model_type!r}"
-    if model_type in outputs:
-        return (
-            f"{named}, a mixture of experts already; give dense checkpoints, or give it to "
-            "`upit-merge extend` as what is extended"
+    if str(model_type) in MIXTURES or str(model_type) in outputs:
+        return UpitError(
+            f"Checkpoint {label} has model_type {model_type!r}, a mixture of experts already; give "
+            "dense checkpoints (upit-merge extend adds one to a mixture)."
         )
-    if model_type in MIXTURES:
-        return f"{named}, a mixture of experts already; give dense checkpoints"
-    if reason := REFUSED.get(model_type):
-        return f"{named}, of which no mixture can be made: {reason}; docs/families.md has those of which one can"
-    return None
+    if reason := REFUSED.get(str(model_type)):
+        return UpitError(
+            f"Checkpoint {label} has model_type {model_type!r}, of which no mixture can be made: "
+            f"{reason}; docs/families.md has those of which one can."
+        )
+    return UpitError(
+        f"Checkpoint {label} has model_type {model_type!r}; use {', '.join(families[:-1])} or "
+        f"{families[-1]} checkpoints."
+    )
