@@ -72,7 +72,6 @@ LONG = {
         "rope_theta": 1e4,
         "short_factor": [1.0, 1.01, 1.02, 1.03],
         "long_factor": [1.0, 1.5, 2.0, 2.5],
-        "original_max_position_embeddings": 64,
     },
 }
 CASES = [
