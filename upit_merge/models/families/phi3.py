@@ -25,6 +25,8 @@ class Phi3(DenseFamily):
         if rope.get("rope_type", "default") != "default":
             # Other models look for it there alone, and take the whole context if it is not.
             rope["original_max_position_embeddings"] = config.original_max_position_embeddings
+            # Its first releases called it su, which readers of other formats do not know.
+            rope.pop("type", None)
             config.rope_parameters = rope
         return config
 
