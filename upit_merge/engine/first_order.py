@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.hidden_states import MEAN, Batch, LayersOnDisk, PackedStates
 from upit_merge.engine.layerwise import LOGIT_ROWS, LayerwiseMixture, Weights, row_parts
+from upit_merge.engine.tape import Tape, Taped
 from upit_merge.io.disk import free_bytes
 from upit_merge.runtime.parallel import map_in_order
 
@@ -209,7 +210,7 @@ class MeanSweeps:
                     module = model.dense_layer(layer, backbone)
                     taped = None
                     if layer in model.mixture_layers:
-                        taped = _Taped(ffn, self._activation, summed=model.format.adds_output)
+                        taped = Taped(ffn, self._activation, summed=model.format.adds_output)
                         module.set_submodule(model.format.experts_path, taped, strict=True)
                     tapes = []
                     for part in parts:
@@ -225,11 +226,11 @@ class MeanSweeps:
         self,
         module: nn.Module,
         layer: int,
-        taped: _Taped | None,
+        taped: Taped | None,
         batch: Batch,
         entering: PackedStates,
         slope: PackedStates,
-    ) -> _Tape | None:
+    ) -> Tape | None:
         """One layer on one batch: the slope passes through it; returns what its experts saw."""
         outer = slope.padded(batch)
         # Where the range is narrow, slopes may leave it; a power of two costs nothing.
@@ -252,7 +253,7 @@ class MeanSweeps:
         layer: int,
         mean: Weights,
         parts: Sequence[Batch],
-        tapes: Sequence[_Tape],
+        tapes: Sequence[Tape],
         products: Tensor,
     ) -> None:
         """Form the gradients of all samples in a layer's FFN, block by block, and multiply."""
@@ -293,86 +294,6 @@ class MeanSweeps:
             object.__setattr__(self, "_room", outer.new_empty(prod(shape)))
         room = self._room[: prod(shape)].view(shape)
         return torch.bmm(outer, inputs, out=room).flatten(1).float()
-
-
-@dataclass
-class _Tape:
-    """What an FFN saw of a padded batch, and the slopes of its projections' outputs.
-
-    All are (samples · tokens, ·), however many dimensions the layer has made of it.
-    """
-
-    inputs: Tensor
-    gate: Tensor
-    up: Tensor
-    inner: Tensor
-    output: Tensor
-    scale: float = 1.0
-    samples: int = 1
-
-    def pair(self, projection: str) -> tuple[Tensor, Tensor]:
-        """(slopes of the output, inputs) of a projection, (samples, tokens, ·) each."""
-        pair = (self.gate if projection == "gate_proj" else self.up), self.inputs
-        if projection == "down_proj":
-            pair = self.output, self.inner
-        outer, inputs = (part.view(self.samples, -1, part.shape[-1]) for part in pair)
-        return outer, inputs
-
-
-class _Taped(nn.Module):
-    """Stands for the experts in a layer that is computed again to be differentiated.
-
-    Their input and the slope of their output are kept.
-
-    Args:
-        summed: Nothing but a sum follows their output, so that it does not matter then, and is
-            not computed.
-    """
-
-    def __init__(
-        self, weights: Weights, activation: Callable[[Tensor], Tensor], *, summed: bool
-    ) -> None:
-        super().__init__()
-        self.weights = weights
-        self.activation = activation
-        self.summed = summed
-        self.tape: _Tape | None = None
-
-    def forward(self, inputs: Tensor, *_routing: Tensor) -> Tensor:
-        return _Differentiated.apply(inputs, self)
-
-
-class _Differentiated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, ffn: _Taped) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.ffn = ffn
-        if ffn.summed:
-            return inputs.new_zeros(()).expand_as(inputs)
-        gate, up, down = (ffn.weights[name] for name in ("gate_proj", "up_proj", "down_proj"))
-        seen = inputs.to(gate.dtype)
-        inner = ffn.activation(F.linear(seen, gate)) * F.linear(seen, up)
-        return F.linear(inner, down).to(inputs.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        (inputs,) = ctx.saved_tensors
-        ffn: _Taped = ctx.ffn
-        weights = ffn.weights
-        # A backward pass is outside of what casts for the layer.
-        seen = inputs.to(weights["gate_proj"].dtype)
-        slope = slope.to(seen.dtype).contiguous()
-        with torch.no_grad():
-            gate = F.linear(seen, weights["gate_proj"])
-            up = F.linear(seen, weights["up_proj"])
-            outer = slope @ weights["down_proj"]
-        with torch.enable_grad():
-            inner = ffn.activation(gate.requires_grad_()) * up.requires_grad_()
-        into_gate, into_up = torch.autograd.grad(inner, [gate, up], outer)
-        with torch.no_grad():
-            into = into_gate @ weights["gate_proj"] + into_up @ weights["up_proj"]
-        ffn.tape = _Tape(seen, into_gate, into_up, inner.detach(), slope)
-        return into.to(inputs.dtype), None
 
 
 @torch.no_grad()
