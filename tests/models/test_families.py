@@ -111,6 +111,26 @@ CASES = [
     Case("olmo2", "flex_olmo"),
     Case("olmo2", "flex_olmo", {"attention_bias": True, "rope_parameters": YARN}),
 ]
+QWEN35 = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [1, 1, 0],
+        "mrope_interleaved": True,
+    },
+}
+CASES += [
+    Case("qwen3_5_text", "qwen3_5_moe", QWEN35, tolerance=2e-5),
+    Case("qwen3_5_text", "qwen3_5_moe", QWEN35 | {"tie_word_embeddings": True}, SPLIT, 2e-5),
+    Case("qwen3_5_text", "qwen3_5_moe", QWEN35 | {"attention_bias": True}, tolerance=2e-5),
+]
 MERGED: dict[str, Any] = {"num_experts": 4, "expansion": "copy"}
 
 
@@ -174,7 +194,7 @@ def with_moved_expert(out: Path, weights: Mapping[str, torch.Tensor], expert: in
 
 def test_every_family_in_every_format_is_among_them() -> None:
     tried = {(case.kind, case.architecture) for case in CASES}
-    pairs = {(kind, target) for kind, family in FAMILIES.items() for target in family.targets}
+    pairs = {(f.model_type, target) for f in FAMILIES.values() for target in f.targets}
     assert pairs - tried == {("seed_oss", "granitemoe")}
 
 

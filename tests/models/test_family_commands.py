@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import Family, build_family
+from tests.models.test_families import QWEN35
 from tests.support.commands import done
 from upit_merge.io.tensor_file import TensorSpec
 
@@ -56,6 +57,13 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     ),
     "granitemoe_swa": ("smollm3", "granitemoe_swa", {"no_rope_layers": [0, 1]}, {}),
     "flex_olmo": ("olmo2", "flex_olmo", {"attention_bias": True}, {}),
+    "qwen3_5_moe": ("qwen3_5_text", "qwen3_5_moe", QWEN35, {}),
+    "qwen3_5_moe, split": (
+        "qwen3_5_text",
+        "qwen3_5_moe",
+        QWEN35 | {"tie_word_embeddings": True},
+        {"shared": "split"},
+    ),
     "phi3": ("phi3", "mixtral", {"sliding_window": 12}, {}),
 }
 

@@ -13,9 +13,10 @@ from upit_merge.config.recipe import METHOD, parse_recipe
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import is_adapter
 from upit_merge.io.hub import OpenOptions, resolve, split_reference
+from upit_merge.io.language_part import language_settings
 from upit_merge.io.untrusted import read_json
 from upit_merge.merge.inputs import opened
-from upit_merge.models.formats import FORMATS
+from upit_merge.models.formats import found_format
 from upit_merge.models.mixture import opened_mixture
 from upit_merge.models.tokenizer import has_tokenizer, load_tokenizer
 from upit_merge.router.evaluation import run_mixture
@@ -62,14 +63,15 @@ def rival_losses(
     if is_adapter(folder):
         raise UpitError(f"The model {rival.name} is an adapter; write BASE+{rival.reference}.")
     config = read_json(folder / "config.json", f"the model {rival.name}")
-    if config.get("vocab_size") != held_out.model.vocab_size:
+    vocab_size = language_settings(config).get("vocab_size")
+    if vocab_size != held_out.model.vocab_size:
         raise UpitError(
-            f"The model {rival.name} has a vocabulary of {config.get('vocab_size')} tokens, the "
+            f"The model {rival.name} has a vocabulary of {vocab_size} tokens, the "
             f"mixture one of {held_out.model.vocab_size}: their perplexities cannot be compared; "
             "leave it out."
         )
     _check_same_tokenizer(rival, folder, held_out_folder)
-    if config.get("model_type") in FORMATS:
+    if found_format(config):
         if adapter:
             raise UpitError(
                 f"The model {rival.name} is an adapter of a mixture, which cannot be compared; add "

@@ -21,6 +21,7 @@ from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
+from upit_merge.io.language_part import language_settings
 from upit_merge.io.sources import DenseModel
 from upit_merge.models.dense import as_llama, dense_settings, same_setting
 from upit_merge.models.gates import distinct_gates, gates_digest, named_gates, tensors_digest
@@ -130,25 +131,26 @@ def _warn_of_odd_expert(
     extended: ExtendedMixture, moe: Checkpoint, dense: DenseModel, before: AnyReport
 ) -> None:
     """Say what fits, and yet is hardly what was meant."""
-    if dense.config.get("vocab_size") != moe.config.get("vocab_size"):
+    theirs, own = (language_settings(m.config).get("vocab_size") for m in (dense, moe))
+    if theirs != own:
         LOG.warning(
             "Checkpoint %s has a vocabulary of %s, %s one of %s: its FFN has learned from other "
             "embeddings than it will be given here.",
             dense.label,
-            dense.config.get("vocab_size"),
+            theirs,
             moe.label,
-            moe.config.get("vocab_size"),
+            own,
         )
-    theirs = dense_settings(dense)
+    settings = dense_settings(dense)
     for field in ("rope_parameters", "sliding_window"):
         value = extended.architecture.dense_settings()[field]
-        if not same_setting(field, theirs[field], value):
+        if not same_setting(field, settings[field], value):
             LOG.warning(
                 "Checkpoint %s has %s %s, %s has %s: its FFN has learned with another attention "
                 "than it will follow here.",
                 dense.label,
                 field,
-                theirs[field],
+                settings[field],
                 moe.label,
                 value,
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.errors import UpitError
+from upit_merge.io.language_part import language_name, language_settings
 from upit_merge.io.tensor_file import TensorSpec
 
 # What torch.compile, DDP, FSDP and activation checkpointing put before the names in a module that
@@ -31,6 +32,7 @@ def stored_names(label: str, names: Collection[str], config: Mapping[str, Any]) 
     * Of a model that torch.compile, DDP or FSDP had wrapped, `_orig_mod.` and the like are left out.
     * What `AutoModel` has saved is a model without its head: `model.` comes before its names.
     * A tied model may have its one table as `lm_head.weight` only.
+    * A model of text and images has `language_model.` in those of its language model.
 
     Raises:
         UpitError: two tensors would have one name, or the names are of another model's part.
@@ -42,7 +44,8 @@ def stored_names(label: str, names: Collection[str], config: Mapping[str, Any]) 
                 f"Checkpoint {label} has the tensor {name}, as PEFT's models have; save it again "
                 "after merge_and_unload, or save the adapter alone with save_pretrained."
             )
-        if (plain := plain_name(name)) in stored:
+        plain = language_name(plain_name(name), config)
+        if plain in stored:
             raise UpitError(
                 f"Checkpoint {label} has {stored[plain]} and {name}, which are one tensor; save "
                 "the model again, or remove one of them."
@@ -53,7 +56,7 @@ def stored_names(label: str, names: Collection[str], config: Mapping[str, Any]) 
         stored = {n if n in heads else f"model.{n}": old for n, old in stored.items()}
     embeddings = f"model.{_EMBEDDINGS}"
     if embeddings not in stored:
-        if config.get("tie_word_embeddings") is True and _HEAD in stored:
+        if language_settings(config).get("tie_word_embeddings") is True and _HEAD in stored:
             stored[embeddings] = stored.pop(_HEAD)
         elif part := next((name for name in stored if _LANGUAGE_PART in name), None):
             raise UpitError(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from upit_merge.errors import UpitError, shown
+from upit_merge.io.language_part import language_settings
 from upit_merge.io.sources import DenseModel, TensorSource
 from upit_merge.io.tensor_file import TensorSpec
 from upit_merge.models.families import FAMILIES, DenseFamily, Piece, refusal
@@ -23,7 +24,7 @@ from upit_merge.models.formats import (
     ffn_tensor,
     mixture_layers,
 )
-from upit_merge.models.views import cut_pieces, split_ffn
+from upit_merge.models.views import cut_pieces, split_ffn, stored_model
 
 LOG = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def check_counts(model: TensorSource) -> None:
         UpitError: naming the setting.
     """
     for field in ("num_hidden_layers", *COUNT_FIELDS):
-        count = model.config.get(field)
+        count = language_settings(model.config).get(field)
         if isinstance(count, int) and count > len(model.specs):
             raise UpitError(
                 f"The config.json of {model.label} has {field} {shown(count)}, but the model has "
@@ -185,6 +186,19 @@ def dense_settings(checkpoint: DenseModel) -> dict[str, Any]:
         UpitError: as `read_dense_config`.
     """
     return {**family_of(checkpoint).settings(read_dense_config(checkpoint)), **PLAIN}
+
+
+def left_out(checkpoint: DenseModel) -> list[str]:
+    """Return which tensors of a checkpoint are no part of what it computes from text.
+
+    Raises:
+        UpitError: as `read_dense_config`.
+    """
+    family = FAMILIES.get(str(checkpoint.config.get("model_type")))
+    if family is None or not family.renames:
+        return []
+    settings = dense_settings(checkpoint)
+    return [name for name in checkpoint.specs if family.pieces(name, settings) == ()]
 
 
 def as_llama(checkpoint: DenseModel) -> DenseModel:
@@ -311,8 +325,7 @@ def inspect_models(
     """
     form = format_of(base, wanted)
     for checkpoint in checkpoints:
-        family_of(checkpoint)
-        if checkpoint.config["model_type"] != base.config["model_type"]:
+        if family_of(checkpoint) is not family_of(base):
             raise UpitError(
                 f"Checkpoint {checkpoint.label} is a {checkpoint.config['model_type']} model, the "
                 f"base {base.label} a {base.config['model_type']}; all must come from one base."
@@ -332,6 +345,8 @@ def inspect_models(
     for caution in (form.caution(settings), family_of(donor).caution(donor.config)):
         if caution:
             LOG.warning("%s", caution)
+    if told := family_of(donor).told_of_left_out(left_out(stored_model(donor))):
+        LOG.warning("Of %s %s.", donor.label, told)
     _check_complete(base, f"The base {base.label}", dict(form.dense_shapes(of_base)))
     shapes = dict(form.dense_shapes(whole))
     for checkpoint in checkpoints:

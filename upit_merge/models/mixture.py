@@ -39,6 +39,7 @@ from upit_merge.models.formats import (
     PROJECTIONS,
     MixtureFormat,
     ffn_tensor,
+    found_format,
     mixture_layers,
 )
 from upit_merge.models.published import PublishedMixture
@@ -112,7 +113,7 @@ def read_mixture(moe: TensorSource) -> MixtureArchitecture:
     """
     from transformers.activations import ACT2FN
 
-    form = FORMATS.get(str(moe.config.get("model_type")))
+    form = found_format(moe.config)
     if form is None:
         *titles, last = (form.title for form in FORMATS.values())
         raise UpitError(

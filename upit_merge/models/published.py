@@ -19,7 +19,13 @@ from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.safetensors_file import Place, SafetensorsFile
 from upit_merge.io.tensor_file import StoredSpec, TensorSpec
-from upit_merge.models.formats import COUNT_FIELDS, FORMATS, FUSED, PROJECTIONS, MixtureFormat
+from upit_merge.models.formats import (
+    COUNT_FIELDS,
+    FUSED,
+    PROJECTIONS,
+    MixtureFormat,
+    found_format,
+)
 
 _LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,3})\.(.+)")
 _EXPERT = re.compile(r"(.+)\.(0|[1-9]\d{0,3})\.(\w+)\.weight")
@@ -49,7 +55,7 @@ class PublishedMixture(Checkpoint):
         super().__init__(label, folder, options, config=config)
         self._places: dict[str, Place] = {}
         self.is_published = True
-        form = FORMATS.get(str(self.config.get("model_type")))
+        form = found_format(self.config)
         try:
             if form is not None:
                 self._publish(form)
@@ -92,8 +98,7 @@ class PublishedMixture(Checkpoint):
                 if name != stored:
                     self._places[name] = Place(stored, first)
         published = {spec.name for spec in packed_specs(form, specs.values())}
-        as_they_are = all(name == stored for name, stored in self._stored.items())
-        self.is_published = as_they_are and self.specs.keys() == published
+        self.is_published = {*self._stored.values()} == published
         self.specs = specs
 
     def _check_fused(self, form: MixtureFormat, names: _Names) -> None:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
+from upit_merge.io.language_part import language_settings
 from upit_merge.io.tensor_file import equal_tensors
 from upit_merge.models.formats import EMBEDDINGS, HEAD
 
@@ -32,7 +33,7 @@ def with_own_head(model: Kind) -> Kind:
         UpitError: it cannot be read, and is closed.
     """
     try:
-        if model.config.get("tie_word_embeddings", False) and _are_two(model):
+        if language_settings(model.config).get("tie_word_embeddings", False) and _are_two(model):
             model.config = {**model.config, "tie_word_embeddings": False}
             model.is_falsely_tied = True
     except BaseException:

@@ -240,9 +240,11 @@ def tune_expert(
     Raises:
         UpitError: the loss, a weight or a routing vector is NaN or infinite after the training.
     """
-    names = _ffn_names(read_mixture(moe), expert)
+    architecture = read_mixture(moe)
+    names = _ffn_names(architecture, expert)
     if not samples:
-        vectors = torch.zeros(len(names) // len(PROJECTIONS), int(moe.config["hidden_size"]))
+        size = int(architecture.config.hidden_size)
+        vectors = torch.zeros(len(names) // len(PROJECTIONS), size)
         return TunedExpert({name: moe.tensor(name) for name in names.values()}, vectors, math.nan)
     steps = math.ceil(len(samples) / settings.batch_size)
     ffn: dict[str, Tensor] = {}

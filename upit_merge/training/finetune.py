@@ -19,7 +19,7 @@ from upit_merge.io.checkpoint import SAFE_WEIGHTS, check_not_compiled, has_any
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.hub import OpenOptions, resolve
 from upit_merge.io.untrusted import check_own_files, read_json
-from upit_merge.models.formats import FORMATS
+from upit_merge.models.formats import found_format
 from upit_merge.output.identity import file_states
 from upit_merge.output.lock import exclusive, release
 from upit_merge.output.staging import REPORT, check_not_half_edited, remove_if_empty
@@ -66,7 +66,7 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
     check_own_files(str(job.model.model_name_or_path), folder)
     check_not_compiled(str(job.model.model_name_or_path), folder)
     config = read_json(folder / "config.json", "the model")
-    is_mixture = config.get("model_type") in FORMATS
+    is_mixture = found_format(config) is not None
     keep = not is_mixture if job.extra.keep_checkpoints is None else job.extra.keep_checkpoints
     if not (is_mixture or keep):
         raise UpitError(

@@ -13,11 +13,12 @@ from upit_merge.models.families.olmo2 import Olmo2
 from upit_merge.models.families.phi3 import Phi3
 from upit_merge.models.families.qwen import Qwen2, Qwen3
 from upit_merge.models.families.refused import REFUSED, refusal
+from upit_merge.models.families.qwen3_5 import Qwen35
 from upit_merge.models.families.seed_oss import SeedOss
 from upit_merge.models.families.smollm3 import SmolLM3
 
 FAMILIES: dict[str, DenseFamily] = {
-    family.model_type: family
+    name: family
     for family in (
         Llama(),
         Mistral(),
@@ -25,6 +26,7 @@ FAMILIES: dict[str, DenseFamily] = {
         Ministral3(),
         Qwen2(),
         Qwen3(),
+        Qwen35(),
         Phi3(),
         Granite(),
         SeedOss(),
@@ -34,6 +36,7 @@ FAMILIES: dict[str, DenseFamily] = {
         Cohere2(),
         Olmo2(),
     )
+    for name in (family.model_type, *family.other_types)
 }
 
 __all__ = [

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from upit_merge.io.language_part import language_settings
+
 # Settings that shape the computation, hence must be the same in every model, and that every
 # configuration calls alike.
 SHARED_FIELDS = (
@@ -64,6 +66,8 @@ class DenseFamily(ABC):
             transformers' configuration calls them; formats made for them alone read these.
         output_bias_field: What its `config.json` calls that quality.
         renames: Its tensors are not a Llama's: `pieces` tells.
+        other_types: What `model_type` may be as well, as of the model of text and images that it is
+            the language model of.
     """
 
     model_type: ClassVar[str]
@@ -73,10 +77,11 @@ class DenseFamily(ABC):
     # In most configurations one setting means both kinds of biases.
     output_bias_field: ClassVar[str] = "attention_bias"
     renames: ClassVar[bool] = False
+    other_types: ClassVar[tuple[str, ...]] = ()
 
     def language_part(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the settings of the language model in a `config.json`: mostly all of them."""
-        return raw
+        return language_settings(raw)
 
     def unfit(self, raw: Mapping[str, Any]) -> str | None:
         """What of a `config.json` no format can express, as "sets …"; else None."""
@@ -107,6 +112,14 @@ class DenseFamily(ABC):
         )
         more = {field: getattr(config, field, None) for field in self.more_fields}
         return {**settings, **QUALITIES, **self.qualities(config), **more}
+
+    def told_of_left_out(self, names: Sequence[str]) -> str | None:
+        """What people should know of tensors that are left out, after "Of MODEL "; else None.
+
+        Args:
+            names: Those of a model of which `pieces` says that they are none.
+        """
+        return None
 
     def pieces(self, name: str, settings: Mapping[str, Any]) -> Sequence[Piece] | None:
         """Return which tensors a stored one is: none, one by another name, or several.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from upit_merge.models.formats.base import (
     EMBEDDINGS,
     FUSED,
@@ -24,6 +27,7 @@ from upit_merge.models.formats.granitemoe import GraniteMoe
 from upit_merge.models.formats.granitemoe_swa import GraniteMoeSwa
 from upit_merge.models.formats.lfm2_moe import Lfm2Moe
 from upit_merge.models.formats.mixtral import Mixtral
+from upit_merge.models.formats.qwen3_5_moe import Qwen35Moe
 from upit_merge.models.formats.qwen3_moe import Qwen3Moe
 
 FORMATS: dict[str, MixtureFormat] = {
@@ -31,6 +35,7 @@ FORMATS: dict[str, MixtureFormat] = {
     for f in (
         Mixtral(),
         Qwen3Moe(),
+        Qwen35Moe(),
         Glm4Moe(),
         GraniteMoe(),
         GraniteMoeSwa(),
@@ -44,6 +49,12 @@ FORMATS: dict[str, MixtureFormat] = {
 # The names of the setting with the number of experts.
 COUNT_FIELDS: tuple[str, ...] = tuple({f.count_field: None for f in FORMATS.values()})
 
+
+def found_format(config: Mapping[str, Any]) -> MixtureFormat | None:
+    """Return of what format a mixture is, by its `config.json`; None if it is none."""
+    return next((form for form in FORMATS.values() if form.is_of(config)), None)
+
+
 __all__ = [
     "COUNT_FIELDS",
     "EMBEDDINGS",
@@ -55,6 +66,7 @@ __all__ = [
     "Constant",
     "MixtureFormat",
     "ffn_tensor",
+    "found_format",
     "is_shared",
     "mixture_layers",
     "routed_size",

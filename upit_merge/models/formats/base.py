@@ -100,6 +100,10 @@ class MixtureFormat(ABC):
     adds_output: ClassVar[bool] = True
     attention: ClassVar[str] = "sdpa"
 
+    def is_of(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a `config.json` is that of such a mixture."""
+        return config.get("model_type") == self.name
+
     # ---- names -----------------------------------------------------------------------------
 
     def layer_prefix(self, layer: int) -> str:

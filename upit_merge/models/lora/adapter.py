@@ -14,6 +14,7 @@ import torch
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint, is_adapter
 from upit_merge.io.hub import OpenOptions, resolve, split_reference
+from upit_merge.io.language_part import language_settings
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import TensorSpec, all_finite
 from upit_merge.io.untrusted import check_own_files
@@ -80,7 +81,8 @@ class Adapter:
             self._adapt_tables()
 
     def _adapt_tables(self) -> None:
-        tied = bool(self.base.config.get("tie_word_embeddings")) and _HEAD not in self._changes
+        tied = bool(language_settings(self.base.config).get("tie_word_embeddings"))
+        tied = tied and _HEAD not in self._changes
         if tied:
             self.specs.pop(_HEAD, None)  # of a copy that some bases have beside their embeddings
         size = self.specs[_EMBEDDINGS].shape[0]

@@ -10,11 +10,12 @@ from pathlib import Path
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
+from upit_merge.io.language_part import language_name, language_settings
 from upit_merge.io.pickle_file import PickleFile
 from upit_merge.io.safetensors_file import SafetensorsFile
 from upit_merge.io.tensor_names import check_gathered, plain_name
 from upit_merge.io.untrusted import own_file
-from upit_merge.models.dense import ffn_modules
+from upit_merge.models.dense import ffn_modules, left_out
 from upit_merge.models.lora.change import Change, Owner, WeightFile
 from upit_merge.models.lora.config import CONFIG, AdapterConfig
 from upit_merge.models.lora.tables import TABLES, Tables
@@ -89,7 +90,7 @@ class _Reader:
     def changes(self) -> dict[str, Change]:
         by_module: dict[str, dict[str, str]] = defaultdict(dict)
         for name in self.file.specs:
-            if plain_name(name) in _REPEATED:
+            if self._plain(name) in _REPEATED:
                 continue
             module, part = self._module_of(name)
             if part in by_module[module]:
@@ -98,7 +99,7 @@ class _Reader:
                     "cannot both be; save the adapter again."
                 )
             by_module[module][part] = name
-        ties = bool(self.base.config.get("tie_word_embeddings"))
+        ties = bool(language_settings(self.base.config).get("tie_word_embeddings"))
         owner = Owner(self.label, self.base.label, ties, self.settings, self.file)
         tables = {name: by_module[name] for name in TABLES if name in by_module}
         changes = {
@@ -107,10 +108,13 @@ class _Reader:
             if module not in TABLES and (shape := self._shape(module, parts))
         }
         changes |= Tables(owner, self.base).changes(tables)
+        unused = left_out(self.base)  # such as a vision tower, or keys that another layer's replace
         linear = [
             spec.name.removesuffix(".weight")
             for spec in self.base.specs.values()
-            if len(spec.shape) == 2 and spec.name.removesuffix(".weight") not in TABLES
+            if len(spec.shape) == 2
+            and spec.name not in unused
+            and spec.name.removesuffix(".weight") not in TABLES
         ]
         if missing := self.settings.missing(linear, by_module):
             raise UpitError(
@@ -141,9 +145,16 @@ class _Reader:
             )
         return self.file.specs[parts["weight"]].shape if "weight" in parts else spec.shape
 
+    def _plain(self, name: str) -> str:
+        """Return a tensor's name as an adapter of the language model alone has it."""
+        plain = plain_name(name)
+        if not plain.startswith(_PREFIX):
+            return plain
+        return _PREFIX + language_name(plain.removeprefix(_PREFIX), self.base.config)
+
     def _module_of(self, name: str) -> tuple[str, str]:
         """Return the module a tensor belongs to, and which part of it the tensor is."""
-        plain = plain_name(name)
+        plain = self._plain(name)
         suffix = next((suffix for suffix in _SUFFIXES if plain.endswith(suffix)), None)
         if not plain.startswith(_PREFIX) or suffix is None:
             reason = "cannot be applied"

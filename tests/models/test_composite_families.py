@@ -1,0 +1,187 @@
+"""Language models inside models of text and images, under every name that trainers give them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from tests.conftest import TINY, byte_tokenizer
+from tests.models.test_families import QWEN35
+from tests.support.lora import FFN
+
+VISION: dict[str, dict[str, Any]] = {
+    "qwen3_5": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "patch_size": 4,
+    },
+}
+TEXT = {"qwen3_5": QWEN35}
+KINDS = [*TEXT]
+COPIED = {"num_experts": 2, "expansion": "copy"}
+
+
+def build(folder: Path, kind: str, *, seed: int = 0) -> Path:
+    """Save a model of text and images as the Hub has it, with a layer for further tokens."""
+    torch.manual_seed(seed)
+    text = {**TINY, "max_position_embeddings": 512, **TEXT[kind]}
+    config = AutoConfig.for_model(
+        kind, text_config=text, vision_config=VISION[kind], tie_word_embeddings=False
+    )
+    config.text_config.tie_word_embeddings = False
+    model: Any = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def renamed(source: Path, folder: Path, change: Callable[[str], str | None]) -> Path:
+    """Copy a model with other names of its tensors; None leaves one out."""
+    folder.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    kept = {new: t for old, t in tensors.items() if (new := change(old)) is not None}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def flat(source: Path, folder: Path, prefix: str = "model.") -> Path:
+    """Save the language model alone; with a longer prefix as who has loaded it alone does."""
+    whole = "model.language_model."
+
+    def change(name: str) -> str | None:
+        if name.startswith(whole):
+            return prefix + name.removeprefix(whole)
+        return name if "head" in name else None
+
+    renamed(source, folder, change)
+    AutoConfig.from_pretrained(source).text_config.save_pretrained(folder)
+    return folder
+
+
+def recipe(kind: str, base: Path, *models: Path | str, **parameters: Any) -> dict[str, Any]:
+    return {
+        "merge_method": "upit",
+        "base_model": str(base),
+        "models": [{"model": str(model)} for model in models],
+        "parameters": COPIED | parameters,
+    }
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return float((one - other).abs().max() / other.abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_of_a_model_of_images(
+    kind: str, tmp_path: Path, merge: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The towers are left out, which is said; names and settings are the published ones."""
+    source = build(tmp_path / "model", kind)
+    expected = AutoModelForImageTextToText.from_pretrained(source)
+    if kind == "qwen3_5":
+        source = renamed(
+            source, tmp_path / "hub", lambda n: n if "visual.b" not in n else f"mtp.{n}"
+        )
+    with caplog.at_level(logging.WARNING):
+        out = merge(recipe(kind, source, source))
+    (told,) = [m for m in caplog.messages if "left out" in m]
+    assert told.startswith(f"Of {source} the ")
+    assert "vision tower" in told
+    assert ("further tokens" in told) == (kind == "qwen3_5")
+    ids = torch.arange(3, 200).unsqueeze(0)
+    with torch.no_grad():
+        assert close(AutoModelForCausalLM.from_pretrained(out)(ids).logits, expected(ids).logits)
+    names = load_file(out / "model.safetensors").keys()
+    assert {n.split(".layers.")[0] for n in names if ".layers." in n} == {"model.language_model"}
+    assert {n for n in names if "experts.gate_up_proj" in n}
+    assert not {n for n in names if "visual" in n or "vision" in n or "mtp" in n}
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"][0].endswith("ForConditionalGeneration")
+    assert config["text_config"]["num_experts"] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_spellings_are_one_model(kind: str, tmp_path: Path, merge: Any) -> None:
+    """On one base: as published, flat, flat with the whole model's names, and without a head's."""
+    source = build(tmp_path / "model", kind)
+    alone = flat(source, tmp_path / "alone")
+    mixed = flat(source, tmp_path / "mixed", "model.language_model.")
+    body = renamed(
+        source, tmp_path / "body", lambda n: n if "head" in n else n.removeprefix("model.")
+    )
+    reference = load_file(merge(recipe(kind, source, source)) / "model.safetensors")
+    for model in (alone, mixed, body):
+        out = merge(recipe(kind, source, model), f"out-{model.name}")
+        tensors = load_file(out / "model.safetensors")
+        assert tensors.keys() == reference.keys()
+        assert all(torch.equal(tensors[name], reference[name]) for name in reference)
+
+
+@pytest.mark.parametrize("trained", ["whole", "text"])
+@pytest.mark.parametrize("based", ["whole", "text"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters(kind: str, trained: str, based: str, tmp_path: Path, merge: Any) -> None:
+    """Trained on the whole model or its language model, used with either."""
+    source = build(tmp_path / "model", kind)
+    alone = flat(source, tmp_path / "alone")
+    of_all = AutoModelForImageTextToText if trained == "whole" else AutoModelForCausalLM
+    torch.manual_seed(1)
+    settings = LoraConfig(r=2, target_modules=r".*layers.*\.(gate_proj|up_proj|down_proj|q_proj)")
+    model = get_peft_model(of_all.from_pretrained(source), settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name and "layers" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    changes = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    changes["target_modules"] = [*FFN, "q_proj"]  # a list is checked against the base's modules
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(changes))
+    ids = torch.arange(3, 200).unsqueeze(0)
+    with torch.no_grad():
+        expected = model.merge_and_unload()(ids).logits
+    base = source if based == "whole" else alone
+    out = merge(recipe(kind, base, f"{base}+{tmp_path / 'adapter'}"))
+    with torch.no_grad():
+        assert close(AutoModelForCausalLM.from_pretrained(out)(ids).logits, expected)
+
+
+def test_other_families_stay_refused(tmp_path: Path, merge: Any) -> None:
+    from upit_merge.errors import UpitError
+
+    source = build(tmp_path / "model", "qwen3_5")
+    path = source / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model_type": "qwen2"}))
+    with pytest.raises(UpitError, match="as models of text and images have"):
+        merge(recipe("qwen3_5", source, source))
+
+
+def test_a_gate_of_attention_cannot_be_missing(tmp_path: Path, merge: Any) -> None:
+    from upit_merge.errors import UpitError
+
+    source = build(tmp_path / "model", "qwen3_5")
+    path = source / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["attn_output_gate"] = False
+    path.write_text(json.dumps(config))
+    with pytest.raises(UpitError, match=r"attn_output_gate: false, which a Qwen3\.5-MoE cannot"):
+        merge(recipe("qwen3_5", source, source))
