@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.conftest import TINY, byte_tokenizer
-from tests.models.test_families import QWEN35
+from tests.models.test_families import GEMMA4, INPUTS, KEYS_SHARED, QWEN35
 from tests.support.lora import FFN
 
 VISION: dict[str, dict[str, Any]] = {
@@ -28,8 +28,18 @@ VISION: dict[str, dict[str, Any]] = {
         "num_position_embeddings": 16,
         "patch_size": 4,
     },
+    "gemma4": {
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "patch_size": 4,
+        "position_embedding_size": 16,
+    },
 }
-TEXT = {"qwen3_5": QWEN35}
+TEXT = {"qwen3_5": QWEN35, "gemma4": GEMMA4 | INPUTS | KEYS_SHARED}
 KINDS = [*TEXT]
 COPIED = {"num_experts": 2, "expansion": "copy"}
 
@@ -145,7 +155,9 @@ def test_adapters(kind: str, trained: str, based: str, tmp_path: Path, merge: An
     alone = flat(source, tmp_path / "alone")
     of_all = AutoModelForImageTextToText if trained == "whole" else AutoModelForCausalLM
     torch.manual_seed(1)
-    settings = LoraConfig(r=2, target_modules=r".*layers.*\.(gate_proj|up_proj|down_proj|q_proj)")
+    settings = LoraConfig(
+        r=2, target_modules=r"(?!.*vis[iu]).*layers.*\.(gate_proj|up_proj|down_proj|q_proj)"
+    )
     model = get_peft_model(of_all.from_pretrained(source), settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -131,6 +131,27 @@ CASES += [
     Case("qwen3_5_text", "qwen3_5_moe", QWEN35 | {"tie_word_embeddings": True}, SPLIT, 2e-5),
     Case("qwen3_5_text", "qwen3_5_moe", QWEN35 | {"attention_bias": True}, tolerance=2e-5),
 ]
+GEMMA4 = {
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 32,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+}
+INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 259}
+KEYS_SHARED = {"num_kv_shared_layers": 2}
+KEYS_ARE_VALUES = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+CASES += [
+    Case("gemma4_text", "gemma4", GEMMA4),
+    Case("gemma4_text", "gemma4", GEMMA4 | KEYS_ARE_VALUES),
+    Case("gemma4_text", "gemma4", GEMMA4 | {"attention_bias": True, "tie_word_embeddings": False}),
+    Case("gemma4_text", "gemma4", GEMMA4 | INPUTS),
+    Case("gemma4_text", "gemma4", GEMMA4 | INPUTS | KEYS_SHARED),
+    Case("gemma4_text", "gemma4", GEMMA4 | INPUTS | KEYS_SHARED | {"use_double_wide_mlp": True}),
+]
 MERGED: dict[str, Any] = {"num_experts": 4, "expansion": "copy"}
 
 

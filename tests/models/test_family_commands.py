@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import Family, build_family
-from tests.models.test_families import QWEN35
+from tests.models.test_families import GEMMA4, QWEN35
 from tests.support.commands import done
 from upit_merge.io.tensor_file import TensorSpec
 
@@ -64,6 +64,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         QWEN35 | {"tie_word_embeddings": True},
         {"shared": "split"},
     ),
+    "gemma4": ("gemma4_text", "gemma4", GEMMA4 | {"sliding_window": 12}, {}),
     "phi3": ("phi3", "mixtral", {"sliding_window": 12}, {}),
 }
 

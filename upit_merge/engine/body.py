@@ -119,7 +119,10 @@ def compute_tables(body: nn.Module, config: Any, device: torch.device) -> None:
     """Give a model that was made on the meta device its rotary tables: they are not loaded."""
     for name, module in list(body.named_modules()):
         inside = module.buffers(recurse=False)
-        if not name.startswith("layers") and any(buffer.is_meta for buffer in inside):
+        if isinstance(module, nn.Embedding):
+            if "embed_scale" in module._buffers:  # Gemma's, which is not stored
+                module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
+        elif not name.startswith("layers") and any(buffer.is_meta for buffer in inside):
             # There may be several, each with a configuration of its own.
             own = getattr(module, "config", config)
             body.set_submodule(name, type(module)(config=own).to(device), strict=True)
@@ -132,6 +135,6 @@ class _Recorder(nn.Module):
         super().__init__()
         self.called_with: dict[str, Any] = {}
 
-    def forward(self, hidden_states: Tensor, **called_with: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *_per_layer: None, **called_with: Any) -> Tensor:
         self.called_with = called_with
         return hidden_states

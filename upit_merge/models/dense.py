@@ -279,6 +279,8 @@ def same_setting(field: str, one: Any, other: Any) -> bool:
 def _plain_rope(rope: Any) -> Any:
     if not isinstance(rope, Mapping):
         return rope
+    if any(isinstance(value, Mapping) for value in rope.values()):  # by kind of layer
+        return {kind: _plain_rope(own) for kind, own in rope.items()}
     plain = {key: value for key, value in rope.items() if value is not None and key != "type"}
     if plain.get("rope_type", rope.get("type", "default")) == "default":
         return {key: plain.get(key) for key in ("rope_theta", "partial_rotary_factor")}

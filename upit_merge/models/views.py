@@ -18,13 +18,16 @@ from upit_merge.models.formats import PROJECTIONS, ffn_tensor, mixture_layers, s
 
 @dataclass(frozen=True)
 class _Cut:
-    """Which part of a stored tensor one is: rows, and columns of them."""
+    """Which part of a stored tensor one is: rows, and columns of them; zeros may follow."""
 
     stored: str
     rows: tuple[int, int]
     columns: slice | None = None
+    padded: tuple[int, int] | None = None
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        if self.padded is not None:
+            return self.padded
         first, last = self.rows
         rest = stored[1:]
         if self.columns is not None:
@@ -84,8 +87,17 @@ class View:
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a tensor on the CPU, in its stored dtype or a wider one."""
         cut = self._cuts[name]
+        if cut.padded is not None:
+            return self._padded(cut, start, stop)
         rows = self.seen.rows(cut.stored, cut.rows[0] + start, cut.rows[0] + stop)
         return rows if cut.columns is None else rows[:, cut.columns]
+
+    def _padded(self, cut: _Cut, start: int, stop: int) -> torch.Tensor:
+        last = cut.rows[1]
+        stored = self.seen.rows(cut.stored, min(start, last), min(stop, last))
+        rows = stored.new_zeros(stop - start, cut.shape(())[1])
+        rows[: len(stored), : stored.shape[1]] = stored
+        return rows
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a whole tensor on the CPU, in its stored dtype or a wider one."""
@@ -105,10 +117,14 @@ def cut_pieces(model: DenseModel, family: DenseFamily, settings: Mapping[str, An
             cuts[name] = _Cut(name, (0, spec.shape[0]))
             continue
         for piece in pieces:
+            if fits := piece.padded and len(spec.shape) == 2:
+                fits = all(a <= b for a, b in zip(spec.shape, piece.padded, strict=True))
             rows = piece.rows or (0, spec.shape[0])
             # What is shorter than its configuration says must not be read beyond its end.
             cuts[piece.name] = _Cut(
-                name, (min(rows[0], spec.shape[0]), min(rows[1], spec.shape[0]))
+                name,
+                (min(rows[0], spec.shape[0]), min(rows[1], spec.shape[0])),
+                padded=piece.padded if fits else None,
             )
     return View(model, cuts)
 

@@ -71,7 +71,7 @@ class Effort:
     @classmethod
     def of_model(cls, model: LayerwiseMixture, settings: RouterSettings, num_tokens: int) -> Effort:
         """Count those of a mixture."""
-        chosen = int(model.architecture.config.num_experts_per_tok)
+        chosen = model.format.chosen(model.architecture.config)
         return cls.of(shape_of_model(model), chosen, settings, num_tokens)
 
 

@@ -49,10 +49,12 @@ class Piece:
     Attributes:
         name: As a Llama would have it.
         rows: First row and the one after the last; None where it is all of them.
+        padded: Its shape, (rows, columns), where zeros follow what is stored; else None.
     """
 
     name: str
     rows: tuple[int, int] | None = None
+    padded: tuple[int, int] | None = None
 
 
 class DenseFamily(ABC):

@@ -22,6 +22,7 @@ from upit_merge.models.formats.base import (
 from upit_merge.models.formats.cohere2_moe import Cohere2Moe
 from upit_merge.models.formats.ernie4_5_moe import Ernie45Moe
 from upit_merge.models.formats.flex_olmo import FlexOlmo
+from upit_merge.models.formats.gemma4 import Gemma4Moe
 from upit_merge.models.formats.glm4_moe import Glm4Moe
 from upit_merge.models.formats.granitemoe import GraniteMoe
 from upit_merge.models.formats.granitemoe_swa import GraniteMoeSwa
@@ -36,6 +37,7 @@ FORMATS: dict[str, MixtureFormat] = {
         Mixtral(),
         Qwen3Moe(),
         Qwen35Moe(),
+        Gemma4Moe(),
         Glm4Moe(),
         GraniteMoe(),
         GraniteMoeSwa(),
