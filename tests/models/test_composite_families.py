@@ -14,9 +14,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.conftest import TINY, byte_tokenizer
+from tests.conftest import TINY, build_family, byte_tokenizer
 from tests.models.test_families import GEMMA4, INPUTS, KEYS_SHARED, QWEN35
+from tests.support.commands import done, refused
 from tests.support.lora import FFN
+from upit_merge.errors import UpitError
 
 VISION: dict[str, dict[str, Any]] = {
     "qwen3_5": {
@@ -177,8 +179,6 @@ def test_adapters(kind: str, trained: str, based: str, tmp_path: Path, merge: An
 
 
 def test_other_families_stay_refused(tmp_path: Path, merge: Any) -> None:
-    from upit_merge.errors import UpitError
-
     source = build(tmp_path / "model", "qwen3_5")
     path = source / "config.json"
     config = json.loads(path.read_text())
@@ -188,8 +188,6 @@ def test_other_families_stay_refused(tmp_path: Path, merge: Any) -> None:
 
 
 def test_a_gate_of_attention_cannot_be_missing(tmp_path: Path, merge: Any) -> None:
-    from upit_merge.errors import UpitError
-
     source = build(tmp_path / "model", "qwen3_5")
     path = source / "config.json"
     config = json.loads(path.read_text())
@@ -197,3 +195,64 @@ def test_a_gate_of_attention_cannot_be_missing(tmp_path: Path, merge: Any) -> No
     path.write_text(json.dumps(config))
     with pytest.raises(UpitError, match=r"attn_output_gate: false, which a Qwen3\.5-MoE cannot"):
         merge(recipe("qwen3_5", source, source))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            INPUTS,
+            r"has inputs of their own for its layers \(hidden_size_per_layer_input\), so that",
+        ),
+        (INPUTS | KEYS_SHARED, "has inputs of their own for its layers"),
+    ],
+)
+def test_layers_that_cannot_be_computed_one_by_one(
+    settings: dict[str, Any], reason: str, tmp_path: Path, merge: Any
+) -> None:
+    """Their mixtures are made, but a router is refused before anything is written."""
+    family = build_family(tmp_path, kind="gemma4_text", count=2, **(GEMMA4 | settings))
+    router = {"data": str(family.seed_file())}
+    with pytest.raises(UpitError, match=reason):
+        merge(family.recipe(router=router), "with-router")
+    assert not (tmp_path / "with-router").exists()
+    out = merge(family.recipe())
+    done("verify", out, "--quiet")
+    told = refused("router", out, "--data", router["data"])
+    assert "so that it cannot be computed layer by layer; leave router out" in told
+
+
+def test_text_that_is_read_both_ways_is_refused(tmp_path: Path, merge: Any) -> None:
+    both = {"use_bidirectional_attention": "all"}
+    family = build_family(tmp_path, kind="gemma4_text", count=1, **(GEMMA4 | both))
+    with pytest.raises(UpitError, match="use_bidirectional_attention: all, so that it does not"):
+        merge(family.recipe())
+
+
+def test_a_mixture_is_no_checkpoint(tmp_path: Path, merge: Any) -> None:
+    family = build_family(tmp_path, kind="gemma4_text", count=1, **GEMMA4)
+    out = merge(family.recipe(parameters=COPIED))
+    with pytest.raises(UpitError, match=r"is a mixture already \(enable_moe_block\); use a model"):
+        merge(family.recipe(models=[str(out)]), "again")
+    (told,) = refused("router", family.base, "--data", family.seed_file()).splitlines()
+    assert "has model_type 'gemma4_text'; the router needs a" in told
+
+
+def test_an_odd_width_cannot_be_split(tmp_path: Path, merge: Any) -> None:
+    odd = QWEN35 | {"intermediate_size": 47}
+    family = build_family(tmp_path, kind="qwen3_5_text", count=1, **odd)
+    with pytest.raises(UpitError, match=r"has an odd intermediate_size \(47\) to split; use"):
+        merge(family.recipe(parameters=COPIED | {"shared": "split"}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ropes_of_layers_are_compared(kind: str, tmp_path: Path, merge: Any) -> None:
+    """Checkpoints that turn queries otherwise, in whatever kind of layer, are not of one run."""
+    first, second = (flat(build(tmp_path / n, kind), tmp_path / f"{n}-alone") for n in "ab")
+    path = first / "config.json"
+    config = json.loads(path.read_text())
+    rope = config["rope_parameters"]
+    (rope if kind == "qwen3_5" else rope["full_attention"])["rope_theta"] = 123456.0
+    path.write_text(json.dumps(config))
+    with pytest.raises(UpitError, match="has rope_parameters"):
+        merge(recipe(kind, second, first, second))

@@ -27,6 +27,7 @@ from upit_merge.models.dense import (
     as_llama,
     default_dtype,
     inspect_models,
+    read_dense_config,
     stored_dtype,
 )
 from upit_merge.models.formats import is_shared
@@ -157,6 +158,13 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
         if recipe.output_dtype is None:
             _warn_of_mixed_dtypes(base, checkpoints, architecture)
         donor = tokenizer_donor(recipe.tokenizer_source, base, checkpoints)
+        unfit = form.unfit_router(read_dense_config(backbone[-1]))
+        if recipe.router and unfit:
+            raise UpitError(
+                f"Checkpoint {backbone[-1].label} {unfit}, so that the router cannot be trained "
+                "layer by layer; leave router out, and train the output's gates with `upit-merge "
+                "finetune` and train_modules: router."
+            )
         if recipe.router and donor is None:
             raise UpitError(
                 "router: needs a tokenizer for its seed data, but no model of the recipe has one; "

@@ -18,6 +18,7 @@ from upit_merge.errors import UpitError, first_line, one_line
 from upit_merge.io.checkpoint import SAFE_WEIGHTS, check_not_compiled, has_any
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.hub import OpenOptions, resolve
+from upit_merge.io.language_part import language_settings
 from upit_merge.io.untrusted import check_own_files, read_json
 from upit_merge.models.formats import found_format
 from upit_merge.output.identity import file_states
@@ -25,6 +26,7 @@ from upit_merge.output.lock import exclusive, release
 from upit_merge.output.staging import REPORT, check_not_half_edited, remove_if_empty
 from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.runtime.processes import Processes, joined
+from upit_merge.training.alone import load_alone
 from upit_merge.training.disk import check_training_space
 from upit_merge.training.new_tokens import complete_head, model_with_tokens
 from upit_merge.training.outcome import (
@@ -155,7 +157,7 @@ def _identity(job: FinetuneJob, folder: Path, processes: Processes) -> dict[str,
 def _check_untied(job: FinetuneJob, config: Mapping[str, Any]) -> None:
     """Refuse what would part a head from the embeddings that it shares its weights with."""
     named = {*(job.model.lora_modules_to_save or [])} & {"lm_head", "embed_tokens"}
-    if job.model.use_peft and config.get("tie_word_embeddings") and named:
+    if job.model.use_peft and language_settings(config).get("tie_word_embeddings") and named:
         raise UpitError(
             f"lora_modules_to_save has {sorted(named)[0]}, but the mixture has one tensor for head "
             "and embeddings, which LoRA would make two of; remove it."
@@ -190,7 +192,12 @@ def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrain
         source = str(newest if complete else folder)
         lora, quantization = get_peft_config(model), get_quantization_config(model)
         made = model_with_tokens(job, source, tokenizer, lora, quantization)
-        with _told_already(training, made is not None):
+        told = ["model_init_kwargs", "chat_template_path"] if made is not None else []
+        if made is None:
+            settings = {**training.model_init_kwargs, "quantization_config": quantization}
+            made = load_alone(Path(source), **settings)
+            told = ["model_init_kwargs"] if made is not None else []
+        with _told_already(training, told):
             trainer = ExpertTrainer(
                 model=source if made is None else made,
                 processing_class=tokenizer,
@@ -217,11 +224,10 @@ def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrain
 
 
 @contextlib.contextmanager
-def _told_already(training: Any, made: bool) -> Iterator[None]:
-    """Hide from TRL what was done for it, if a model was made."""
-    kept = {key: getattr(training, key) for key in ("model_init_kwargs", "chat_template_path")}
-    if made:
-        vars(training).update(dict.fromkeys(kept))
+def _told_already(training: Any, settings: Sequence[str]) -> Iterator[None]:
+    """Hide from TRL what was done for it."""
+    kept = {key: getattr(training, key) for key in settings}
+    vars(training).update(dict.fromkeys(kept))
     try:
         yield
     finally:
@@ -275,7 +281,7 @@ def _own_data(job: FinetuneJob, tokenizer: Any) -> Any:
 
 
 def _check_new_tokens(job: FinetuneJob, config: Mapping[str, Any], trainer: Any) -> None:
-    before, after = config.get("vocab_size"), trainer.model.config.vocab_size
+    before, after = language_settings(config).get("vocab_size"), trainer.model.config.vocab_size
     if job.model.use_peft and before != after:
         raise UpitError(
             f"The chat template adds tokens (the vocabulary of {before} becomes one of {after}), "

@@ -14,13 +14,14 @@ from upit_merge.io.text_file import write_json
 from upit_merge.io.untrusted import TEMPLATE_FOLDER, own_file, read_json
 from upit_merge.models.chat_template import template_files
 from upit_merge.models.dense import is_derived
-from upit_merge.models.formats import FORMATS, MixtureFormat
+from upit_merge.models.formats import MixtureFormat, found_format
 from upit_merge.models.mixture import inspect_mixture, opened_mixture
 from upit_merge.models.published import complete_config, published_tensors
 from upit_merge.models.tokenizer_files import make_readable
 from upit_merge.output.staging import REPORT, STAGING, Staging, move_into_place, output_files
 from upit_merge.report.document import after, read_report
 from upit_merge.report.write import card_is_ours, recipe_of, write_card
+from upit_merge.training.alone import load_alone, save_alone
 from upit_merge.training.settings import FinetuneJob
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
@@ -88,10 +89,13 @@ def write_mixture(
         # A copy of the embeddings has lost its tie to them.
         if not (model.config.tie_word_embeddings and is_derived(name))
     }
-    if not kind.is_published:
+    if kind.form.is_part and kind.is_published:
+        save_alone(kind.form, cast, staging.model)
+    elif not kind.is_published:
         # transformers gives back the names that it has read.
         cast = {n: t.contiguous() for n, t in published_tensors(kind.form, str(out), cast).items()}
-    model.save_pretrained(staging.model, state_dict=cast)
+    if not (kind.form.is_part and kind.is_published):
+        model.save_pretrained(staging.model, state_dict=cast)
     for path in files_besides_weights(source):
         copy = staging.model / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
@@ -152,7 +156,9 @@ def merged_adapter(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = load_alone(folder, dtype=dtype)
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
@@ -174,7 +180,9 @@ def _complete_settings(folder: Path) -> None:
     """Give a mixture from elsewhere the settings that other readers look for."""
     path = folder / "config.json"
     config = read_json(path, "the mixture")
-    complete = complete_config(config, FORMATS[config["model_type"]])
+    form = found_format(config)
+    assert form is not None  # it is read already
+    complete = complete_config(config, form)
     if complete != config:
         write_json(path, complete)
 
@@ -186,7 +194,10 @@ def _adapt_settings(trainer: Any, job: FinetuneJob, config: Any, folder: Path) -
     shutil.rmtree(folder / TEMPLATE_FOLDER, ignore_errors=True)  # saved again as far as they stay
     trainer.processing_class.save_pretrained(folder)
     settings = read_json(folder / "config.json", "the mixture")
-    settings |= {"vocab_size": config.vocab_size, "eos_token_id": config.eos_token_id}
+    form = found_format(settings)
+    assert form is not None
+    own = {"vocab_size": config.vocab_size, "eos_token_id": config.eos_token_id}
+    settings = form.with_language_part(settings, {**form.language_part(settings), **own})
     write_json(folder / "config.json", settings)
     generation = folder / "generation_config.json"
     if generation.is_file():

@@ -53,13 +53,13 @@ def balance_each_layer(
     logits: list[Tensor] = []
 
     def collect(_router: nn.Module, _inputs: Any, outputs: Any) -> None:
-        logits.append(outputs[0])
+        logits.append(outputs[0] if isinstance(outputs, tuple) else outputs)
 
     def forget(_mixture: nn.Module, _inputs: Any) -> None:
         logits.clear()  # what activation checkpointing computed a second time
 
     def replace(_mixture: nn.Module, _inputs: Any, inputs: dict[str, Any], outputs: Any) -> Any:
-        if outputs.aux_loss is not None:
+        if getattr(outputs, "aux_loss", None) is not None:
             mask = inputs.get("attention_mask")
             outputs.aux_loss = load_balancing_loss(logits, experts_per_token, mask)
         logits.clear()
@@ -90,7 +90,9 @@ class RoutingMonitor:
 
     def _hook(self, layer: int) -> Any:
         @torch.no_grad()
-        def count(_router: nn.Module, _inputs: Any, outputs: Any) -> None:
+        def count(router: Any, _inputs: Any, outputs: Any) -> None:
+            if not isinstance(outputs, tuple):
+                outputs = outputs, outputs.topk(router.top_k).indices
             logits, chosen = outputs[0], outputs[-1]
             log_p = logits.float().log_softmax(-1)
             entropy = -(log_p.exp() * log_p).sum(-1)  # nats, (tokens,)

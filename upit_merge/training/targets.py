@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from upit_merge.errors import UpitError, one_line
-from upit_merge.models.formats import FORMATS, FUSED, PROJECTIONS, MixtureFormat
+from upit_merge.models.formats import FORMATS, FUSED, PROJECTIONS, MixtureFormat, found_format
 
 _TABLES = ("embed_tokens", "lm_head")
 
@@ -39,7 +39,7 @@ def resolve_targets_of(model: Any, config: Any) -> None:
     """
     if not model.use_peft:
         return
-    form = FORMATS.get(config.model_type)
+    form = found_format(config.to_dict())
     if form is not None:
         _name_experts(model, form)
     skeleton = _skeleton(config)
@@ -81,8 +81,6 @@ def _name_experts(model: Any, form: MixtureFormat) -> None:
         if last == "gate_up_proj":
             parameters.append(inputs)
         elif not form.peft_knows and last in (*PROJECTIONS, "gate"):
-            # Modules of a shared expert or a dense layer may be called so, too.
-            modules += [name] if last != "gate" else []
             parameters.append(own_parameters[last])
         elif last in PROJECTIONS:
             modules.append(form.projections[last])
@@ -116,7 +114,7 @@ def _check_tables(model: Any, config: Any) -> None:
 
     PEFT would train a difference for one of both, and add it to both.
     """
-    if config.model_type not in FORMATS or not config.tie_word_embeddings:
+    if found_format(config.to_dict()) is None or not config.tie_word_embeddings:
         return
     named = {_last(name) for name in _listed(model.lora_target_modules)}
     for table in _TABLES:

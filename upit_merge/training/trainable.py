@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
 from upit_merge.errors import UpitError
-from upit_merge.models.formats import FORMATS
+from upit_merge.models.formats import FORMATS, found_format
 
 # By transformers' names in memory: `.mlp.gate` is a router, `.mlp.gate_proj` part of an FFN.
 _GATES = "|".join(sorted({re.escape(form.gate_path) for form in FORMATS.values()}))
@@ -42,12 +43,17 @@ def freeze_others(model: nn.Module, train_modules: str) -> int:
     return count
 
 
-def routers(model: nn.Module) -> list[nn.Module]:
+def routers(model: Any) -> list[nn.Module]:
     """Return the routers of a mixture in the order of its layers; none for a dense model.
 
     Each returns its logits, (tokens, num_experts), first and the chosen experts,
-    (tokens, experts_per_token), last.
+    (tokens, experts_per_token), last; or the logits alone, whose largest `top_k` decide.
     """
+    form = found_format(model.config.to_dict()) if hasattr(model, "config") else None
+    if form is not None and form.router_is_linear:
+        for name, module in model.named_modules():
+            if name.endswith(f".{form.gate_path}"):
+                module.__dict__["top_k"] = form.chosen(model.config)
     return [
         module
         for name, module in model.named_modules()

@@ -15,7 +15,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-from upit_merge.models.formats import FORMATS
+from upit_merge.models.formats import found_format
 from upit_merge.models.tokenizer_files import make_readable
 from upit_merge.runtime.parallel import progress_bar
 from upit_merge.training.routing import RoutingMonitor, balance_each_layer, routing_metrics
@@ -79,7 +79,8 @@ def _spell_counts(config: Any) -> int:
     TRL 1.16 asks every one for `num_experts` and `num_experts_per_tok`, which Mixtral's has and
     Granite's has not. What is added here is not a field, and is not saved.
     """
-    form = FORMATS[config.model_type.removesuffix("_text")]
+    form = found_format(config.to_dict())
+    assert form is not None
     counts = {"num_experts": form.sizes(config)[0], "num_experts_per_tok": form.chosen(config)}
 
     def telling(count: int) -> property:

@@ -73,6 +73,8 @@ class MixtureFormat(ABC):
             between.
         attention: Which of transformers' ways to compute attention the layers have; `sdpa` makes no
             matrix for a causal mask.
+        router_is_linear: What `gate_path` names returns logits alone, and no choice.
+        is_part: It is published as a part of a larger model, which is what `config.json` names.
     """
 
     name: ClassVar[str]
@@ -99,6 +101,8 @@ class MixtureFormat(ABC):
     experts_path: ClassVar[str] = "mlp.experts"
     adds_output: ClassVar[bool] = True
     attention: ClassVar[str] = "sdpa"
+    is_part: ClassVar[bool] = False
+    router_is_linear: ClassVar[bool] = False
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
         """Return whether a `config.json` is that of such a mixture."""

@@ -24,6 +24,7 @@ class CompositeFormat(MixtureFormat):
             know no other.
     """
 
+    is_part = True
     text_type: ClassVar[str]
     whole_name: ClassVar[str]
 

@@ -46,6 +46,7 @@ class Gemma4Moe(CompositeFormat):
     class_name = "Gemma4ForCausalLM"
     text_type = "gemma4_text"
     whole_name = "Gemma4ForConditionalGeneration"
+    peft_knows = False
     block = ""
     gate = "router.proj.weight"
     packed: ClassVar = {f"experts.{kind}": kind for kind in FUSED}
@@ -55,6 +56,7 @@ class Gemma4Moe(CompositeFormat):
     gate_path = "router.proj"
     experts_path = "experts"
     adds_output = False
+    router_is_linear = True
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
         return super().is_of(config) and bool(language_settings(config).get("enable_moe_block"))

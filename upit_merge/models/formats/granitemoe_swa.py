@@ -22,6 +22,7 @@ class GraniteMoeSwa(GraniteMoe):
     name = "granitemoe_swa"
     title = "GraniteMoE-SWA"
     class_name = "GraniteMoeSWAForCausalLM"
+    peft_knows = False
     gate = "router.weight"
     packed: ClassVar = {
         "experts.gate_up_proj": "gate_up_proj",

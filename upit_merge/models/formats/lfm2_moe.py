@@ -27,6 +27,7 @@ class Lfm2Moe(MixtureFormat):
     name = "lfm2_moe"
     title = "LFM2-MoE"
     class_name = "Lfm2MoeForCausalLM"
+    peft_knows = False
     block = "feed_forward"
     projections: ClassVar = _NAMES
     count_field = "num_experts"

@@ -39,6 +39,7 @@ class Qwen35Moe(CompositeFormat):
     class_name = "Qwen3_5MoeForCausalLM"
     text_type = "qwen3_5_moe_text"
     whole_name = "Qwen3_5MoeForConditionalGeneration"
+    peft_knows = False
     block = "mlp"
     packed: ClassVar = {f"experts.{kind}": kind for kind in FUSED}
     count_field = "num_experts"
