@@ -256,3 +256,34 @@ def test_ropes_of_layers_are_compared(kind: str, tmp_path: Path, merge: Any) -> 
     path.write_text(json.dumps(config))
     with pytest.raises(UpitError, match="has rope_parameters"):
         merge(recipe(kind, second, first, second))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-3])
+def test_norms_after_experts_do_not_show(scale: float, tmp_path: Path, merge: Any) -> None:
+    """However little an FFN of a Gemma 4 gives, and whatever its layers are multiplied with."""
+    family = build_family(tmp_path, kind="gemma4_text", count=1, **GEMMA4)
+    path = family.checkpoints[0] / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith("mlp.down_proj.weight"):
+            tensor *= scale
+        if name.endswith("layer_scalar"):
+            tensor *= 0.7
+    save_file(tensors, path, {"format": "pt"})
+    out = merge(family.recipe(parameters=COPIED))
+    ids = torch.arange(3, 60).unsqueeze(0)
+    with torch.no_grad():
+        one, other = (
+            AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+            for folder in (out, family.checkpoints[0])
+        )
+    assert float((one - other).abs().max() / other.abs().max()) < 1e-5
+
+
+def test_keys_of_no_layer_are_refused(tmp_path: Path, merge: Any) -> None:
+    family = build_family(tmp_path, kind="gemma4_text", count=1, **GEMMA4)
+    path = family.base / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_kv_shared_layers": 9}))
+    with pytest.raises(UpitError, match="is not a valid gemma4_text configuration"):
+        merge(family.recipe())

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import build_family
+from tests.models.test_composite_families import build, recipe
 from tests.models.test_families import GEMMA4, QWEN35
 from tests.support.training import Finetune, changed, weights
 
@@ -62,3 +63,17 @@ def test_lora(train: Finetune, mixture: tuple[Path, str]) -> None:
     assert packed < names
     assert kinds == {n.split(".", 4)[-1] for n in packed} | {gate, "self_attn.q_proj.weight"}
     assert all(torch.isfinite(tensor).all() for tensor in weights(out).values())
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "gemma4"])
+def test_a_model_of_text_and_images_becomes_checkpoints(
+    kind: str, train: Finetune, tmp_path: Path, merge: Any
+) -> None:
+    base = build(tmp_path / "base", kind)
+    out = train(base, train_modules="ffn")
+    checkpoints = sorted(map(str, out.glob("checkpoint-*")))
+    assert len(checkpoints) == 4
+    names = changed(base, Path(checkpoints[-1]))
+    assert names
+    assert all("language_model" in name and ".mlp." in name for name in names)
+    merge(recipe(kind, base, *checkpoints, num_experts=4))

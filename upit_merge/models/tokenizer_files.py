@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.errors import UpitError
+from upit_merge.io.language_part import language_settings
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.untrusted import TEMPLATE_FOLDER, read_json
 from upit_merge.models.chat_template import (
@@ -199,7 +200,7 @@ def copy_generation_config(donor: DenseModel, others: Sequence[DenseModel], fold
         LOG.warning(
             "%s has no %s; the output gets that of %s.", donor.label, GENERATION_FILE, owner.label
         )
-        after = _with_tokens_of(donor.config, after)
+        after = _with_tokens_of(language_settings(donor.config), after)
     if after == before:
         shutil.copyfile(path, folder / GENERATION_FILE)
     else:

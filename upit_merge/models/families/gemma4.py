@@ -70,6 +70,7 @@ class Gemma4(LanguagePart):
     def settings(self, config: Any) -> dict[str, Any]:
         settings = super().settings(common_layer(config))
         settings |= layer_settings(config)
+        _ = config.kv_sharing_modes  # raises ValueError if there are no layers to share those of
         # Experts have one size: what is narrower is filled up with zeros.
         is_wide = bool(config.use_double_wide_mlp and config.num_kv_shared_layers)
         settings["intermediate_size"] *= 1 + is_wide
