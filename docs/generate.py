@@ -384,9 +384,10 @@ def families_page() -> str:
     intro, options, refused = cleandoc(_FAMILIES).split("TABLE\n")
     lines = [f"# Families and formats\n\n{NOTE}\n\n{intro}"]
     lines.append("| dense models | `model_type` | become (`architecture:`) |\n|---|---|---|")
-    for name, family in FAMILIES.items():
+    for family in dict.fromkeys(FAMILIES.values()):
         targets = ", ".join(f"`{target}`" for target in family.targets)
-        lines.append(f"| {family.title} | `{name}` | {targets} |")
+        names = ", ".join(f"`{name}`" for name, other in FAMILIES.items() if other is family)
+        lines.append(f"| {family.title} | {names} | {targets} |")
     lines.append("\n| format | run by | `shared` | `dense_layers` |\n|---|---|---|---|")
     for name, form in FORMATS.items():
         readers = [f"{who} ({note})" if note else who for who, note in form.readers.items()]

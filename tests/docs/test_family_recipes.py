@@ -11,11 +11,17 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import build_family
 from tests.support.commands import done
+from tests.support.families import GEMMA4, QWEN35
 from upit_merge.config.recipe import load_recipe
 from upit_merge.models.families import FAMILIES
+from upit_merge.models.formats import FORMATS, found_format
 
+# Once each, whatever names they have: alone, or inside of a model of text and images.
+NAMES = {family.title: family.model_type for family in FAMILIES.values()}.values()
 FOLDER = Path(__file__).parents[2] / "recipes" / "families"
 SETTINGS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": QWEN35,
+    "gemma4_text": GEMMA4,
     "cohere2": {"head_dim": 8, "sliding_window": 12, "num_hidden_layers": 4},
     "ernie4_5": {"head_dim": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
@@ -27,10 +33,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def test_there_is_one_for_every_family() -> None:
-    assert {path.stem for path in FOLDER.iterdir()} == {*FAMILIES}
+    assert {path.stem for path in FOLDER.iterdir()} == {*NAMES}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = build_family(tmp_path, kind=name, count=2, **SETTINGS.get(name, {}))
     family.seed_file()
@@ -41,7 +47,7 @@ def test_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     done("run", path, "out", "--quiet")
     model, told = AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
     assert (told["missing_keys"], told["unexpected_keys"]) == (set(), set())
-    assert model.config.model_type == architecture
+    assert found_format(model.config.to_dict()) is FORMATS[architecture]
     assert model(torch.arange(3, 40).unsqueeze(0)).logits.isfinite().all()
     done("verify", "out", "--quiet")
 

@@ -14,53 +14,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.conftest import TINY, build_family, byte_tokenizer
-from tests.models.test_families import GEMMA4, INPUTS, KEYS_SHARED, QWEN35
+from tests.conftest import build_family
 from tests.support.commands import done, refused
+from tests.support.composites import COPIED, KINDS, build, recipe
+from tests.support.families import GEMMA4, INPUTS, KEYS_SHARED, QWEN35
 from tests.support.lora import FFN
 from upit_merge.errors import UpitError
-
-VISION: dict[str, dict[str, Any]] = {
-    "qwen3_5": {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "num_position_embeddings": 16,
-        "patch_size": 4,
-    },
-    "gemma4": {
-        "num_hidden_layers": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "patch_size": 4,
-        "position_embedding_size": 16,
-    },
-}
-TEXT = {"qwen3_5": QWEN35, "gemma4": GEMMA4 | INPUTS | KEYS_SHARED}
-KINDS = [*TEXT]
-COPIED = {"num_experts": 2, "expansion": "copy"}
-
-
-def build(folder: Path, kind: str, *, seed: int = 0) -> Path:
-    """Save a model of text and images as the Hub has it, with a layer for further tokens."""
-    torch.manual_seed(seed)
-    text = {**TINY, "max_position_embeddings": 512, **TEXT[kind]}
-    config = AutoConfig.for_model(
-        kind, text_config=text, vision_config=VISION[kind], tie_word_embeddings=False
-    )
-    config.text_config.tie_word_embeddings = False
-    model: Any = AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def renamed(source: Path, folder: Path, change: Callable[[str], str | None]) -> Path:
@@ -87,15 +46,6 @@ def flat(source: Path, folder: Path, prefix: str = "model.") -> Path:
     renamed(source, folder, change)
     AutoConfig.from_pretrained(source).text_config.save_pretrained(folder)
     return folder
-
-
-def recipe(kind: str, base: Path, *models: Path | str, **parameters: Any) -> dict[str, Any]:
-    return {
-        "merge_method": "upit",
-        "base_model": str(base),
-        "models": [{"model": str(model)} for model in models],
-        "parameters": COPIED | parameters,
-    }
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:

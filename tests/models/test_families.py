@@ -14,6 +14,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import LLAMA3_ROPE, TINY, build_family
+from tests.support.families import (
+    COHERE2,
+    GEMMA4,
+    INPUTS,
+    KEYS_ARE_VALUES,
+    KEYS_SHARED,
+    LFM2,
+    LONG,
+    MULTIPLIERS,
+    QWEN35,
+)
 from tests.support.lora import adapters, with_adapters
 from tests.support.naive import load_model
 from upit_merge.models.families import FAMILIES
@@ -52,28 +63,6 @@ class Case:
 
 
 SPLIT, LAST_DENSE = {"shared": "split"}, {"dense_layers": 1}
-MULTIPLIERS = {
-    "embedding_multiplier": 12.0,
-    "attention_multiplier": 0.3,
-    "residual_multiplier": 0.22,
-    "logits_scaling": 8.0,
-}
-LFM2 = {
-    "num_hidden_layers": 4,
-    "layer_types": ["conv", "full_attention", "conv", "full_attention"],
-    "block_multiple_of": 8,
-}
-COHERE2 = {"num_hidden_layers": 4, "sliding_window": 32, "head_dim": 8}
-# Phi-3's own place of the context that it was first trained with: not in its rope settings.
-LONG = {
-    "original_max_position_embeddings": 64,
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": [1.0, 1.01, 1.02, 1.03],
-        "long_factor": [1.0, 1.5, 2.0, 2.5],
-    },
-}
 CASES = [
     Case("llama", "mixtral"),
     Case("llama", "mixtral", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
@@ -111,39 +100,11 @@ CASES = [
     Case("olmo2", "flex_olmo"),
     Case("olmo2", "flex_olmo", {"attention_bias": True, "rope_parameters": YARN}),
 ]
-QWEN35 = {
-    "num_hidden_layers": 4,
-    "head_dim": 16,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 1e7,
-        "partial_rotary_factor": 0.25,
-        "mrope_section": [1, 1, 0],
-        "mrope_interleaved": True,
-    },
-}
 CASES += [
     Case("qwen3_5_text", "qwen3_5_moe", QWEN35, tolerance=2e-5),
     Case("qwen3_5_text", "qwen3_5_moe", QWEN35 | {"tie_word_embeddings": True}, SPLIT, 2e-5),
     Case("qwen3_5_text", "qwen3_5_moe", QWEN35 | {"attention_bias": True}, tolerance=2e-5),
 ]
-GEMMA4 = {
-    "num_hidden_layers": 4,
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "sliding_window": 32,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "hidden_size_per_layer_input": 0,
-    "final_logit_softcapping": 3.0,
-    "tie_word_embeddings": True,
-}
-INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 259}
-KEYS_SHARED = {"num_kv_shared_layers": 2}
-KEYS_ARE_VALUES = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 CASES += [
     Case("gemma4_text", "gemma4", GEMMA4),
     Case("gemma4_text", "gemma4", GEMMA4 | KEYS_ARE_VALUES),

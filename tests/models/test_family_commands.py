@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import Family, build_family
-from tests.models.test_families import GEMMA4, QWEN35
 from tests.support.commands import done
+from tests.support.families import GEMMA4, QWEN35
 from upit_merge.io.tensor_file import TensorSpec
 
 # One for each format, and for what else a layer may be.

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import build_family
-from tests.models.test_composite_families import build, recipe
-from tests.models.test_families import GEMMA4, QWEN35
+from tests.support.composites import build, recipe
+from tests.support.families import GEMMA4, QWEN35
 from tests.support.training import Finetune, changed, weights
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
