@@ -283,7 +283,7 @@ def _plain_rope(rope: Any) -> Any:
         return {kind: _plain_rope(own) for kind, own in rope.items()}
     plain = {key: value for key, value in rope.items() if value is not None and key != "type"}
     if plain.get("rope_type", rope.get("type", "default")) == "default":
-        return {key: plain.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+        return plain.get("rope_theta"), plain.get("partial_rotary_factor") or 1.0
     return plain
 
 
