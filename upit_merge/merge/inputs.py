@@ -21,12 +21,12 @@ from upit_merge.io.hub import OpenOptions, resolve, split_reference
 from upit_merge.io.shards import Shard, plan_shards
 from upit_merge.io.sources import DenseModel
 from upit_merge.merge.density import resolve_densities
+from upit_merge.models.agreement import inspect_models
 from upit_merge.models.chat_template import Borrowed, borrowed_templates, resolve_chat_template
 from upit_merge.models.dense import (
     DenseArchitecture,
     as_llama,
     default_dtype,
-    inspect_models,
     read_dense_config,
     stored_dtype,
 )

@@ -21,13 +21,12 @@ from upit_merge.io.checkpoint import (
 )
 from upit_merge.io.hub import OpenOptions, resolve
 from upit_merge.io.untrusted import read_json
+from upit_merge.models.agreement import check_fits, own_settings
 from upit_merge.models.dense import (
     carried_settings,
-    check_fits,
     dense_settings,
     ffn_modules,
     format_of,
-    own_settings,
     read_dense_config,
 )
 from upit_merge.models.tokenizer import has_tokenizer

@@ -6,18 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from upit_merge.models.formats.base import (
-    EMBEDDINGS,
-    FUSED,
-    HEAD,
-    PLAIN,
-    PROJECTIONS,
     Constant,
     MixtureFormat,
-    ffn_tensor,
-    is_shared,
-    mixture_layers,
-    routed_size,
-    shared_tensor,
 )
 from upit_merge.models.formats.cohere2_moe import Cohere2Moe
 from upit_merge.models.formats.ernie4_5_moe import Ernie45Moe
@@ -30,6 +20,18 @@ from upit_merge.models.formats.lfm2_moe import Lfm2Moe
 from upit_merge.models.formats.mixtral import Mixtral
 from upit_merge.models.formats.qwen3_5_moe import Qwen35Moe
 from upit_merge.models.formats.qwen3_moe import Qwen3Moe
+from upit_merge.models.formats.shapes import (
+    EMBEDDINGS,
+    FUSED,
+    HEAD,
+    PLAIN,
+    PROJECTIONS,
+    ffn_tensor,
+    is_shared,
+    mixture_layers,
+    routed_size,
+    shared_tensor,
+)
 
 FORMATS: dict[str, MixtureFormat] = {
     f.name: f

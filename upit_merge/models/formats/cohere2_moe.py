@@ -8,7 +8,13 @@ from typing import Any, ClassVar
 import torch
 
 from upit_merge.io.sources import TensorSource
-from upit_merge.models.formats.base import MixtureFormat, Shapes, llama_shapes
+from upit_merge.models.formats.base import (
+    MixtureFormat,
+)
+from upit_merge.models.formats.shapes import (
+    Shapes,
+    llama_shapes,
+)
 
 
 class Cohere2Moe(MixtureFormat):
@@ -21,7 +27,7 @@ class Cohere2Moe(MixtureFormat):
     count_field = "num_experts"
     expresses = frozenset({"attention_bias", "output_bias"})
     more_fields = ("layer_types", "logit_scale")
-    readers: ClassVar = {"transformers": "", "vLLM": ""}
+    readers: ClassVar = {"transformers": "", "llama.cpp": "", "vLLM": "not tried"}
 
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
         return {

@@ -6,13 +6,23 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from upit_merge.io.language_part import language_name, language_settings
-from upit_merge.models.formats.base import MixtureFormat
+from upit_merge.models.formats.base import (
+    MixtureFormat,
+)
 
 _WHOLE, _ALONE = "model.language_model.", "model."
 # What stands beside `text_config`, and nowhere else.
 _BESIDE = ("architectures", "transformers_version")
 # What stands in both.
-_IN_BOTH = ("tie_word_embeddings", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+# mlx-lm reads the size of a Gemma 4's vocabulary there alone.
+_IN_BOTH = (
+    "tie_word_embeddings",
+    "torch_dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "vocab_size",
+)
 
 
 class CompositeFormat(MixtureFormat):

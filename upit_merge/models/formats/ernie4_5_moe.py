@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from upit_merge.models.formats.base import (
     Constant,
     MixtureFormat,
+)
+from upit_merge.models.formats.shapes import (
     mixture_layers,
     routed_size,
 )
@@ -24,6 +26,12 @@ class Ernie45Moe(MixtureFormat):
     class_name = "Ernie4_5_MoeForCausalLM"
     block = "mlp"
     count_field = "moe_num_experts"
+    readers: ClassVar = {
+        "transformers": "",
+        "mlx-lm": "",
+        "llama.cpp": "with a tokenizer.model only",
+        "vLLM": "not tried",
+    }
     inner_field = "moe_intermediate_size"
     shared = ("none", "zero", "split")
     has_dense_layers = True

@@ -8,7 +8,13 @@ from typing import Any, ClassVar
 import torch
 
 from upit_merge.io.sources import TensorSource
-from upit_merge.models.formats.base import MixtureFormat, Shapes, llama_shapes
+from upit_merge.models.formats.base import (
+    MixtureFormat,
+)
+from upit_merge.models.formats.shapes import (
+    Shapes,
+    llama_shapes,
+)
 
 # Rows of the embeddings whose size stands for that of all: frequent tokens come first.
 _ROWS = 4096

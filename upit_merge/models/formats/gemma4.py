@@ -23,14 +23,16 @@ from upit_merge.models.families.gemma4 import (
     layer_settings,
 )
 from upit_merge.models.formats.base import (
+    Constant,
+)
+from upit_merge.models.formats.composite import CompositeFormat
+from upit_merge.models.formats.shapes import (
     FUSED,
     PROJECTIONS,
-    Constant,
     Shapes,
     ffn_shapes,
     mixture_layers,
 )
-from upit_merge.models.formats.composite import CompositeFormat
 
 # Of the FFN beside the experts, which is zero: as few dimensions as quantisation takes in one piece.
 _ZERO_SIZE = 64
@@ -51,6 +53,13 @@ class Gemma4Moe(CompositeFormat):
     gate = "router.proj.weight"
     packed: ClassVar = {f"experts.{kind}": kind for kind in FUSED}
     count_field = "num_experts"
+    readers: ClassVar = {
+        "transformers": "5 and later",
+        "mistral.rs": "",
+        "llama.cpp": "not tried",
+        "mlx-lm": "not tried",
+        "vLLM": "not tried",
+    }
     inner_field = "moe_intermediate_size"
     expresses = frozenset({"attention_bias", "output_bias", "qk_norm"})
     gate_path = "router.proj"

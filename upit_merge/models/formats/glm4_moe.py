@@ -12,6 +12,8 @@ from typing import Any
 from upit_merge.models.formats.base import (
     Constant,
     MixtureFormat,
+)
+from upit_merge.models.formats.shapes import (
     mixture_layers,
     routed_size,
 )

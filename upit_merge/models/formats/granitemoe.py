@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from upit_merge.models.formats.base import Constant, MixtureFormat
+from upit_merge.models.formats.base import (
+    Constant,
+    MixtureFormat,
+)
 
 _BIASES = "attention_bias"
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from upit_merge.models.formats.base import Constant
+from upit_merge.models.formats.base import (
+    Constant,
+)
 from upit_merge.models.formats.granitemoe import GraniteMoe
 
 # What a softmax adds to its sum of exponentials: nothing.
@@ -29,7 +31,7 @@ class GraniteMoeSwa(GraniteMoe):
         "experts.down_proj": "down_proj",
     }
     more_fields = ("no_rope_layers",)
-    readers: ClassVar = {"transformers": "", "vLLM": "", "llama.cpp": ""}
+    readers: ClassVar = {"transformers": "", "llama.cpp": "", "vLLM": "not tried"}
     attention = "eager"
 
     def caution(self, settings: Mapping[str, Any]) -> str | None:

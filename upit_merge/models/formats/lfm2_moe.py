@@ -11,6 +11,8 @@ from upit_merge.io.sources import TensorSource
 from upit_merge.models.formats.base import (
     Constant,
     MixtureFormat,
+)
+from upit_merge.models.formats.shapes import (
     Shapes,
     ffn_shapes,
     mixture_layers,
@@ -31,6 +33,13 @@ class Lfm2Moe(MixtureFormat):
     block = "feed_forward"
     projections: ClassVar = _NAMES
     count_field = "num_experts"
+    readers: ClassVar = {
+        "transformers": "5 and later",
+        "llama.cpp": "",
+        "mlx-lm": "",
+        "mistral.rs": "",
+        "vLLM": "not tried",
+    }
     inner_field = "moe_intermediate_size"
     more_fields = ("layer_types", "conv_bias", "conv_L_cache")
     has_dense_layers = True

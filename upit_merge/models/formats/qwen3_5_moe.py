@@ -10,16 +10,18 @@ import torch
 from upit_merge.io.sources import TensorSource
 from upit_merge.models.families.qwen3_5 import LINEAR_FIELDS
 from upit_merge.models.formats.base import (
+    Constant,
+)
+from upit_merge.models.formats.composite import CompositeFormat
+from upit_merge.models.formats.shapes import (
     FUSED,
     PROJECTIONS,
-    Constant,
     Shapes,
     llama_shapes,
     mixture_layers,
     routed_size,
     shared_tensor,
 )
-from upit_merge.models.formats.composite import CompositeFormat
 
 _SHARED = "mlp.shared_expert"
 _SHARED_SIZE = "shared_expert_intermediate_size"
@@ -43,6 +45,12 @@ class Qwen35Moe(CompositeFormat):
     block = "mlp"
     packed: ClassVar = {f"experts.{kind}": kind for kind in FUSED}
     count_field = "num_experts"
+    readers: ClassVar = {
+        "transformers": "5 and later",
+        "llama.cpp": "",
+        "mlx-lm": "",
+        "vLLM": "not tried",
+    }
     inner_field = "moe_intermediate_size"
     expresses = frozenset({"attention_bias", "output_bias", "qk_norm", "partial_rotary_factor"})
     more_fields = ("layer_types", *LINEAR_FIELDS, _SHARED_SIZE)

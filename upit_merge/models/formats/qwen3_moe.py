@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upit_merge.models.formats.base import MixtureFormat
+from upit_merge.models.formats.base import (
+    MixtureFormat,
+)
 
 
 class Qwen3Moe(MixtureFormat):

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from upit_merge.models.formats.base import (
-    PROJECTIONS,
     Constant,
+)
+from upit_merge.models.formats.shapes import (
+    PROJECTIONS,
     mixture_layers,
     routed_size,
     shared_tensor,
