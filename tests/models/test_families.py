@@ -27,6 +27,7 @@ from tests.support.families import (
 )
 from tests.support.lora import adapters, with_adapters
 from tests.support.naive import load_model
+from upit_merge.errors import UpitError
 from upit_merge.models.families import FAMILIES
 
 # Beyond every window that the models below have.
@@ -227,3 +228,23 @@ def test_adapters_on_fused_matrices(tmp_path, merge) -> None:
             torch.testing.assert_close(up, both[inner:], rtol=0, atol=1e-6)
             whole = model[f"model.layers.{layer}.mlp.down_proj.weight"]
             torch.testing.assert_close(down, whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "parameters", "told"),
+    [
+        ("llama", "auto", {"shared": "split"}, "a Mixtral has none; leave it out or write archit"),
+        ("qwen2", "auto", {"shared": "none"}, "has zero or split; leave it out or write architec"),
+        ("qwen3", "auto", {"dense_layers": 1}, "every layer of a Qwen3-MoE is a mixture; leave it"),
+        ("llama", "glm4_moe", {"dense_layers": 2}, "the models have 2 layers, of which one must"),
+        ("qwen2", "auto", {"num_experts": 1}, "the router of a GLM-4-MoE needs 2; raise num_exp"),
+    ],
+)
+def test_what_a_format_has_not_is_refused(
+    tmp_path, merge, kind: str, architecture: str, parameters: dict[str, Any], told: str
+) -> None:
+    family = build_family(tmp_path, kind=kind, count=2)
+    with pytest.raises(UpitError) as caught:
+        merge(family.recipe(architecture=architecture, parameters=parameters))
+    assert told in str(caught.value)
+    assert not (tmp_path / "out").exists()

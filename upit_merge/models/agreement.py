@@ -67,7 +67,10 @@ def inspect_models(
                 raise _misfit(checkpoint, field, value, other, expected[field], other is base)
     if donor is not base:
         _tell_of_other_base(base, of_base, settings)
-    whole, settings = settings, settings | own_settings(form, own, settings)
+    whole, settings = (
+        settings,
+        settings | own_settings(form, own, settings, family_of(donor).targets),
+    )
     check_fits(donor, form, settings)
     for caution in (form.caution(settings), family_of(donor).caution(donor.config)):
         if caution:
@@ -87,28 +90,35 @@ def inspect_models(
 
 
 def own_settings(
-    form: MixtureFormat, own: Mapping[str, Any], settings: Mapping[str, Any]
+    form: MixtureFormat,
+    own: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    targets: Sequence[str],
 ) -> dict[str, Any]:
     """Return what the recipe wants of the mixture itself.
+
+    Args:
+        settings: The dense model's.
+        targets: Names of the formats it can become.
 
     Raises:
         UpitError: its format has not that.
     """
     shared, dense_layers = own["shared"], own["dense_layers"]
+    formats = [FORMATS[name] for name in targets]
     if shared == "auto":
         shared = form.shared[0]
     if shared not in form.shared:
-        others = [f.name for f in FORMATS.values() if shared in f.shared]
-        remedy = f"that has {' or '.join(others)}, if the checkpoints can become one"
+        others = [other.name for other in formats if shared in other.shared]
         raise UpitError(
             f"parameters.shared is {shared}, but a {form.title} has {' or '.join(form.shared)}; "
-            f"leave it out, or write an architecture: {remedy}."
+            f"{_leave_out(others)}."
         )
     if dense_layers and not form.has_dense_layers:
-        others = [f.name for f in FORMATS.values() if f.has_dense_layers]
+        others = [other.name for other in formats if other.has_dense_layers]
         raise UpitError(
             f"parameters.dense_layers is {dense_layers}, but every layer of a {form.title} is a "
-            f"mixture; leave it out, or write an architecture: that can ({', '.join(others)})."
+            f"mixture; {_leave_out(others)}."
         )
     if dense_layers >= settings["num_hidden_layers"]:
         raise UpitError(
@@ -116,6 +126,10 @@ def own_settings(
             f"{settings['num_hidden_layers']} layers, of which one must become a mixture; lower it."
         )
     return {"shared": shared, "dense_layers": dense_layers}
+
+
+def _leave_out(others: Sequence[str]) -> str:
+    return " ".join(["leave it out", *(f"or write architecture: {name}" for name in others)])
 
 
 def _misfit(

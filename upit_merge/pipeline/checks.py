@@ -25,6 +25,7 @@ from upit_merge.models.agreement import check_fits, own_settings
 from upit_merge.models.dense import (
     carried_settings,
     dense_settings,
+    family_of,
     ffn_modules,
     format_of,
     read_dense_config,
@@ -80,7 +81,7 @@ def _check_base(pipeline: Pipeline) -> tuple[dict[str, Any], list[str]]:
         form, parameters = format_of(base, recipe.architecture), recipe.parameters
         own = {"shared": parameters.shared, "dense_layers": parameters.dense_layers}
         settings = dense_settings(base)
-        settings |= own_settings(form, own, settings)
+        settings |= own_settings(form, own, settings, family_of(base).targets)
         check_fits(base, form, settings)
     fields = form.fields(settings, form.fewest_experts) | form.rope_fields(settings)
     mixture = form.read(
