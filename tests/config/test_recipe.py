@@ -33,6 +33,9 @@ def test_defaults() -> None:
         "similarity": "cosine",
         "mutation": "once",
         "backbone": "last",
+        "shared": "auto",
+        "shared_from": None,
+        "dense_layers": 0,
         "seed": 0,
     }
 
