@@ -34,8 +34,8 @@ from upit_merge.config.recipe import parse_recipe
 from upit_merge.data.tokens import SeedSet, TokenizedSample
 from upit_merge.io.hub import OpenOptions
 from upit_merge.merge.inputs import Inputs, opened
-from upit_merge.models.dense import dense_shapes
-from upit_merge.models.formats import format_of_dense
+from upit_merge.models.families import FAMILIES
+from upit_merge.models.formats import FORMATS, PLAIN
 
 CHECKPOINTS = 4
 SAMPLES, TOKENS = 1000, 512  # of seed data, the defaults
@@ -79,9 +79,9 @@ class Shape:
         }
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        form = format_of_dense(self.model_type)
-        assert form is not None
-        return dense_shapes(form, self.config)
+        family = FAMILIES[self.model_type]
+        settings = family.settings(family.read(self.config)) | PLAIN
+        return FORMATS[family.targets[0]].dense_shapes(settings)
 
     @property
     def cache_bytes(self) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -54,6 +53,13 @@ def make(folder: Path, kind: str, layers: int) -> None:
         model.save_pretrained(folder / f"checkpoint-{step}")
 
 
+def peak_mebibytes() -> float:
+    """Of this process alone; what `getrusage` tells may be its parent's."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
 def merge(folder: Path, architecture: str, parameters: dict[str, Any], out: Path) -> None:
     """Merge, and print what that took; in a process that does nothing else."""
     import yaml
@@ -73,7 +79,7 @@ def merge(folder: Path, architecture: str, parameters: dict[str, Any], out: Path
     found = {
         "cpu": time.process_time() - before,
         "wall": time.time() - started,
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "memory": peak_mebibytes(),
         "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
     }
     print(json.dumps(found))

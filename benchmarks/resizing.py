@@ -37,7 +37,7 @@ from upit_merge.config.router import RouterSettings  # noqa: E402
 from upit_merge.io.checkpoint import Checkpoint  # noqa: E402
 from upit_merge.models.formats import PROJECTIONS  # noqa: E402
 from upit_merge.models.mixture import inspect_mixture, opened_mixture  # noqa: E402
-from upit_merge.resizing.rewriting import shrunk_layout, write_model  # noqa: E402
+from upit_merge.resizing.rewriting import rewritten_layout, write_model  # noqa: E402
 from upit_merge.resizing.sources import Group, Groups, ShrunkMixture  # noqa: E402
 
 Result = dict[str, Any]
@@ -70,9 +70,9 @@ def shrunk_otherwise(out: Path, folder: Path, groups: Groups) -> Path:
         architecture = inspect_mixture(moe)
         gates = mean_gates(moe, architecture, groups)
         shrunk = ShrunkMixture(moe, architecture, groups, gates)
-        names = architecture.format.gate_names(architecture.num_layers)
+        names = architecture.of_gates()
         shutil.copytree(out, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-        write_model(folder, shrunk_layout(moe, shrunk, names, 10**12), shrunk, {}, quiet=True)
+        write_model(folder, rewritten_layout(moe, shrunk, names, 10**12), shrunk, {}, quiet=True)
     return folder
 
 

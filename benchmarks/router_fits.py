@@ -123,7 +123,8 @@ def random(folder: Path, variant: str, _scratch: Path) -> tuple[list[Tensor], di
     started = time.perf_counter()
     with opened_mixture(folder / "moe") as moe:
         model = LayerwiseMixture(moe, CPU)
-        gates = training_free_gates(moe, model.num_layers, model.num_experts, int(variant[-1]))
+        layers, seed = model.mixture_layers, int(variant[-1])
+        gates = training_free_gates(moe, model.format, layers, model.num_experts, seed)
     return gates, {"gates": time.perf_counter() - started}
 
 

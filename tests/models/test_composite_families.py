@@ -169,7 +169,7 @@ def test_layers_that_cannot_be_computed_one_by_one(
     out = merge(family.recipe())
     done("verify", out, "--quiet")
     told = refused("router", out, "--data", router["data"])
-    assert "so that it cannot be computed layer by layer; leave router out" in told
+    assert "so that it cannot be computed layer by layer, as router, evaluate" in told
 
 
 def test_text_that_is_read_both_ways_is_refused(tmp_path: Path, merge: Any) -> None:

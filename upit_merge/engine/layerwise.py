@@ -53,8 +53,9 @@ class LayerwiseMixture:
         config = self.architecture.config
         if reason := self.format.unfit_router(config):
             raise UpitError(
-                f"{moe.label} {reason}, so that it cannot be computed layer by layer; leave router "
-                "out, and train its gates with `upit-merge finetune` and train_modules: router."
+                f"{moe.label} {reason}, so that it cannot be computed layer by layer, as router, "
+                "evaluate, extend and shrink do; train its gates with `upit-merge finetune` and "
+                "train_modules: router."
             )
         self.mixture_layers = self.architecture.mixture_layers
         self.num_layers = self.architecture.num_layers

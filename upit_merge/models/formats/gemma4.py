@@ -57,7 +57,7 @@ class Gemma4Moe(CompositeFormat):
         "transformers": "5 and later",
         "mistral.rs": "",
         "llama.cpp": "not tried",
-        "mlx-lm": "not tried",
+        "mlx-lm": "",
         "vLLM": "not tried",
     }
     inner_field = "moe_intermediate_size"
