@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from tests.conftest import Family
+from tests.conftest import Family, build_family
 from tests.support.cards import card_of, evaluation, model, render, report_of
 from tests.support.loading import load
 from upit_merge.report.document import Report, describe
@@ -187,3 +187,14 @@ def test_reports_that_make_no_sense_make_no_card(change: Callable[[dict[str, Any
     assert isinstance(describe(report), Report)
     change(report)
     assert not isinstance(describe(report), Report)
+
+
+def test_only_programs_that_run_the_format_are_shown(tmp_path, merge) -> None:
+    """A FlexOlmo is transformers' alone; of a GraniteMoE vLLM's limits are told."""
+    for kind, shown in (("olmo2", False), ("granite", True)):
+        family = build_family(tmp_path / kind, kind=kind, count=2)
+        card = (merge(family.recipe(), f"{kind}-moe") / "README.md").read_text()
+        assert "from transformers import pipeline" in card
+        assert ("convert_hf_to_gguf.py" in card) == shown
+        told = "interface (not with attention biases, which it drops without a word):"
+        assert (told in card) == shown

@@ -85,7 +85,7 @@ def _at_a_glance(report: Report) -> str:
 
 
 def _run_it(report: Report) -> str:
-    """Show three ways, each to be copied."""
+    """Show ways to be copied: those of the programs that run the format."""
     if not report.model.tokenizer:
         return (
             "The model came without a tokenizer: put that of its base into the folder, then "
@@ -97,12 +97,24 @@ def _run_it(report: Report) -> str:
         f"Write the model's id on the Hub, or its folder, for {code(name)}.",
         "With transformers:",
         fenced(_with_transformers(name, chat=report.model.chat_template), "python"),
-        "With [vLLM](https://docs.vllm.ai), as a server with OpenAI's interface:",
-        fenced(_with_vllm(name, chat=report.model.chat_template), "bash"),
-        "With [llama.cpp](https://github.com/ggml-org/llama.cpp), whose converter is in its "
-        "repository:",
-        fenced(_with_llama_cpp(name, chat=report.model.chat_template), "bash"),
     ]
+    form = FORMATS.get(report.model.format)
+    readers = form.readers if form else {"vLLM": "", "llama.cpp": ""}
+    others = {
+        "vLLM": (
+            "With [vLLM](https://docs.vllm.ai), as a server with OpenAI's interface",
+            _with_vllm(name, chat=report.model.chat_template),
+        ),
+        "llama.cpp": (
+            "With [llama.cpp](https://github.com/ggml-org/llama.cpp), whose converter is in its "
+            "repository",
+            _with_llama_cpp(name, chat=report.model.chat_template),
+        ),
+    }
+    for reader, (told, commands) in others.items():
+        if reader in readers:
+            note = f" ({readers[reader]})" if readers[reader] else ""
+            parts += [f"{told}{note}:", fenced(commands, "bash")]
     return "\n\n".join(parts)
 
 

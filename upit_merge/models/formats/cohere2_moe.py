@@ -27,7 +27,11 @@ class Cohere2Moe(MixtureFormat):
     count_field = "num_experts"
     expresses = frozenset({"attention_bias", "output_bias"})
     more_fields = ("layer_types", "logit_scale")
-    readers: ClassVar = {"transformers": "", "llama.cpp": "", "vLLM": "not tried"}
+    readers: ClassVar = {
+        "transformers": "",
+        "llama.cpp": "",
+        "vLLM": "other tokens on the CPU, not tried on a GPU",
+    }
 
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
         return {

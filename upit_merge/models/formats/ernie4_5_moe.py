@@ -30,7 +30,7 @@ class Ernie45Moe(MixtureFormat):
         "transformers": "",
         "mlx-lm": "",
         "llama.cpp": "with a tokenizer.model only",
-        "vLLM": "not tried",
+        "vLLM": "",
     }
     inner_field = "moe_intermediate_size"
     shared = ("none", "zero", "split")

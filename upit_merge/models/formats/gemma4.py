@@ -58,7 +58,7 @@ class Gemma4Moe(CompositeFormat):
         "mistral.rs": "",
         "llama.cpp": "not tried",
         "mlx-lm": "",
-        "vLLM": "not tried",
+        "vLLM": "does not start on the CPU, not tried on a GPU",
     }
     inner_field = "moe_intermediate_size"
     expresses = frozenset({"attention_bias", "output_bias", "qk_norm"})

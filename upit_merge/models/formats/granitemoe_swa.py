@@ -31,7 +31,7 @@ class GraniteMoeSwa(GraniteMoe):
         "experts.down_proj": "down_proj",
     }
     more_fields = ("no_rope_layers",)
-    readers: ClassVar = {"transformers": "", "llama.cpp": "", "vLLM": "not tried"}
+    readers: ClassVar = {"transformers": "", "llama.cpp": "", "vLLM": ""}
     attention = "eager"
 
     def caution(self, settings: Mapping[str, Any]) -> str | None:

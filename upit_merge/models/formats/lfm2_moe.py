@@ -38,7 +38,7 @@ class Lfm2Moe(MixtureFormat):
         "llama.cpp": "",
         "mlx-lm": "",
         "mistral.rs": "",
-        "vLLM": "not tried",
+        "vLLM": "other tokens on the CPU, not tried on a GPU",
     }
     inner_field = "moe_intermediate_size"
     more_fields = ("layer_types", "conv_bias", "conv_L_cache")

@@ -49,7 +49,7 @@ class Qwen35Moe(CompositeFormat):
         "transformers": "5 and later",
         "llama.cpp": "",
         "mlx-lm": "",
-        "vLLM": "not tried",
+        "vLLM": "ends at the first token on the CPU, not tried on a GPU",
     }
     inner_field = "moe_intermediate_size"
     expresses = frozenset({"attention_bias", "output_bias", "qk_norm", "partial_rotary_factor"})
