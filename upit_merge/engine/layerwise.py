@@ -99,15 +99,8 @@ class LayerwiseMixture:
 
     def backbone(self, layer: int) -> Weights:
         """All of a layer but gate and experts, by its names in a decoder layer."""
-        prefix = self.format.layer_prefix(layer)
-        return {
-            self.format.memory_name(name.removeprefix(prefix)): self.load(name)
-            for name in self.moe.specs
-            # Old folders hold tables that are computed.
-            if name.startswith(prefix)
-            and self.format.is_backbone(name)
-            and not name.endswith("rotary_emb.inv_freq")
-        }
+        names = self.architecture.backbone_of(layer, self.moe.specs)
+        return {own: self.load(name) for own, name in names.items()}
 
     def dense_layer(self, layer: int, backbone: Weights) -> nn.Module:
         """A decoder layer with this backbone; the FFN in place of its experts is still empty."""

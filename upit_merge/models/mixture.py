@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,24 @@ class MixtureArchitecture:
     def num_layers(self) -> int:
         return int(self.config.num_hidden_layers)
 
-    @property
+    @cached_property
     def mixture_layers(self) -> range:
         """The layers that have experts."""
         return mixture_layers(self.dense_settings())
+
+    def backbone_of(self, layer: int, names: Iterable[str]) -> dict[str, str]:
+        """Return which of a mixture's tensors a layer has beside gate and experts.
+
+        Returns:
+            Their names, by what a decoder layer of transformers calls them.
+        """
+        prefix = self.format.layer_prefix(layer)
+        return {
+            self.format.memory_name(name.removeprefix(prefix)): name
+            for name in names
+            # Old folders hold tables that are computed.
+            if name.startswith(prefix) and self.format.is_backbone(name) and not is_derived(name)
+        }
 
     def gate_names(self) -> list[str]:
         """Return the names of all gates, in layer order."""

@@ -32,7 +32,6 @@ from upit_merge.engine.body import compute_tables, one_expert
 from upit_merge.engine.layerwise import LOGIT_ROWS
 from upit_merge.errors import UpitError
 from upit_merge.io.sources import TensorSource
-from upit_merge.models.dense import is_derived
 from upit_merge.models.formats import PROJECTIONS
 from upit_merge.models.mixture import MixtureArchitecture, read_mixture
 from upit_merge.runtime.parallel import progress_bar
@@ -141,12 +140,11 @@ def _ffn_names(architecture: MixtureArchitecture, expert: int) -> dict[str, str]
 
 def _backbone_names(moe: TensorSource, architecture: MixtureArchitecture) -> dict[str, str]:
     """Return the name of each other tensor but the gates, by its name in that model."""
-    form, names = architecture.format, {}
-    for layer in range(architecture.num_layers):
-        prefix = form.layer_prefix(layer)
-        for name in moe.specs:
-            if name.startswith(prefix) and form.is_backbone(name) and not is_derived(name):
-                names[prefix + form.memory_name(name.removeprefix(prefix))] = name
+    names = {
+        architecture.format.layer_prefix(layer) + own: name
+        for layer in range(architecture.num_layers)
+        for own, name in architecture.backbone_of(layer, moe.specs).items()
+    }
     names["model.embed_tokens.weight"] = "model.embed_tokens.weight"
     return names
 
