@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
@@ -11,6 +13,9 @@ from pydantic import BaseModel
 
 # Makes options when a command is used: what they are made from takes long to import.
 LazyOptions = Callable[[], list[click.Option]]
+
+PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
 
 # The `router:` settings that say which data, and how it is computed.
 DATA_SETTINGS = (
@@ -48,6 +53,9 @@ class Command(click.Command):
             with formatter.section("Example"):
                 for line in self.epilog.splitlines():
                     formatter.write(f"  {line}\n")
+
+
+command = partial(click.command, cls=Command)
 
 
 # ---- of all commands that run data through a mixture -------------------------------------------
@@ -136,6 +144,9 @@ def setting_options(keys: Collection[str] | None = None) -> list[click.Option]:
         for inner, inner_field in blocks[name].model_fields.items():
             options.append(_router_option(f"{name}_{inner}", inner_field, optional=True))
     return options
+
+
+data_options = partial(setting_options, DATA_SETTINGS)
 
 
 def gate_options() -> list[click.Option]:

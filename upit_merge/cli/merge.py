@@ -1,0 +1,78 @@
+"""The commands that take a recipe: `run`, `plan`, `verify`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upit_merge.cli.options import PATH, command, merge_options, parse_merge_options
+
+# Of mergekit's options, what `plan` and `verify` have no use for, as they write nothing.
+_WRITING = ("copy_tokenizer", "write_model_card", "safe_serialization")
+
+
+@command(merge_options=merge_options, epilog="upit-merge run recipes/upit-8x.yml out/ --cuda")
+@click.argument("recipe", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output of upit-merge.")
+def run(recipe: Path, out: Path, overwrite: bool, **values: Any) -> None:
+    """Turn RECIPE into an MoE in the folder OUT, as `mergekit-yaml RECIPE OUT` does."""
+    from upit_merge.commands.run import run_recipe
+    from upit_merge.config.recipe import load_recipe
+    from upit_merge.plugin.method import run_options
+
+    parsed, source = load_recipe(recipe)
+    options = run_options(parse_merge_options(values), overwrite=overwrite)
+    run_recipe(parsed, source, out, options)
+
+
+@command(
+    merge_options=partial(merge_options, unused=_WRITING),
+    epilog="upit-merge plan recipes/upit-8x.yml out/ --data seed.jsonl",
+)
+@click.argument("recipe", type=PATH)
+@click.argument("out", type=PATH, required=False)
+@click.option("--data", help="Find out on this seed data whether a router is worth it.")
+@click.option("--subset", help="Configuration name of --data, if that is a dataset id.")
+@click.option("--split", help="Split of --data, if that is a dataset id; train if not given.")
+def plan(
+    recipe: Path,
+    out: Path | None,
+    data: str | None,
+    subset: str | None,
+    split: str | None,
+    **values: Any,
+) -> None:
+    """Check RECIPE and its models and show what `run` would make and need; writes nothing.
+
+    With the folder OUT, check also that the output would fit its disk. With --data, compute the
+    loss of every sample under every checkpoint, and tell what choosing among them could gain.
+    """
+    from upit_merge.commands.plan import plan_recipe
+    from upit_merge.config.recipe import load_recipe
+    from upit_merge.plugin.method import run_options
+
+    parsed, _source = load_recipe(recipe)
+    options = run_options(parse_merge_options(values))
+    plan_recipe(parsed, options, out, data, subset=subset, split=split)
+
+
+@command(
+    merge_options=partial(merge_options, unused=(*_WRITING, "out_shard_size", "random_seed")),
+    epilog="upit-merge verify out/",
+)
+@click.argument("out", type=PATH)
+@click.option("--recipe", type=PATH, help="The recipe, if it is not in OUT.")
+@click.option("--gates", is_flag=True, help="Train the gates again too, from the seed data.")
+def verify(out: Path, recipe: Path | None, gates: bool, **values: Any) -> None:
+    """Compute again what OUT should be, from its recipe and the models, and compare every byte.
+
+    Start it in the folder in which the recipe was run, where its paths lead to the models.
+    """
+    from upit_merge.commands.verify import verify_output
+    from upit_merge.plugin.method import run_options
+
+    verify_output(out, recipe, run_options(parse_merge_options(values)), gates=gates)

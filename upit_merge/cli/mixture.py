@@ -1,0 +1,142 @@
+"""The commands that change or measure a mixture: `router`, `extend`, `shrink`, `evaluate`, `page`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upit_merge.cli.options import (
+    FILE,
+    PATH,
+    command,
+    common_options,
+    data_options,
+    gate_options,
+    setting_options,
+)
+
+
+@command(
+    setting_options=setting_options,
+    epilog="upit-merge router out/ --data seed.jsonl --objective ridge",
+)
+@click.argument("out", type=PATH)
+@common_options()
+def router(out: Path, common: dict[str, Any], **settings: Any) -> None:
+    """Train the gates of the MoE in the folder OUT, which is changed in place."""
+    from upit_merge.commands.options import MixtureOptions
+    from upit_merge.commands.router import parse_settings, train_router
+
+    train_router(out, parse_settings(settings), MixtureOptions(**common))
+
+
+@command(
+    setting_options=gate_options,
+    epilog="upit-merge extend out/ --model sft-law/checkpoint-900 --data law.jsonl",
+)
+@click.argument("out", type=PATH)
+@click.option(
+    "--model", required=True, help="The dense checkpoint: a folder, a Hub id, or BASE+ADAPTER."
+)
+@click.option(
+    "--all-gates", is_flag=True, help="Fit the gates of all experts, not only the new one's."
+)
+@common_options("max_shard_bytes", "allow_pickle")
+def extend(out: Path, model: str, all_gates: bool, common: dict[str, Any], **settings: Any) -> None:
+    """Add the FFN of a dense checkpoint as one more expert to the MoE in the folder OUT.
+
+    The experts that are there keep their bytes, and the other gates stay as they are, unless
+    --all-gates is given. Without --data, what the gates were trained on is used. After Nexus
+    (arXiv 2408.15901).
+    """
+    from upit_merge.commands.extend import extend_output, with_recorded_data
+    from upit_merge.commands.options import ResizeOptions
+    from upit_merge.commands.router import parse_settings
+
+    parsed = parse_settings(with_recorded_data(settings, out))
+    extend_output(out, model, parsed, ResizeOptions(**common), all_gates=all_gates)
+
+
+@command(
+    setting_options=data_options,
+    epilog="upit-merge shrink out/ --experts 4 --data seed.jsonl",
+)
+@click.argument("out", type=PATH)
+@click.option("--experts", type=click.IntRange(1), required=True, help="Experts per layer to keep.")
+@common_options("max_shard_bytes")
+def shrink(out: Path, experts: int, common: dict[str, Any], **settings: Any) -> None:
+    """Merge experts of the MoE in the folder OUT, which is changed in place, until few are left.
+
+    Which ones: those the router uses least join the ones it judges alike, layer by layer, on the
+    tokens of --data. After MC-SMoE (arXiv 2310.01334); for experts of one origin, as upcycled ones
+    are: others would have to have their neurons aligned first, which is not done.
+    """
+    from upit_merge.commands.options import ResizeOptions
+    from upit_merge.commands.router import parse_settings
+    from upit_merge.commands.shrink import shrink_output
+
+    shrink_output(out, experts, parse_settings(settings), ResizeOptions(**common))
+
+
+@command(
+    setting_options=data_options,
+    epilog="upit-merge evaluate out/ --data held-out.jsonl --group-by domain --plot routing.png",
+)
+@click.argument("out", type=PATH)
+@click.option("--group-by", metavar="COLUMN", help="Column of the data with the kind of text.")
+@click.option("--json", type=FILE, help="Write all numbers to this file.")
+@click.option("--plot", type=FILE, help="Write the routing heat map to this PNG file.")
+@click.option("--card", is_flag=True, help="Put the results on the model card.")
+@click.option("--no-experts", is_flag=True, help="Leave out the comparison with every expert.")
+@click.option("--control", is_flag=True, help="Compare with gates fitted to shuffled buckets.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="[NAME=]MODEL",
+    help="Compare with another model, dense or a mixture, of the same vocabulary; repeatable.",
+)
+@common_options(quiet="No progress bars, no tables.")
+def evaluate(
+    out: Path,
+    group_by: str | None,
+    json: Path | None,
+    plot: Path | None,
+    card: bool,
+    no_experts: bool,
+    control: bool,
+    against: tuple[str, ...],
+    common: dict[str, Any],
+    **settings: Any,
+) -> None:
+    """Measure the MoE in the folder OUT on held-out data: perplexity, and what its router does.
+
+    Layer by layer, so that it runs where the model does not fit. Nothing is changed but, with
+    --card, the model card and the report.
+    """
+    from upit_merge.commands.compare import Rival
+    from upit_merge.commands.evaluate import EvaluateOptions, evaluate_output
+    from upit_merge.commands.router import parse_settings
+
+    options = EvaluateOptions(
+        group_by=group_by,
+        json=json,
+        plot=plot,
+        card=card,
+        experts=not no_experts,
+        control=control,
+        against=tuple(map(Rival.parse, against)),
+        **common,
+    )
+    evaluate_output(out, parse_settings(settings), options)
+
+
+@command(epilog="upit-merge page out/")
+@click.argument("out", type=PATH)
+@click.option("--force", is_flag=True, help="Replace a card that was edited by hand, too.")
+def page(out: Path, force: bool) -> None:
+    """Write README.md of the MoE in the folder OUT, and its pictures, anew from its report."""
+    from upit_merge.commands.page import refresh_card
+
+    refresh_card(out, replace_edited=force)
