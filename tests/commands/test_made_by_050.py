@@ -146,7 +146,7 @@ def unfinished(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         time_of_change = int(state.split()[1])
         os.utime(file, ns=(time_of_change, time_of_change))
     # Another version may make other bytes and would refuse.
-    monkeypatch.setattr("upit_merge.commands.run.__version__", "0.5.0")
+    monkeypatch.setattr("upit_merge.commands.finished.__version__", "0.5.0")
     return out
 
 

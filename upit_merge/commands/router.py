@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from upit_merge import __version__
+from upit_merge.commands.finished import result_digest
 from upit_merge.commands.foretell import tell_router_time
+from upit_merge.commands.next_steps import argument, tell_next
 from upit_merge.commands.options import MixtureOptions, ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
@@ -101,6 +103,11 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
         identity = router_identity(stage)
         if edit.was_finished(identity):
             return
+        if _is_there(before, result_digest(identity, out)):
+            if processes.is_first and not options.quiet:
+                print(f"This command has made the gates of {out} already: nothing was computed.")
+                tell_next(*_next_steps(out))
+            return
         stage = session.resumed(stage, identity)
         copies = _copies(session, stage)
         with edit.interruptible("the gates are as they were", keeps_files=True):
@@ -111,12 +118,25 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
             if processes.is_first:
                 copies.write(named_gates(stage.model.architecture.gate_names(), result.gates))
                 form = stage.model.format
-                obsolete = _write_report_and_card(edit, result, before, copies, form)
+                digest = result_digest(identity, out, edit.model)
+                obsolete = _write_report_and_card(edit, result, before, copies, form, digest)
                 edit.put_into_place(identity, obsolete)
         if processes.is_first and not options.quiet:
             print(stage.seeds.summary())
             show_buckets(result.report)
             print(f"The gates in {out} are replaced.")
+            tell_next(*_next_steps(out))
+
+
+def _is_there(report: AnyReport, digest: str) -> bool:
+    """Return whether the last change of the model was this very call."""
+    router = report.document.get("router") or {}
+    return bool(router.get("run_sha256") == digest)
+
+
+def _next_steps(out: Path) -> Iterator[tuple[str, str]]:
+    yield f"upit-merge evaluate {argument(out)} --data held-out.jsonl", "measure it"
+    yield f"upit-merge chat {argument(out)}", "talk to it"
 
 
 def router_identity(stage: RouterStage) -> dict[str, Any]:
@@ -157,13 +177,22 @@ def _prepare(copies: PatchedCopies, stage: RouterStage) -> None:
 
 
 def _write_report_and_card(
-    edit: Edit, result: RouterResult, before: AnyReport, copies: PatchedCopies, form: MixtureFormat
+    edit: Edit,
+    result: RouterResult,
+    before: AnyReport,
+    copies: PatchedCopies,
+    form: MixtureFormat,
+    digest: str,
 ) -> list[str]:
-    """Write card and report that speak of the new gates; return the names of files that go."""
+    """Write card and report that speak of the new gates; return the names of files that go.
+
+    Args:
+        digest: By which the same call is known.
+    """
     # Experts that were trained before are so still.
     earlier = before.router and before.router.experts_sha256
     kept = {"experts_sha256": earlier} if earlier else {}
-    changes = {"router": {**kept, **result.report}}
+    changes = {"router": {**kept, **result.report, "run_sha256": digest}}
     obsolete = write_report_and_card(edit, before, changes, copies.obsolete)
     config, complete = edit.model / "config.json", complete_config(copies.config, form)
     if complete != read_json(edit.out / "config.json", "the mixture"):

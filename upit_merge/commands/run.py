@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from upit_merge import __version__
+from upit_merge.commands.finished import is_finished_run, result_digest, run_identity
 from upit_merge.commands.foretell import tell_router_time
+from upit_merge.commands.next_steps import argument, tell_next
 from upit_merge.commands.options import CommandOptions
 from upit_merge.commands.preflight import needs
-from upit_merge.config.recipe import PARAMETERS_SINCE, Parameters, Recipe
-from upit_merge.config.router import CHOSEN_SINCE, NO_MATTER, ByColumn, RouterSettings
+from upit_merge.config.recipe import Recipe
+from upit_merge.config.router import ByColumn
 from upit_merge.data.tokens import SeedSet
 from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.io.checkpoint import WEIGHT_INDEX
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.shards import Shard, shard_index
-from upit_merge.io.sources import DenseModel
 from upit_merge.io.text_file import write_json
 from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.merge.lineage import Lineage
@@ -37,7 +37,6 @@ from upit_merge.models.tokenizer_files import (
     copy_generation_config,
     copy_tokenizer_files,
 )
-from upit_merge.output.identity import file_states
 from upit_merge.output.patch import InPlace
 from upit_merge.output.staging import (
     REPORT,
@@ -91,6 +90,10 @@ class RunOptions(CommandOptions):
     overwrite: bool = False
     name: str | None = None
 
+    def of_output(self) -> dict[str, Any]:
+        """Return what decides which files there are beside the weights, and what they say."""
+        return {name: getattr(self, name) for name in ("copy_tokenizer", "write_card", "name")}
+
 
 def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> None:
     """Turn a recipe into an MoE folder.
@@ -117,7 +120,8 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
     ):
         with processes.together():
             run = _prepared(recipe, source, out, options, processes, stack)
-        complete = processes.gather(run.staging.is_moving)[0]
+        finished = processes.gather(run.is_finished)[0]
+        complete = finished or processes.gather(run.staging.is_moving)[0]
         if not complete:
             merged = merge(
                 run.inputs,
@@ -135,12 +139,25 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
                 run.finish(merged, router)
     if not processes.is_first:
         return
-    if complete:
+    if finished:
+        LOG.info("An earlier run of this recipe has made %s; there was nothing to do.", out)
+    elif complete:
         LOG.info("The earlier run was complete but for the last files, which are in place now.")
     else:
         run.tell(merged.lineage, router)
     if not options.quiet:
+        if finished:
+            print("This recipe has been run already, on these very files: nothing was computed.")
         print(f"The model is in {out}.")
+        tell_next(*_next_steps(out, has_router=recipe.router is not None))
+
+
+def _next_steps(out: Path, *, has_router: bool) -> Iterator[tuple[str, str]]:
+    folder = argument(out)
+    if not has_router:
+        yield f"upit-merge router {folder} --data seed.jsonl", "train the gates, which are random"
+    yield f"upit-merge evaluate {folder} --data held-out.jsonl", "measure it"
+    yield f"upit-merge chat {folder}", "talk to it"
 
 
 def _prepared(
@@ -154,25 +171,37 @@ def _prepared(
     """Open everything and ask everything that can be asked before the work."""
     first = processes.is_first
     devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
-    if first:
+    # What is there may be what this very run makes: that is known when all is opened.
+    moving = Staging(out / STAGING).is_moving
+    again = first and not (options.overwrite or moving) and (out / REPORT).is_file()
+    if first and not again:
         check_output_is_free(out, overwrite=options.overwrite)
     # Opened first: a glob must not find the output folder that is about to be made.
     inputs = stack.enter_context(opened(recipe, options.open))
     shards = inputs.shards(options.max_shard_bytes)
     seeds = seed_set(inputs, options) if first else None
     staging = Staging(out / STAGING)
+    result: dict[str, Any] = {}
     if first:
         samples = seeds.digest() if seeds else None
         identity = run_identity(recipe, inputs.models, options.max_shard_bytes, samples)
+        result = {**identity, **options.of_output()}
+        if again and is_finished_run(out, result):
+            return _Run(inputs, devices, shards, seeds, staging, out, source, options, result, True)
         staging = stack.enter_context(staged_output(out, identity, overwrite=options.overwrite))
         if not staging.is_moving:
             needs(inputs, devices, seeds, shards).check(out, staging.size())
-    return _Run(inputs, devices, shards, seeds, staging, out, source, options, Clock())
+    return _Run(inputs, devices, shards, seeds, staging, out, source, options, result)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A recipe that is being run; what is done after the merge stage."""
+    """A recipe that is being run; what is done after the merge stage.
+
+    Attributes:
+        identity: What decides the output; the first process has it.
+        is_finished: Whether an earlier run has made the output.
+    """
 
     inputs: Inputs
     devices: tuple[torch.device, ...]
@@ -182,7 +211,9 @@ class _Run:
     out: Path
     source: str
     options: RunOptions
-    clock: Clock
+    identity: Mapping[str, Any]
+    is_finished: bool = False
+    clock: Clock = field(default_factory=Clock)
 
     def settle(self, processes: Processes) -> None:
         """Make a folder that can be opened of the weights, before the router can be trained."""
@@ -237,6 +268,7 @@ class _Run:
             inputs.dtype,
         )
         record["seed_option"] = self.options.seed
+        record["run_sha256"] = result_digest(self.identity, folder)
         record["model"] = mixture_record(
             folder,
             self.options.name or self.out.absolute().name,
@@ -332,40 +364,3 @@ def write_settings(
             write_chat_templates({DEFAULT: inputs.chat_template}, folder)
         elif inputs.borrowed:
             lend_templates(inputs.tokenizer, inputs.borrowed, folder)
-
-
-def run_identity(
-    recipe: Recipe,
-    models: Sequence[DenseModel],
-    max_shard_bytes: int,
-    seed_samples: str | None = None,
-) -> dict[str, Any]:
-    """Return what decides a run's bytes: one that differs in any of it cannot be continued.
-
-    How much the router computes at a time is not among it: whoever ran out of memory may lower it.
-
-    Input files are told apart by size and time of change, as build tools do: reading them would
-    take as long as starting anew.
-    """
-    files = [path for model in models for path in model.files()]
-    return {
-        "upit-merge": __version__,
-        "recipe": _without_sizes(recipe.model_dump(mode="json")),
-        "--out-shard-size": max_shard_bytes,
-        "what the tokenizer makes of the seed data": seed_samples,
-        "file": file_states(files, recipe.router.data if recipe.router else ""),
-    }
-
-
-def _without_sizes(recipe: dict[str, Any]) -> dict[str, Any]:
-    router = recipe["router"] or {}
-    for name in PARAMETERS_SINCE:
-        if recipe["parameters"].get(name) == Parameters.model_fields[name].default:
-            recipe["parameters"].pop(name)
-    for name in NO_MATTER:
-        router.pop(name, None)
-    # Runs that were begun before there was a choice go on: the merge does not depend on it.
-    for name in CHOSEN_SINCE:
-        if router.get(name) == RouterSettings.model_fields[name].default:
-            router.pop(name)
-    return recipe

@@ -89,7 +89,7 @@ def staged_output(
 
     Args:
         out: The output folder; created if needed.
-        identity: What decides the output, see `commands.run.run_identity`.
+        identity: What decides the output, see `commands.finished.run_identity`.
         overwrite: Replace an earlier output of this program (a folder with a report in it).
 
     Raises:

@@ -44,11 +44,11 @@ def assigned(stage: RouterStage) -> Buckets:
     else:
         buckets = assign_by_loss(sample_losses(stage, keep_inputs=True), rule)
     if stage.processes.is_first:
-        _warn(buckets, rule)
+        _warn(buckets, rule, with_verdict=stage.quiet)  # else it ends the command's own words
     return buckets
 
 
-def _warn(buckets: Buckets, rule: ByColumn | str) -> None:
+def _warn(buckets: Buckets, rule: ByColumn | str, *, with_verdict: bool) -> None:
     if empty := [str(expert) for expert, size in enumerate(buckets.sizes) if size == 0]:
         remedy = "give more samples"
         if rule == "lowest":
@@ -60,5 +60,5 @@ def _warn(buckets: Buckets, rule: ByColumn | str) -> None:
             remedy,
         )
     if buckets.losses is not None:
-        for sentence in measure_router_gain(buckets.losses).warnings():
+        for sentence in measure_router_gain(buckets.losses).warnings(with_verdict=with_verdict):
             LOG.warning("%s", sentence)

@@ -117,9 +117,14 @@ class RouterGain:
             )
         return f"The experts differ on this data: {found}. A router is worth it."
 
-    def warnings(self) -> list[str]:
-        """Return what users should not overlook."""
-        found = [self.verdict()] if self.is_noise and self.chance == self.chance else []
+    def warnings(self, *, with_verdict: bool = True) -> list[str]:
+        """Return what users should not overlook.
+
+        Args:
+            with_verdict: The verdict may be among them; nobody prints it anyway.
+        """
+        is_alarming = with_verdict and self.is_noise and self.chance == self.chance
+        found = [self.verdict()] if is_alarming else []
         if self.favourite_share > _NEARLY_ALL:
             found.append(
                 f"Expert {self.favourite} is the best one for {self.favourite_share:.0%} of the "

@@ -1,0 +1,124 @@
+"""Giving a command again that was carried out: it says so, computes nothing, and ends well."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import invoke
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.fixture
+def recipe(family) -> Path:
+    return family.write_recipe(family.recipe(router={"data": str(family.seed_file())}))
+
+
+def test_a_finished_run_says_so_and_changes_nothing(family, recipe) -> None:
+    out = family.root / "out"
+    assert invoke("run", recipe, out).exit_code == 0
+    before = state_of(out)
+    again = invoke("run", recipe, out)
+    assert again.exit_code == 0, again.output
+    assert "nothing was computed" in again.output
+    assert f"upit-merge evaluate {out}" in again.output
+    assert state_of(out) == before
+
+
+def test_how_much_is_computed_at_a_time_makes_no_other_run(family) -> None:
+    seeds, out = str(family.seed_file()), family.root / "out"
+    first = family.write_recipe(family.recipe(router={"data": seeds}))
+    assert invoke("run", first, out).exit_code == 0
+    second = family.write_recipe(family.recipe(router={"data": seeds, "batch_tokens": 64}))
+    assert "nothing was computed" in invoke("run", second, out).output
+
+
+@pytest.mark.parametrize("change", ["seed", "seed data", "checkpoint", "no tokenizer"])
+def test_another_run_is_refused_as_ever(family, recipe, change: str) -> None:
+    out = family.root / "out"
+    assert invoke("run", recipe, out).exit_code == 0
+    words = []
+    if change == "seed":
+        words = ["--random-seed", "7"]
+    elif change == "no tokenizer":
+        words = ["--no-copy-tokenizer"]
+    elif change == "seed data":
+        with (family.root / "seed.jsonl").open("a") as file:
+            file.write(json.dumps({"text": "one more"}) + "\n")
+    else:
+        weights = next(family.checkpoints[1].glob("*.safetensors"))
+        os.utime(weights, ns=(1, 1))
+    before = state_of(out)
+    result = invoke("run", recipe, out, *words)
+    assert result.exit_code == 1
+    assert "is not empty" in result.stderr
+    assert state_of(out) == before
+
+
+def test_an_output_that_was_changed_since_is_not_this_run(family, recipe) -> None:
+    out = family.root / "out"
+    assert invoke("run", recipe, out).exit_code == 0
+    seeds = family.root / "seed.jsonl"
+    assert invoke("router", out, "--data", seeds, "--objective", "ridge").exit_code == 0
+    result = invoke("run", recipe, out)
+    assert result.exit_code == 1
+    assert "is not empty" in result.stderr
+
+
+def test_the_same_gates_are_not_fitted_twice(family, recipe) -> None:
+    out, seeds = family.root / "out", family.root / "seed.jsonl"
+    words = ["router", out, "--data", seeds, "--objective", "ridge"]
+    assert invoke("run", recipe, out).exit_code == 0
+    assert "are replaced" in invoke(*words).output
+    before = state_of(out)
+    again = invoke(*words)
+    assert again.exit_code == 0
+    assert "nothing was computed" in again.output
+    assert state_of(out) == before
+    # What the answer depends on makes it another call.
+    assert "are replaced" in invoke(*words, "--seed", 3).output
+    assert "are replaced" in invoke(*words).output
+    weights = next(out.glob("*.safetensors"))
+    os.utime(weights, ns=(1, 1))
+    assert "are replaced" in invoke(*words).output
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_verdict_appears_once(family, recipe, caplog, quiet: bool) -> None:
+    result = invoke("run", recipe, family.root / "out", *["--quiet"] * quiet)
+    told = result.output + caplog.text
+    assert told.count("hardly differ on this data") == 1
+
+
+def test_a_file_that_is_gone_is_named(family, recipe) -> None:
+    out = family.root / "out"
+    assert invoke("run", recipe, out).exit_code == 0
+    (out / "tokenizer.json").unlink()
+    result = invoke("run", recipe, out)
+    assert result.exit_code == 1
+    assert "tokenizer.json is gone" in result.stderr
+    assert invoke("run", recipe, out, "--overwrite").exit_code == 0
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_the_report_tells_nothing_of_the_disk(family, recipe) -> None:
+    out = family.root / "out"
+    assert invoke("run", recipe, out).exit_code == 0
+    digest = json.loads((out / "upit_report.json").read_text())["run_sha256"]
+    assert len(digest) == 64
+
+
+def test_a_report_by_anybody_else_is_no_finished_run(family, recipe) -> None:
+    out = family.root / "out"
+    assert invoke("run", recipe, out).exit_code == 0
+    report = json.loads((out / "upit_report.json").read_text())
+    (out / "upit_report.json").write_text(json.dumps({**report, "run_sha256": 7}))
+    result = invoke("run", recipe, out)
+    assert result.exit_code == 1
+    assert "is not empty" in result.stderr

@@ -1,0 +1,93 @@
+"""What decides a run's result, and whether that is there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from upit_merge import __version__
+from upit_merge.config.recipe import PARAMETERS_SINCE, Parameters, Recipe
+from upit_merge.config.router import CHOSEN_SINCE, NO_MATTER, RouterSettings
+from upit_merge.errors import UpitError
+from upit_merge.io.sources import DenseModel
+from upit_merge.output.identity import file_states
+from upit_merge.output.staging import check_output_is_free
+from upit_merge.report.document import read_report
+
+
+def run_identity(
+    recipe: Recipe,
+    models: Sequence[DenseModel],
+    max_shard_bytes: int,
+    seed_samples: str | None = None,
+) -> dict[str, Any]:
+    """Return what decides a run's bytes: one that differs in any of it cannot be continued.
+
+    How much the router computes at a time is not among it: whoever ran out of memory may lower it.
+
+    Input files are told apart by size and time of change, as build tools do: reading them would
+    take as long as starting anew.
+    """
+    files = [path for model in models for path in model.files()]
+    return {
+        "upit-merge": __version__,
+        "recipe": _without_sizes(recipe.model_dump(mode="json")),
+        "--out-shard-size": max_shard_bytes,
+        "what the tokenizer makes of the seed data": seed_samples,
+        "file": file_states(files, recipe.router.data if recipe.router else ""),
+    }
+
+
+def _without_sizes(recipe: dict[str, Any]) -> dict[str, Any]:
+    router = recipe["router"] or {}
+    for name in PARAMETERS_SINCE:
+        if recipe["parameters"].get(name) == Parameters.model_fields[name].default:
+            recipe["parameters"].pop(name)
+    for name in NO_MATTER:
+        router.pop(name, None)
+    # Runs that were begun before there was a choice go on: the merge does not depend on it.
+    for name in CHOSEN_SINCE:
+        if router.get(name) == RouterSettings.model_fields[name].default:
+            router.pop(name)
+    return recipe
+
+
+def result_digest(identity: Mapping[str, Any], *folders: Path) -> str:
+    """Return a digest of what decides a command's result, and of the weights it made.
+
+    Weights are told apart by size and time of change, as in `run_identity`: whoever has touched
+    them since, or has a copy, gets them made again.
+
+    Args:
+        folders: Where the weights are; a file in a later one takes the place of its namesake.
+    """
+    files = {path.name: path.stat() for folder in folders for path in folder.glob("*.safetensors")}
+    states = {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in files.items()}
+    text = json.dumps({**identity, "weights": states}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_finished_run(out: Path, identity: Mapping[str, Any]) -> bool:
+    """Return whether a folder holds, whole and unchanged, what a recipe's run makes.
+
+    Args:
+        out: The output folder, in which there is something.
+        identity: Of the run, see `run_identity`, and of what it writes beside the weights.
+
+    Raises:
+        UpitError: naming what is there instead.
+    """
+    report = read_report(out)
+    if report.document.get("run_sha256") != result_digest(identity, out):
+        check_output_is_free(out)  # says so of anything that is there
+        return False
+    missing = [name for name in report.files if not (out / name).is_file()]
+    if missing:
+        raise UpitError(
+            f"The output folder {out} holds what this recipe makes, but {missing[0]} is gone; put "
+            "it back, or make everything again with `upit-merge run --overwrite`."
+        )
+    return True
