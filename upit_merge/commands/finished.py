@@ -14,7 +14,7 @@ from upit_merge.config.router import CHOSEN_SINCE, NO_MATTER, RouterSettings
 from upit_merge.errors import UpitError
 from upit_merge.io.sources import DenseModel
 from upit_merge.output.identity import file_states
-from upit_merge.output.staging import check_output_is_free
+from upit_merge.output.staging import REPORT, check_output_is_free
 from upit_merge.report.document import read_report
 
 
@@ -55,19 +55,15 @@ def _without_sizes(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-def result_digest(identity: Mapping[str, Any], *folders: Path) -> str:
-    """Return a digest of what decides a command's result, and of the weights it made.
+def result_digest(identity: Mapping[str, Any]) -> str:
+    """Return a digest of what decides a command's result, without paths of anybody's disk in it."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    Weights are told apart by size and time of change, as in `run_identity`: whoever has touched
-    them since, or has a copy, gets them made again.
 
-    Args:
-        folders: Where the weights are; a file in a later one takes the place of its namesake.
-    """
-    files = {path.name: path.stat() for folder in folders for path in folder.glob("*.safetensors")}
-    states = {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in files.items()}
-    text = json.dumps({**identity, "weights": states}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def is_as_reported(out: Path) -> bool:
+    """Return whether no weights of a model were written after its report, which comes last."""
+    reported = (out / REPORT).stat().st_mtime_ns
+    return all(path.stat().st_mtime_ns <= reported for path in out.glob("*.safetensors"))
 
 
 def is_finished_run(out: Path, identity: Mapping[str, Any]) -> bool:
@@ -81,7 +77,8 @@ def is_finished_run(out: Path, identity: Mapping[str, Any]) -> bool:
         UpitError: naming what is there instead.
     """
     report = read_report(out)
-    if report.document.get("run_sha256") != result_digest(identity, out):
+    same = report.document.get("run_sha256") == result_digest(identity)
+    if not same or report.document.get("history") or not is_as_reported(out):
         check_output_is_free(out)  # says so of anything that is there
         return False
     missing = [name for name in report.files if not (out / name).is_file()]

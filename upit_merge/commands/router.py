@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from upit_merge import __version__
-from upit_merge.commands.finished import result_digest
+from upit_merge.commands.finished import is_as_reported, result_digest
 from upit_merge.commands.foretell import tell_router_time
 from upit_merge.commands.next_steps import argument, tell_next
 from upit_merge.commands.options import MixtureOptions, ResizeOptions
@@ -103,7 +103,7 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
         identity = router_identity(stage)
         if edit.was_finished(identity):
             return
-        if _is_there(before, result_digest(identity, out)):
+        if _is_there(out, before, result_digest(identity)):
             if processes.is_first and not options.quiet:
                 print(f"This command has made the gates of {out} already: nothing was computed.")
                 tell_next(*_next_steps(out))
@@ -118,7 +118,7 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
             if processes.is_first:
                 copies.write(named_gates(stage.model.architecture.gate_names(), result.gates))
                 form = stage.model.format
-                digest = result_digest(identity, out, edit.model)
+                digest = result_digest(identity)
                 obsolete = _write_report_and_card(edit, result, before, copies, form, digest)
                 edit.put_into_place(identity, obsolete)
         if processes.is_first and not options.quiet:
@@ -128,10 +128,11 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
             tell_next(*_next_steps(out))
 
 
-def _is_there(report: AnyReport, digest: str) -> bool:
+def _is_there(out: Path, report: AnyReport, digest: str) -> bool:
     """Return whether the last change of the model was this very call."""
-    router = report.document.get("router") or {}
-    return bool(router.get("run_sha256") == digest)
+    steps, router = report.document.get("history"), report.document.get("router") or {}
+    is_last = bool(steps) and steps[-1].get("command") == "router"
+    return is_last and router.get("run_sha256") == digest and is_as_reported(out)
 
 
 def _next_steps(out: Path) -> Iterator[tuple[str, str]]:

@@ -268,7 +268,7 @@ class _Run:
             inputs.dtype,
         )
         record["seed_option"] = self.options.seed
-        record["run_sha256"] = result_digest(self.identity, folder)
+        record["run_sha256"] = result_digest(self.identity)
         record["model"] = mixture_record(
             folder,
             self.options.name or self.out.absolute().name,
