@@ -130,8 +130,9 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
 
 def _is_there(out: Path, report: AnyReport, digest: str) -> bool:
     """Return whether the last change of the model was this very call."""
-    steps, router = report.document.get("history"), report.document.get("router") or {}
-    is_last = bool(steps) and steps[-1].get("command") == "router"
+    router = report.document.get("router") or {}
+    steps = report.document.get("history") or [{}]
+    is_last = steps[-1].get("command") == "router"
     return is_last and router.get("run_sha256") == digest and is_as_reported(out)
 
 
