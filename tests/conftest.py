@@ -154,6 +154,12 @@ def train_on(family: Family, texts: dict[str, str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that an earlier test measured, and nothing in the folder of whoever runs them."""
+    monkeypatch.setenv("UPIT_MERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def shared_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """A float32 Llama and three checkpoints; do not write into it."""

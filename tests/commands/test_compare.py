@@ -116,3 +116,60 @@ def test_names_are_the_last_part_unless_given() -> None:
     assert Rival.parse("a=b/c") == Rival("a", "b/c")
     assert Rival.parse("x/base") == Rival("base", "x/base")
     assert Rival.parse("owner/base+x/adapter") == Rival("adapter", "owner/base+x/adapter")
+
+
+def test_models_are_checked_before_anything_is_measured(
+    moe: Path, four: Family, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_args: object, **_kwargs: object) -> None:
+        pytest.fail("something was measured")
+
+    monkeypatch.setattr("upit_merge.commands.evaluate.run_mixture", measured)
+    arguments = ["evaluate", moe, "--data", data, "--against", four.base, "--against"]
+    assert "./nowhere does not exist" in invoke(*arguments, "./nowhere").output
+    broken = four.root / "broken"
+    shutil.copytree(four.base, broken)
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = invoke(*arguments, broken)
+    assert result.exit_code == 1
+    assert "broken" in result.stderr
+
+
+def test_what_was_measured_before_is_kept(
+    moe: Path, four: Family, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from upit_merge.commands import compare
+
+    counted: list[str] = []
+    original = compare.checkpoint_losses
+
+    def counting(*args, **kwargs):
+        counted.append(kwargs["label"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(compare, "checkpoint_losses", counting)
+    words = ["--against", str(four.base), "--against", str(four.checkpoints[-1])]
+    first = evaluate(moe, data, *words)
+    assert counted == ["model 2 of 3 (base)", "model 3 of 3 (checkpoint-2000)"]
+    second = evaluate(moe, data, *words)
+    assert len(counted) == 2
+    assert second["others"] == first["others"]
+    # Another file, other samples, or other products are measured.
+    evaluate(moe, data, "--sample", "7", *words[:2])
+    evaluate(moe, data, "--compute", "bfloat16", *words[:2])
+    weights = next(four.checkpoints[-1].glob("*.safetensors"))
+    weights.touch()
+    evaluate(moe, data, *words[2:])
+    assert len(counted) == 5
+
+
+def test_the_page_keeps_models_that_were_compared_on_the_same_text(
+    moe: Path, four: Family, data: Path
+) -> None:
+    evaluate(moe, data, "--card", "--against", f"the base={four.base}")
+    evaluate(moe, data, "--card", "--against", f"the last={four.checkpoints[-1]}")
+    card = (moe / "README.md").read_text()
+    assert card.index("the base") < card.index("the last")
+    evaluate(moe, four.seed_file(9, "other.jsonl"), "--card")
+    assert "the base" not in (moe / "README.md").read_text()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from upit_merge.commands.measured import keep_losses, kept_losses
 from upit_merge.commands.preview import checkpoint_losses
 from upit_merge.config.recipe import METHOD, parse_recipe
 from upit_merge.errors import UpitError
@@ -15,13 +18,17 @@ from upit_merge.io.checkpoint import is_adapter
 from upit_merge.io.hub import OpenOptions, resolve, split_reference
 from upit_merge.io.language_part import language_settings
 from upit_merge.io.untrusted import read_json
-from upit_merge.merge.inputs import opened
+from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.models.formats import found_format
-from upit_merge.models.mixture import opened_mixture
+from upit_merge.models.mixture import inspect_mixture, opened_mixture
+from upit_merge.models.published import PublishedMixture
 from upit_merge.models.tokenizer import has_tokenizer, load_tokenizer
+from upit_merge.output.identity import file_states
 from upit_merge.router.evaluation import run_mixture
 from upit_merge.router.pretrain import computed_mixture
 from upit_merge.router.stage import RouterStage
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,32 +52,30 @@ class Rival:
         return cls(Path(split_reference(text)[1] or text).name, text)
 
 
-def rival_losses(
-    rival: Rival, held_out: RouterStage, held_out_folder: Path, options: OpenOptions
-) -> Tensor:
-    """Return the summed negative log-likelihood of each sample's targets, float64, (num_samples,).
+@contextlib.contextmanager
+def opened_rival(
+    rival: Rival, vocab_size: int, tokenizer_folder: Path, options: OpenOptions
+) -> Iterator[PublishedMixture | Inputs]:
+    """Open a model to compare with, a mixture or, as the inputs of a recipe, a dense model.
 
     Args:
-        held_out: The samples, as the mixture's own tokenizer has cut them; computed where it is.
-        held_out_folder: The mixture's, with that tokenizer.
+        vocab_size, tokenizer_folder: Of the mixture it is compared with.
 
     Raises:
         UpitError: it cannot be read, or has another vocabulary.
     """
-    device = held_out.model.device
     base, adapter = split_reference(rival.reference)
     folder = resolve(base, options, role="model to compare with")
     if is_adapter(folder):
         raise UpitError(f"The model {rival.name} is an adapter; write BASE+{rival.reference}.")
     config = read_json(folder / "config.json", f"the model {rival.name}")
-    vocab_size = language_settings(config).get("vocab_size")
-    if vocab_size != held_out.model.vocab_size:
+    found = language_settings(config).get("vocab_size")
+    if found != vocab_size:
         raise UpitError(
-            f"The model {rival.name} has a vocabulary of {vocab_size} tokens, the "
-            f"mixture one of {held_out.model.vocab_size}: their perplexities cannot be compared; "
-            "leave it out."
+            f"The model {rival.name} has a vocabulary of {found} tokens, the "
+            f"mixture one of {vocab_size}: their perplexities cannot be compared; leave it out."
         )
-    _check_same_tokenizer(rival, folder, held_out_folder)
+    _check_same_tokenizer(rival, folder, tokenizer_folder)
     if found_format(config):
         if adapter:
             raise UpitError(
@@ -78,8 +83,9 @@ def rival_losses(
                 "it to the mixture's weights first."
             )
         with opened_mixture(folder, f"the model {rival.name}") as moe:
-            model = computed_mixture(moe, device, held_out.settings)
-            return run_mixture(replace(held_out, model=model))[0]
+            inspect_mixture(moe)
+            yield moe
+        return
     # A dense model is a mixture with one expert.
     document = {
         "merge_method": METHOD,
@@ -87,12 +93,63 @@ def rival_losses(
         "models": [{"model": f"{folder}+{adapter}" if adapter else str(folder)}],
         "parameters": {"expansion": "copy"},
     }
-    recipe = parse_recipe(document, f"the model {rival.name}")
-    with opened(recipe, options) as inputs:
-        losses = checkpoint_losses(
-            inputs, held_out.seeds, held_out.settings, device, quiet=held_out.quiet
-        )
-    return losses.sums.sum(2)[:, 0]
+    with opened(parse_recipe(document, f"the model {rival.name}"), options) as inputs:
+        yield inputs
+
+
+def check_rivals(
+    rivals: Sequence[Rival], vocab_size: int, tokenizer_folder: Path, options: OpenOptions
+) -> None:
+    """Open every model to compare with once, before the long work.
+
+    Raises:
+        UpitError: as `opened_rival`; or two are called the same.
+    """
+    _check_names(rivals)
+    for rival in rivals:
+        with opened_rival(rival, vocab_size, tokenizer_folder, options):
+            pass
+
+
+def rival_losses(
+    rival: Rival, held_out: RouterStage, held_out_folder: Path, options: OpenOptions
+) -> Tensor:
+    """Return the summed negative log-likelihood of each sample's targets, float64, (num_samples,).
+
+    What an earlier call has measured of the same files on the same samples is not measured again.
+
+    Args:
+        held_out: The samples, as the mixture's own tokenizer has cut them; computed where it is.
+        held_out_folder: The mixture's, with that tokenizer.
+
+    Raises:
+        UpitError: as `opened_rival`, or a loss is NaN or infinite.
+    """
+    model, processes = held_out.model, held_out.processes
+    device, settings = model.device, held_out.settings
+    with opened_rival(rival, model.vocab_size, held_out_folder, options) as other:
+        members = [other] if isinstance(other, PublishedMixture) else other.models
+        identity = {
+            "files": file_states([path for member in members for path in member.files()], ""),
+            "samples": held_out.seeds.digest(),
+            "compute": [model.arithmetic.identity(), device.type],
+        }
+        sums: Tensor | None = processes.gather(kept_losses(identity))[0]
+        if sums is not None and len(sums) == len(held_out.everything):
+            LOG.info("The model %s was measured on these samples before.", rival.name)
+            return sums
+        if isinstance(other, PublishedMixture):
+            mixture = computed_mixture(other, device, settings)
+            sums = run_mixture(replace(held_out, model=mixture))[0]
+        else:
+            label, quiet = held_out.label, held_out.quiet
+            losses = checkpoint_losses(
+                other, held_out.seeds, settings, device, quiet=quiet, label=label
+            )
+            sums = losses.sums.sum(2)[:, 0]
+        if processes.is_first:
+            keep_losses(identity, sums)
+        return sums
 
 
 def _check_same_tokenizer(rival: Rival, folder: Path, held_out_folder: Path) -> None:
@@ -107,7 +164,7 @@ def _check_same_tokenizer(rival: Rival, folder: Path, held_out_folder: Path) -> 
         )
 
 
-def check_names(rivals: Sequence[Rival]) -> None:
+def _check_names(rivals: Sequence[Rival]) -> None:
     """Refuse names that do not tell the models apart.
 
     Raises:

@@ -13,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from upit_merge.commands.compare import Rival, check_names, rival_losses
+from upit_merge.commands.compare import Rival, check_rivals, rival_losses
 from upit_merge.commands.options import MixtureOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.router import RouterSettings
 from upit_merge.errors import UpitError
 from upit_merge.io.text_file import write_json
+from upit_merge.models.mixture import read_mixture
 from upit_merge.output.edit import Edit
 from upit_merge.output.staging import REPORT, check_output_exists
 from upit_merge.report.document import read_report
@@ -79,7 +80,6 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             raise UpitError(f"The folder of {path} does not exist; create it first.")
     if options.plot is not None:
         check_format(options.plot)
-    check_names(options.against)
     with (
         joined() as processes,
         ends_at_once(lambda: "Interrupted."),
@@ -94,6 +94,10 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             stack.enter_context(
                 edit.interruptible("the model card and the report are as they were")
             )
+        if options.against:
+            with processes.together():
+                vocab_size = read_mixture(session.moe).dense_settings()["vocab_size"]
+                check_rivals(options.against, vocab_size, out, options.open)
         evaluation, samples = _evaluate(session, settings, options, Path(scratch))
         if processes.is_first:
             _tell(evaluation, options)
@@ -113,8 +117,11 @@ def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
     """Put an evaluation into report and card; what else was measured on the same text stays."""
     before = read_report(edit.out)
     earlier = before.document.get("evaluation") or {}
-    if earlier.get("samples_sha256") == record["samples_sha256"] and "others" not in record:
-        record["others"] = earlier.get("others", [])
+    if earlier.get("samples_sha256") == record["samples_sha256"]:
+        now = record.get("others", [])
+        names = [other["model"] for other in now]
+        kept = [other for other in earlier.get("others", []) if other.get("model") not in names]
+        record["others"] = [*kept, *now]
     edit.emptied()
     gone = write_report_and_card(edit, before, {"evaluation": record}, same_model=True)
     edit.put_into_place({}, gone)
@@ -161,7 +168,7 @@ def _evaluate(
         held_out = session.stage(settings, scratch, column=options.group_by)
         model = held_out.model
         check_router_memory(model, held_out.lengths, settings, out, evaluated=True)
-    sums, routing = run_mixture(held_out)
+    sums, routing = run_mixture(replace(held_out, label=_label(1, "this mixture", options)))
     samples = held_out.seeds.samples
     evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
     if options.experts and model.num_experts > 1:
@@ -173,8 +180,17 @@ def _evaluate(
             exact = computed_mixture(session.moe, control.model.device, control.settings)
             gates, _ = refined_gates(control, gates, exact)
         evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
-    rivals = {r.name: rival_losses(r, held_out, out, options.open) for r in options.against}
+    rivals = {}
+    for number, rival in enumerate(options.against, 2):
+        stage = replace(held_out, label=_label(number, rival.name, options))
+        rivals[rival.name] = rival_losses(rival, stage, out, options.open)
     return replace(evaluation, rivals=rivals), held_out.seeds.digest()
+
+
+def _label(number: int, name: str, options: EvaluateOptions) -> str:
+    """Return what a progress bar says of one model of several."""
+    models = 1 + len(options.against)
+    return f"model {number} of {models} ({name})" if models > 1 else ""
 
 
 def _control(session: RouterSession, scratch: Path) -> RouterStage:

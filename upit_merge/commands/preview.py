@@ -86,13 +86,16 @@ def checkpoint_losses(
     *,
     quiet: bool,
     quick: bool = False,
+    label: str = "",
 ) -> SampleLosses:
     """Compute every sample's loss under every checkpoint's FFN on the shared backbone.
 
     Args:
+        label: Of the progress bar.
         quick: On the CPU, `compute: auto` means products in bfloat16, see `Arithmetic`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         model = computed_mixture(PlannedMixture(inputs), device, settings, quick=quick)
-        stage = RouterStage(model, seeds, settings, inputs.recipe.seed, Path(scratch), quiet=quiet)
+        seed, folder = inputs.recipe.seed, Path(scratch)
+        stage = RouterStage(model, seeds, settings, seed, folder, quiet=quiet, label=label)
         return sample_losses(stage)

@@ -64,6 +64,7 @@ class RouterStage:
         progress: What a killed run has done already.
         quiet: No progress bars.
         clock: Measures the parts of the stage.
+        label: What the progress bars say instead of what is computed: which model it is.
     """
 
     model: LayerwiseMixture
@@ -76,6 +77,7 @@ class RouterStage:
     quiet: bool = False
     clock: Clock = field(default_factory=Clock)
     kept_inputs: list[LayersOnDisk] = field(default_factory=list)
+    label: str = ""
 
     @property
     def lengths(self) -> list[int]:
@@ -125,7 +127,7 @@ class RouterStage:
         """
         quiet = self.quiet or not self.processes.is_first
         units = len(self.everything) if units is None else units
-        return WorkBar(units, work, description, quiet=quiet, unit=unit)
+        return WorkBar(units, work, self.label or description, quiet=quiet, unit=unit)
 
     @cached_property
     def effort(self) -> Effort:
