@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.perplexity import document_losses, perplexity
+from upit_merge.demo import training
 from upit_merge.demo.corpus import Domain, load_domains
+from upit_merge.demo.progress import DemoFolder, open_demo
 from upit_merge.demo.run import Row, _verdicts, run_demo
 from upit_merge.demo.training import TrainingBudget, train_demo_models
+from upit_merge.errors import UpitError
 
 SMALL = TrainingBudget(
     vocab_size=400, hidden_size=64, layers=1, context=64, base_steps=6, sft_rounds=1, sft_steps=4
@@ -60,6 +64,65 @@ def test_training_can_be_repeated(tmp_path: Path, domains: list[Domain]) -> None
         assert torch.equal(tensor, second.state_dict()[name])
 
 
+@pytest.mark.parametrize("saved", [0, 1, 2, 3])
+def test_training_that_was_cut_off_goes_on_to_the_same_models(
+    tmp_path: Path, domains: list[Domain], monkeypatch: pytest.MonkeyPatch, saved: int
+) -> None:
+    """`saved` of the four models are there when it is cut off, and half of the next."""
+    domains = [replace(domain, train=domain.train[:40]) for domain in domains]
+    whole = train_demo_models(tmp_path / "whole", domains, quiet=True, budget=SMALL)
+    folder = open_demo(tmp_path / "cut", seed=0)
+    original, names = training.save, []
+
+    def failing(path, *args):
+        names.append(path.name)
+        if len(names) > saved:
+            path.mkdir(parents=True)
+            raise KeyboardInterrupt
+        return original(path, *args)
+
+    monkeypatch.setattr(training, "save", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train_demo_models(folder.root, domains, quiet=True, budget=SMALL, progress=folder)
+    names.clear()
+    monkeypatch.setattr(
+        training, "save", lambda path, *args: names.append(path.name) or original(path, *args)
+    )
+    again = train_demo_models(folder.root, domains, quiet=True, budget=SMALL, progress=folder)
+    assert len(names) == 4 - saved
+    for one, other in zip(whole.checkpoints, again.checkpoints, strict=True):
+        assert (one / "model.safetensors").read_bytes() == (
+            other / "model.safetensors"
+        ).read_bytes()
+
+
+def test_a_demo_that_is_finished_says_so_and_one_of_another_seed_is_refused(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    run_demo(finished, quiet=True, budget=SMALL)
+    told = capsys.readouterr().out
+    assert "nothing was computed" in told
+    assert "MoE as built" in told
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    with pytest.raises(UpitError, match="seed was 0 and is 1"):
+        run_demo(finished, seed=1, quiet=True, budget=SMALL)
+
+
+def test_a_demo_that_was_cut_off_after_its_merge_only_measures(finished: Path) -> None:
+    results, report = finished / "results.json", finished / "moe" / "upit_report.json"
+    before, merged = results.read_bytes(), report.stat().st_mtime_ns
+    results.unlink()
+    names = sorted((p.name for p in (finished / "sft").iterdir()), key=lambda n: int(n[11:]))
+    base = AutoModelForCausalLM.from_pretrained(finished / "base")
+    written = ["base", *(f"sft/{name}" for name in names)]
+    optimizer = training.adamw(base).state_dict()
+    DemoFolder(finished).keep_training({"written": written, "optimizer": optimizer})
+    run_demo(finished, quiet=True, budget=SMALL)
+    assert results.read_bytes() == before
+    assert report.stat().st_mtime_ns == merged
+
+
 def test_perplexity_is_that_of_transformers(finished: Path, domains: list[Domain]) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished / "base")
     tokenizer = AutoTokenizer.from_pretrained(finished / "base")
@@ -81,7 +144,8 @@ def test_perplexity_is_that_of_transformers(finished: Path, domains: list[Domain
 
 def test_demo_leaves_what_it_says(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names == {"base", "sft", "seed.jsonl", "demo.yml", "moe", "results.json"}
+    files = {"seed.jsonl", "held-out.jsonl", "demo.yml", "results.json", ".demo.json"}
+    assert names == {"base", "sft", "moe", *files}
     results = json.loads((finished / "results.json").read_text())
     rows = {row["model"]: row["perplexities"] for row in results["rows"]}
     assert list(rows)[-3:] == [

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from upit_merge.io.text_file import write_unless_there
+
 CHUNK_CHARACTERS = (150, 400)  # shortest and longest document; 400 is about 150 tokens of the demo
 HELDOUT_DOCUMENTS = 100  # per domain: evaluated in seconds by a tiny model
 HELDOUT_DOCUMENTS_PER_SOURCE = 5  # no single file or topic may decide a domain's perplexity
@@ -90,11 +92,16 @@ def load_domains(seed: int = 0) -> list[Domain]:
 
 
 def write_texts(path: Path, domains: Sequence[Domain], texts: Iterable[Iterable[str]]) -> None:
-    """Write documents of every domain, one domain after the other, each with its name, as jsonl."""
-    with path.open("w", encoding="utf-8") as file:
-        for domain, documents in zip(domains, texts, strict=True):
-            for text in documents:
-                file.write(json.dumps({"text": text, "domain": domain.name}) + "\n")
+    """Write documents of every domain, one domain after the other, each with its name, as jsonl.
+
+    A file that is the same already keeps its time of change, by which a merge knows its inputs.
+    """
+    lines = [
+        json.dumps({"text": text, "domain": domain.name}) + "\n"
+        for domain, documents in zip(domains, texts, strict=True)
+        for text in documents
+    ]
+    write_unless_there(path, "".join(lines))
 
 
 def split_by_source(name: str, sources: list[list[str]], rng: random.Random) -> Domain:

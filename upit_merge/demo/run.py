@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
@@ -18,20 +18,23 @@ from rich.table import Table
 from torch import Tensor
 
 from upit_merge.commands.compare import Rival, rival_losses
+from upit_merge.commands.next_steps import argument, tell_next
 from upit_merge.config.router import RouterSettings
 from upit_merge.demo.corpus import Domain, load_domains, write_texts
+from upit_merge.demo.progress import open_demo
 from upit_merge.demo.training import DemoModels, TrainingBudget, train_demo_models
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.hub import OpenOptions
-from upit_merge.io.text_file import write_json
+from upit_merge.io.text_file import read_record, write_json, write_unless_there
 from upit_merge.models.gates import training_free_gates
 from upit_merge.models.mixture import opened_mixture
 from upit_merge.models.tokenizer import load_tokenizer
-from upit_merge.report.tables import show
+from upit_merge.report.tables import best_in_bold, show
 from upit_merge.router.evaluation import Evaluation, Groups, run_mixture
 from upit_merge.router.pretrain import load_seed_set
 from upit_merge.router.stage import RouterStage
+from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.runtime.parallel import progress_bar
 
 RECIPE = """\
@@ -77,49 +80,62 @@ def run_demo(
 
     Args:
         folder: Receives `base/`, `sft/checkpoint-*/`, `seed.jsonl`, `demo.yml`, `moe/` and
-            `results.json`; must be empty or not exist.
+            `results.json`; must be empty, not exist, or hold what an earlier call of the same seed
+            and budget has done, which goes on.
         seed: Of initial weights, the order of training data, the seed samples and the merge.
         budget: Sizes and lengths of the training; the default takes two minutes on two cores.
 
     Raises:
         UpitError: the folder is not empty, or a step failed.
     """
-    new_folder(folder)
-    started = time.perf_counter()
-    _silence_transformers()
-    if budget is None:
-        print("This takes two to three minutes on two CPU cores that have nothing else to do.")
+    progress = open_demo(folder, seed=seed, budget=vars(budget or TrainingBudget()))
+    results = folder / "results.json"
+    with ends_at_once(lambda: "Interrupted; the same command goes on from there."):
+        if results.is_file() and (folder / "moe" / "config.json").is_file():
+            print("This demo is finished; nothing was computed.")
+            _tell(folder, read_record(results))
+            return
+        started = time.perf_counter()
+        _silence_transformers()
+        if budget is None:
+            print("This takes two to three minutes on two CPU cores that have nothing else to do.")
 
-    domains = load_domains()
-    models = train_demo_models(folder, domains, seed=seed, budget=budget, quiet=quiet)
-    write_texts(folder / "seed.jsonl", domains, _seed_texts(domains, seed))
-    (folder / "demo.yml").write_text(RECIPE, encoding="utf-8")
-    _merge(folder, seed, quiet=quiet)
-    rows = _measure(folder, models, domains, quiet=quiet)
+        domains = load_domains()
+        models = train_demo_models(
+            folder, domains, seed=seed, budget=budget, quiet=quiet, progress=progress
+        )
+        write_texts(folder / "seed.jsonl", domains, _seed_texts(domains, seed))
+        write_texts(folder / "held-out.jsonl", domains, [domain.heldout for domain in domains])
+        write_unless_there(folder / "demo.yml", RECIPE)
+        _merge(folder, seed, quiet=quiet)
+        rows = _measure(folder, models, domains, quiet=quiet)
 
-    write_json(
-        folder / "results.json",
-        {
+        found = {
             "domains": [domain.name for domain in domains],
             "rows": [{"model": r.model, "perplexities": r.perplexities} for r in rows],
-        },
-    )
-    show(_table(rows, domains))
+        }
+        write_json(results, found)
+        progress.forget_training()
+    print(f"Done in {(time.perf_counter() - started) / 60:.1f} minutes.")
+    _tell(folder, found)
+
+
+def _tell(folder: Path, results: Mapping[str, Any]) -> None:
+    """Print what came out, and what to do with it."""
+    rows = [Row(row["model"], tuple(row["perplexities"])) for row in results["rows"]]
+    show(_table(rows, results["domains"]))
     for sentence in _verdicts(rows):
         print(sentence)
-    minutes = (time.perf_counter() - started) / 60
-    print(f"Done in {minutes:.1f} minutes. The model is in {folder / 'moe'}.")
-
-
-def new_folder(folder: Path) -> None:
-    """Make a folder.
-
-    Raises:
-        UpitError: there is something in it.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UpitError(f"The folder {folder} is not empty; give a new one.")
-    folder.mkdir(parents=True, exist_ok=True)
+    print(f"The model is in {folder / 'moe'}.")
+    moe, data = argument(folder / "moe"), argument(folder / "held-out.jsonl")
+    tell_next(
+        (
+            f"upit-merge inspect {moe} --data {data} --html routing.html",
+            "see which expert reads what",
+        ),
+        (f'upit-merge chat {moe} --prompt "def main():"', "let it write"),
+        ("upit-merge init FOLDER", "begin with models of your own"),
+    )
 
 
 def _silence_transformers() -> None:
@@ -159,8 +175,8 @@ def _measure(
         progress_bar(total, "held-out perplexity", quiet=quiet, unit="model") as bar,
     ):
         scratch = Path(temporary)
-        write_texts(scratch / "held-out.jsonl", domains, [domain.heldout for domain in domains])
-        settings = RouterSettings(data=str(scratch / "held-out.jsonl"), max_length=_MEASURED_TOKENS)
+        held_out = str(folder / "held-out.jsonl")
+        settings = RouterSettings(data=held_out, max_length=_MEASURED_TOKENS)
         model = LayerwiseMixture(moe, torch.device("cpu"))
         seeds = load_seed_set(
             settings,
@@ -217,16 +233,15 @@ def _mean_row(name: str, rows: Iterable[Row]) -> Row:
     return Row(f"{name} (mean of {_RANDOM_GATES})", tuple(map(geometric_mean, columns)))
 
 
-def _table(rows: Sequence[Row], domains: Sequence[Domain]) -> Table:
+def _table(rows: Sequence[Row], domains: Sequence[str]) -> Table:
     table = Table(title="Held-out perplexity (lower is better)", title_justify="left")
     table.add_column("model")
     for domain in domains:
-        table.add_column(domain.name, justify="right")
+        table.add_column(domain, justify="right")
     table.add_column("mean", justify="right")
-    for row in rows:
-        style = "bold" if row is rows[-1] else ""
-        cells = (f"{value:.2f}" for value in (*row.perplexities, row.mean))
-        table.add_row(row.model, *cells, style=style)
+    values = [(*row.perplexities, row.mean) for row in rows]
+    for row, cells in zip(rows, best_in_bold(values, ".2f"), strict=True):
+        table.add_row(row.model, *cells)
     return table
 
 

@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from upit_merge.demo.corpus import load_domains, write_texts
-from upit_merge.demo.run import new_folder
+from upit_merge.demo.progress import open_demo
 from upit_merge.demo.training import TrainingBudget, train_demo_models
 from upit_merge.errors import UpitError
+from upit_merge.io.text_file import write_unless_there
+from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.training.settings import check_trl
 
 PIPELINE = """\
@@ -65,7 +67,8 @@ def run_all_stages(
 
     Args:
         folder: Receives `base/`, `train.jsonl`, `seed.jsonl`, `held-out.jsonl`, `pipeline.yml` and
-            `run/`; must be empty or not exist.
+            `run/`; must be empty, not exist, or hold what an earlier call of the same seed and
+            budget has done, which goes on.
         seed: Of everything random.
         budget: Of the base model's training.
 
@@ -73,12 +76,16 @@ def run_all_stages(
         UpitError: the folder is not empty, TRL is missing, or a stage failed.
     """
     check_trl()
-    new_folder(folder)
+    budget_told = vars(budget or TrainingBudget())
+    progress = open_demo(folder, seed=seed, budget=budget_told, stages="all")
     if budget is None:
         print("This takes about ten minutes on two CPU cores that have nothing else to do.")
     domains = load_domains()
     base_only = replace(budget or TrainingBudget(), sft_rounds=0)
-    train_demo_models(folder, domains, seed=seed, budget=base_only, quiet=quiet)
+    with ends_at_once(lambda: "Interrupted; the same command goes on from there."):
+        train_demo_models(
+            folder, domains, seed=seed, budget=base_only, quiet=quiet, progress=progress
+        )
     generator = random.Random(seed)
     documents = [d.train[:_DOCUMENTS] for d in domains]
     write_texts(folder / "train.jsonl", domains, documents)
@@ -86,12 +93,12 @@ def run_all_stages(
     write_texts(folder / "seed.jsonl", domains, samples)
     write_texts(folder / "held-out.jsonl", domains, [d.heldout for d in domains])
     text = PIPELINE if not seed else f"{PIPELINE}seed: {seed}\n"
-    (folder / "pipeline.yml").write_text(text, encoding="utf-8")
+    write_unless_there(folder / "pipeline.yml", text)
     command = [sys.executable, "-m", "upit_merge", "pipeline", "pipeline.yml"]
     print("$ upit-merge pipeline pipeline.yml", flush=True)
     command += ["--quiet"] if quiet else []
     if subprocess.run(command, cwd=folder, check=False).returncode:
         raise UpitError(
-            f"The pipeline ended early; see what it said above, then run `upit-merge pipeline "
-            f"pipeline.yml` in {folder}, which goes on from there."
+            "The pipeline ended early; see what it said above, then give the same command again, "
+            "which goes on from there."
         )

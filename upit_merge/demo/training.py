@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from upit_merge.demo.corpus import Domain
+from upit_merge.demo.progress import DemoFolder
 from upit_merge.runtime.parallel import progress_bar
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -72,10 +73,12 @@ def train_demo_models(
     seed: int = 0,
     budget: TrainingBudget | None = None,
     quiet: bool = False,
+    progress: DemoFolder | None = None,
 ) -> DemoModels:
     """Train a base model on all domains, then fine-tune it on one domain after the other.
 
-    The same for a given ``seed`` and number of threads. The caller's random state is kept.
+    The same for a given ``seed`` and number of threads, whether or not it was cut off meanwhile.
+    The caller's random state is kept.
 
     Args:
         folder: receives ``base`` and ``sft/checkpoint-<step>``, each with its tokenizer.
@@ -83,6 +86,8 @@ def train_demo_models(
         seed: of the initial weights and of the order of the data.
         budget: sizes and lengths; the defaults unless given.
         quiet: no progress bar.
+        progress: what an earlier call has done, and where this one keeps what it has; nothing is
+            kept if None.
 
     Returns:
         Where the models are: one checkpoint for each visit of a domain.
@@ -96,45 +101,60 @@ def train_demo_models(
     streams = [
         sequences(pack(tokenizer, domain.train, budget.context), generator) for domain in domains
     ]
+    kept = progress.training() if progress else {}
+    written: list[str] = kept.get("written", [])  # folders, in the order of training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(model_config(budget, tokenizer)).train()
-
-    def train(steps: int, shares: list[float], optimizer: Optimizer, peaks: list[float]) -> None:
-        """Train for one learning-rate cycle; a row's domain is drawn with probability ``shares``."""
-        weights = torch.tensor(shares)
-        for step in range(steps):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * learning_rate_cycle(step, steps)
-            drawn = torch.multinomial(
-                weights, budget.batch_size, replacement=True, generator=generator
-            )
-            batch = torch.stack([next(streams[domain]) for domain in drawn.tolist()])
-            model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.update()
+        model = LlamaForCausalLM(model_config(budget, tokenizer))
+    if written:
+        model = LlamaForCausalLM.from_pretrained(folder / written[-1])
+    model.train()
 
     visits = len(domains) * budget.sft_rounds
     total = budget.base_steps + visits * budget.sft_steps
-    checkpoints: list[Path] = []
-    with progress_bar(total, "train the base model", quiet=quiet, unit="step") as progress:
-        peaks = [budget.base_learning_rate] * 2
-        train(budget.base_steps, [1 / len(domains)] * len(domains), adamw(model), peaks)
-        base = save(folder / "base", model, tokenizer)
+    fine_tuned = [f"sft/checkpoint-{(visit + 1) * budget.sft_steps}" for visit in range(visits)]
+    with progress_bar(total, "train the base model", quiet=quiet, unit="step") as bar:
 
+        def train(
+            name: str, steps: int, shares: list[float], optimizer: Optimizer, peaks: list[float]
+        ) -> None:
+            """Train for one learning-rate cycle; a row's domain is drawn with probability ``shares``."""
+            weights, is_done = torch.tensor(shares), name in written
+            for step in range(steps):
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * learning_rate_cycle(step, steps)
+                drawn = torch.multinomial(
+                    weights, budget.batch_size, replacement=True, generator=generator
+                )
+                rows = [next(streams[domain]) for domain in drawn.tolist()]
+                bar.update()
+                if is_done:  # the same text is drawn, so that what follows sees what it would have
+                    continue
+                batch = torch.stack(rows)
+                model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            if is_done:
+                return
+            save(folder / name, model, tokenizer)
+            written.append(name)
+            if progress:
+                progress.keep_training({"written": written, "optimizer": optimizer.state_dict()})
+
+        peaks = [budget.base_learning_rate] * 2
+        train("base", budget.base_steps, [1 / len(domains)] * len(domains), adamw(model), peaks)
         optimizer = adamw(model)
+        if len(written) > 1:
+            optimizer.load_state_dict(kept["optimizer"])
         peaks = [budget.sft_learning_rate, budget.sft_learning_rate * budget.backbone_rate]
-        for visit in range(visits):
+        for visit, name in enumerate(fine_tuned):
             current = visit % len(domains)
-            progress.set_description(f"fine-tune on {domains[current].name}")
+            bar.set_description(f"fine-tune on {domains[current].name}")
             shares = [budget.replay / max(1, len(domains) - 1)] * len(domains)
             shares[current] = 1 - budget.replay
-            train(budget.sft_steps, shares, optimizer, peaks)
-            path = folder / "sft" / f"checkpoint-{(visit + 1) * budget.sft_steps}"
-            checkpoints.append(save(path, model, tokenizer))
-    return DemoModels(base, checkpoints)
+            train(name, budget.sft_steps, shares, optimizer, peaks)
+    return DemoModels(folder / "base", [folder / name for name in fine_tuned])
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -38,6 +38,12 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
+def write_unless_there(path: Path, text: str) -> None:
+    """Write a text file, but leave one that has this very text as it is, with its time of change."""
+    if not path.is_file() or path.read_bytes() != text.encode():
+        replace_text(path, text)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the files of a folder, and their names, to the disk."""
     if os.name == "nt":  # which flushes neither folders nor files opened for reading

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from upit_merge.merge.lineage import Lineage
 
@@ -18,6 +19,29 @@ def show(table: Table) -> None:
     if not console.is_terminal:
         console = Console(markup=False, width=160)
     console.print(table)
+
+
+def best_in_bold(rows: Sequence[Sequence[float | None]], digits: str) -> list[list[Text]]:
+    """Return the cells of a table of perplexities, the least of every column in bold.
+
+    Args:
+        rows: The values; None where there is none.
+        digits: Their format, such as `.2f`.
+    """
+    least = [
+        min((v for v in column if v is not None), default=None)
+        for column in zip(*rows, strict=True)
+    ]
+    return [
+        [
+            Text(
+                "" if value is None else format(value, digits),
+                "bold" if value == best and value is not None else "",
+            )
+            for value, best in zip(row, least, strict=True)
+        ]
+        for row in rows
+    ]
 
 
 def lineage_table(lineage: Lineage, labels: Sequence[str]) -> Table:
