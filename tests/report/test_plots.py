@@ -20,6 +20,7 @@ from upit_merge.report import figures
 from upit_merge.report.document import Report
 from upit_merge.report.family_tree import _apart, checkpoint_colors, family_tree
 from upit_merge.report.figures import drawable
+from upit_merge.report.heatmap import draw_routing
 from upit_merge.report.plots import draw_pictures
 
 TREE, SIMILARITY = "upit_experts.png", "upit_similarity.png"
@@ -50,31 +51,42 @@ def contrast(one: Any, other: Any) -> float:
 
 def test_text_can_be_read_whatever_the_page() -> None:
     assert contrast("white", "black") == pytest.approx(21)
-    for color in (figures.INK, figures.FAINT, figures.ACCENT, figures.SECOND):
-        for background in (figures.BACKGROUND, figures.PANEL):
-            assert contrast(color, background) >= 4.5
-    for count in (1, 2, 8, 64):
-        for color in checkpoint_colors(count):
-            assert contrast(color, figures.BACKGROUND) >= 1.5  # of areas, which are told by hue too
+    best = contrast(*PAGES) ** 0.5  # of what is to be read on both
+    assert min(contrast(figures.INK, page) for page in PAGES) >= 0.95 * best
+    for page in PAGES:
+        for color in (figures.ACCENT, figures.SECOND):
+            assert contrast(color, page) >= 3  # of lines and areas, by WCAG 2
+        for count in (1, 2, 8, 64):
+            for color in checkpoint_colors(count):
+                assert contrast(color, page) >= 1.5  # of areas, which are told by hue too
 
 
 @pytest.mark.parametrize(("m", "n"), [(3, 4), (4, 8), (4, 16), (8, 64), (32, 64)])
-def test_pictures_are_opaque_small_and_not_empty(tmp_path: Path, m: int, n: int) -> None:
+def test_pictures_have_no_ground_and_are_small_and_not_empty(
+    tmp_path: Path, m: int, n: int
+) -> None:
     told = report(m, n, evaluation=evaluation(n), post_training=history(50))
     assert draw_pictures(tmp_path, told) == [TREE, SIMILARITY, ROUTING, TRAINING]
     for path in tmp_path.iterdir():
         assert path.stat().st_size < 150_000
         image = Image.open(path)
-        assert "transparency" not in image.info
         assert image.width <= 1300
         assert 150 <= image.height <= 1300
-        pixels = image.convert("RGB")
-        corner = [part / 255 for part in pixels.getpixel((1, 1))]
-        assert math.dist(corner, to_rgb(figures.BACKGROUND)) < 0.05
-        # The darkest of its text, as it is in the file, against the background as it is there.
-        darkest = min(color for _count, color in pixels.convert("L").getcolors())
-        assert contrast([darkest / 255] * 3, corner) >= 4.5
-        assert len(pixels.getcolors(1 << 20)) > 10
+        pixels = image.convert("RGBA")
+        assert pixels.getpixel((1, 1))[3] == 0
+        colors = pixels.getcolors(1 << 20)
+        assert len(colors) > 10
+        clear = sum(count for count, color in colors if color[3] == 0)
+        assert clear > 0.05 * image.width * image.height
+        # Its ink, as it is in the file.
+        ink = [255 * part for part in to_rgb(figures.INK)]
+        solid = [color for _count, color in colors if color[3] > 240]
+        assert min(math.dist(color[:3], ink) for color in solid) < 12
+
+
+def test_a_jpeg_has_a_ground(tmp_path: Path) -> None:
+    draw_routing(tmp_path / "routing.jpg", [("text", [0.5, 0.5])], [[0.5, 0.5]])
+    assert min(Image.open(tmp_path / "routing.jpg").convert("L").crop((0, 0, 4, 4)).getdata()) > 250
 
 
 @pytest.mark.parametrize(

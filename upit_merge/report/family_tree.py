@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.report.document import Lineage, Report
-from upit_merge.report.figures import BACKGROUND, FAINT, INK, drawable, figure
+from upit_merge.report.figures import INK, drawable, figure
 
 _SHARE_SHOWN = 0.005  # of a checkpoint in an expert: what a pie or a line can show
+_BESIDE = 0.11  # how far from its line a share is written, in radii of about a third
 _MOST_LABELLED = 24  # lines that have their share written beside them
 
 
@@ -160,10 +161,10 @@ def draw_family_tree(path: Path, report: Report) -> None:
 
 
 def checkpoint_colors(count: int) -> list[Any]:
-    """Return a colour per checkpoint, in the order of training; none too light to be seen."""
+    """Return a colour per checkpoint, in the order of training; none too light or dark to be seen."""
     from matplotlib import colormaps
 
-    return [colormaps["viridis"](0.82 * i / max(1, count - 1)) for i in range(count)]
+    return [colormaps["viridis"](0.2 + 0.62 * i / max(1, count - 1)) for i in range(count)]
 
 
 def _draw_links(
@@ -192,8 +193,12 @@ def _draw_links(
             away = radius + (0.52 if link.descendant in earlier else 0.28)
             earlier.add(link.descendant)
             near = 1 - away / math.hypot(x1 - x0, y1 - y0)
-            at = (x0 + (x1 - x0) * near, y0 + (y1 - y0) * near)
-            _write(axes, at, _percent(link.share), size=6.5, color=FAINT, align="center", order=2)
+            # Beside its line: the page is the ground, so that nothing can hide the line behind it.
+            length = math.hypot(x1 - x0, y1 - y0)
+            beside = -_BESIDE if away > radius + 0.3 else _BESIDE
+            aside = (-beside * (y1 - y0) / length, beside * (x1 - x0) / length)
+            at = (x0 + (x1 - x0) * near + aside[0], y0 + (y1 - y0) * near + aside[1])
+            _write(axes, at, _percent(link.share), size=6.5, align="center", order=2)
 
 
 def _percent(share: float) -> str:
@@ -206,14 +211,10 @@ def _write(
     text: str,
     *,
     size: float,
-    color: str,
     align: str,
     order: int,
 ) -> None:
-    """Write text that can be read on top of lines."""
-    box = {"facecolor": BACKGROUND, "edgecolor": "none", "pad": 0.4, "alpha": 0.85}
-    look = {"fontsize": size, "color": color, "bbox": box, "zorder": order}
-    axes.text(*place, text, ha=align, va="center", **look)
+    axes.text(*place, text, ha=align, va="center", fontsize=size, color=INK, zorder=order)
 
 
 def _draw_pie(
@@ -232,7 +233,7 @@ def _draw_pie(
             wedge = Wedge(place, radius, end, start, facecolor=color, edgecolor="none", zorder=3)
             axes.add_patch(wedge)
             start = end
-    rim = Circle(place, radius, facecolor="none", edgecolor=BACKGROUND, linewidth=1.2, zorder=4)
+    rim = Circle(place, radius, facecolor="none", edgecolor=INK, linewidth=0.6, zorder=4)
     axes.add_patch(rim)
 
 
@@ -242,4 +243,4 @@ def _draw_label(
     """Write a checkpoint's name to its left, an expert's number to its right."""
     (x, y), gap = place, radius + 0.07
     at, align = ((x - gap, y), "right") if node.column == 0 else ((x + gap, y), "left")
-    _write(axes, at, node.label, size=size, color=INK, align=align, order=5)
+    _write(axes, at, node.label, size=size, align=align, order=5)
