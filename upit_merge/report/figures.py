@@ -61,22 +61,10 @@ def figure(path: Path, width: float, height: float, dpi: int = _DPI) -> Iterator
         drawn = Figure(figsize=(width, height), layout="constrained", dpi=dpi)
         FigureCanvasAgg(drawn)
         yield drawn
-        if path.suffix.lower() == ".png":
-            _save_png(path, drawn)
-        else:  # a JPEG has no transparent parts, which would be black
-            opaque = path.suffix.lower() in (".jpg", ".jpeg")
-            drawn.savefig(path, facecolor="white" if opaque else "none")
-
-
-def _save_png(path: Path, drawn: Any) -> None:
-    """Save with a palette, which makes the file a third as large."""
-    from PIL import Image
-
-    drawn.canvas.draw()
-    size = drawn.canvas.get_width_height()
-    pixels = Image.frombuffer("RGBA", size, drawn.canvas.buffer_rgba())
-    # Of Pillow's palettes the one that keeps transparency, with even steps between the colours.
-    pixels.quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
+        # A JPEG has no transparent parts, which would be black.
+        opaque = path.suffix.lower() in (".jpg", ".jpeg")
+        optimal = {"pil_kwargs": {"optimize": True}} if path.suffix.lower() == ".png" else {}
+        drawn.savefig(path, facecolor="white" if opaque else "none", **optimal)
 
 
 def drawable(names: Sequence[str], otherwise: str, length: int = 24) -> list[str]:
