@@ -235,7 +235,11 @@ def _usage(shares: Tensor, chosen: Tensor, layers: Sequence[int]) -> dict[str, A
 
 
 def _advice(document: Mapping[str, Any], out: str, data: str) -> list[dict[str, str]]:
-    """Return what to do about what was found, with the command that does it."""
+    """Return what to do about what was found, with the command that does it.
+
+    Args:
+        out, data: As they are to stand in the commands.
+    """
     experts, chosen = document["num_experts"], document["chosen"]
     if document["few_tokens"]:
         return [
@@ -261,9 +265,10 @@ def _advice(document: Mapping[str, Any], out: str, data: str) -> list[dict[str, 
     if dead and not idle:
         found.append(
             {
-                "text": f"{counted(len(dead), 'place')} dead in single layers only: fit the gates "
-                "anew, on text of every kind that the model is to know.",
-                "command": f"upit-merge router {where}",
+                "text": f"{counted(len(dead), 'place')} dead, but no expert in most layers: fit the gates "
+                "anew, on text of every kind that the model is to know, and not on what it is "
+                "measured on.",
+                "command": f"upit-merge router {shlex.quote(out)} --data seed.jsonl",
             }
         )
     if twins and left < experts:
@@ -281,7 +286,7 @@ def _advice(document: Mapping[str, Any], out: str, data: str) -> list[dict[str, 
             {
                 "text": f"The router cannot tell experts {_pairs_named(same)} apart, though their "
                 "weights differ: fit the gates anew.",
-                "command": f"upit-merge router {where}",
+                "command": f"upit-merge router {shlex.quote(out)} --data seed.jsonl",
             }
         )
     return found or [{"text": "Nothing: every expert is used, and no two are alike."}]

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character (yet)
-_MOST_PIECES = 4  # bytes of a character in UTF-8
+# So many tokens wait for a character to be whole; text may also have the one above itself.
+_MOST_PIECES = 24
 # Formatting characters that belong to what people write: they join letters, or keep them apart.
 _JOINERS = "\u200c\u200d"
 

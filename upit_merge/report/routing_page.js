@@ -25,7 +25,7 @@
 
   const percent = (share) => {
     const value = 100 * share;
-    return `${value < 10 ? value.toFixed(1) : Math.round(value)} %`;
+    return `${value < 10 ? value.toFixed(1) : Math.round(value)}%`;
   };
   const look = (expert) => {
     const line = Math.floor(expert / data.hues) % lineKinds.length;
@@ -117,7 +117,7 @@
     at("token-bars").replaceChildren(...rows);
     const expert = first(index, view);
     at("token-sure").textContent = view
-      ? `Expert ${expert} has ${percent(sure(index, view))} of all experts’ scores; even were ${percent(1 / data.experts)}.`
+      ? `Expert ${expert} has ${percent(sure(index, view))} of all experts’ scores; an even share would be ${percent(1 / data.experts)}.`
       : `Expert ${expert} took ${percent(sure(index, view))} of the gate weight of all layers.`;
     const trace = data.layers.map((layer, place) => {
       const one = first(index, place + 1);

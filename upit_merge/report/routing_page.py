@@ -20,7 +20,7 @@ from upit_merge import __version__
 from upit_merge.data.pieces import Piece, visible
 from upit_merge.errors import counted
 from upit_merge.report.palette import STEPS, Look, num_hues, stylesheet
-from upit_merge.report.routing_sections import facts, heading, sections
+from upit_merge.report.routing_sections import facts, heading, percent, safe, sections
 
 # What a file begins with that may be replaced.
 MARK = "<!doctype html>\n<!-- A page of upit-merge inspect"
@@ -99,28 +99,30 @@ def routing_page(
         "script": parts["js"],
         "script_hash": _digest(parts["js"]),
         "data": embedded(_data(document, samples, views, vocabulary, groups)),
-        "title": html.escape(document["model"]),
-        "lead": html.escape(heading(document)),
+        "title": safe(document["model"]),
+        "lead": safe(heading(document)),
         "facts": facts(document),
         "kinds_title": "Experts by kind of text" if len(groups) > 1 else "Experts",
-        "reading": _READING.format(steps=STEPS),
+        "reading": _READING,
         "num_layers": str(len(document["layers"])),
         "group_hidden": "" if len(groups) > 1 else " hidden",
         "group_options": _options(groups),
         "legend": _legend(document),
         "samples": _text(samples, views, document["num_experts"]),
-        "left_out": html.escape(_left_out(document, groups)),
+        "left_out": safe(_left_out(document, groups)),
         "sections": sections(document, groups),
-        "version": html.escape(__version__),
+        "version": safe(__version__),
     }
     # One pass, so that what is filled in is never taken for a place to fill.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: values[place[1]], parts["html"])
 
 
+_SCALE = "".join(f'<span class="u0 c{number}"></span>' for number in range(STEPS))
 _READING = (
-    "A token has the colour of the expert that weighs most for it. The paler it is, the closer the "
-    "router is to not caring; the line below is the expert's own, sure or not. Experts of the same "
-    "hue differ in that line. Numbers say the same as the colours."
+    "A token has the colour of the expert that weighs most for it, and the line below it. How "
+    f'strong the colour is says how sure the router was: <span class="scale">{_SCALE}</span> from no '
+    "more than an even share to everything. Experts of one hue differ in the line; numbers say the "
+    "same as the colours."
 )
 
 
@@ -171,7 +173,7 @@ def _data(
     for sample in samples:
         described.append(
             {
-                "name": sample.name,
+                "name": visible(sample.name),
                 "group": names.index(sample.group) if sample.group in names else -1,
                 "start": start,
                 "count": len(sample.ids),
@@ -208,8 +210,7 @@ def step(certainty: float, num_experts: int) -> int:
 def _options(groups: Mapping[str, Any]) -> str:
     names = list(groups)[:-1]
     return "".join(
-        f'<option value="{number}">{html.escape(name)}</option>'
-        for number, name in enumerate(names)
+        f'<option value="{number}">{safe(name)}</option>' for number, name in enumerate(names)
     )
 
 
@@ -224,11 +225,6 @@ def _legend(document: Mapping[str, Any]) -> str:
             f"<span>{percent(row['share'])}</span></button></li>"
         )
     return "".join(items)
-
-
-def percent(share: float) -> str:
-    """Return a share as the page writes it."""
-    return f"{100 * share:.1f} %" if 100 * share < 10 else f"{100 * share:.0f} %"
 
 
 def _text(samples: Sequence[ShownSample], views: Views, num_experts: int) -> str:
@@ -247,8 +243,8 @@ def _text(samples: Sequence[ShownSample], views: Views, num_experts: int) -> str
             if not cut
             else (f"the first {len(sample.ids):,} of {sample.length:,} tokens")
         )
-        group = "" if sample.group is None else f"<span>{html.escape(sample.group)}</span>"
-        label = html.escape(visible(sample.name), quote=True)
+        group = "" if sample.group is None else f"<span>{safe(sample.group)}</span>"
+        label = safe(sample.name)
         written.append(
             f'<article class="sample"><h3>Sample {sample.number:,} {group} <span>{count}</span></h3>'
             f'<div class="tokens" dir="auto" role="listbox" aria-orientation="horizontal" '

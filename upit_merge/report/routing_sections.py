@@ -6,12 +6,18 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from upit_merge.data.pieces import visible
 from upit_merge.errors import counted
 from upit_merge.report.palette import HEAT_STEPS, Look
 
 # A table of layers with more cells than this would be most of the page.
 _MOST_CELLS = 8000
 _MOST_PAIRS = 16
+
+
+def safe(text: object) -> str:
+    """Return text from elsewhere as HTML that shows it, whatever is in it."""
+    return html.escape(visible(str(text)))
 
 
 def heading(document: Mapping[str, Any]) -> str:
@@ -29,14 +35,20 @@ def facts(document: Mapping[str, Any]) -> str:
     pairs = [pair for pair in document["pairs"] if pair["by_weights"] or pair["by_routing"]]
     places = len(document["layers"]) * document["num_experts"]
     items = [
-        ("experts", f"{document['num_experts']} <small>choose {document['chosen']}</small>"),
-        ("layers with experts", f"{len(document['layers'])}"),
-        ("tokens counted", f"{document['tokens']:,}"),
+        (
+            "experts",
+            f"{document['num_experts']} <small>{document['chosen']} for every token</small>",
+        ),
+        ("layers", f"{len(document['layers'])} <small>that have experts</small>"),
+        (
+            "tokens",
+            f"{document['tokens']:,} <small>in {counted(document['samples'], 'sample')}</small>",
+        ),
         ("dead places", f"{len(usage['dead'])} <small>of {places:,}</small>"),
         ("rare places", f"{len(usage['rare'])} <small>of {places:,}</small>"),
         ("twins", f"{len(pairs)} <small>of {counted(len(document['pairs']), 'pair')}</small>"),
-        ("evenness of the load", f"{entropy['load']:.2f} <small>1 is even</small>"),
-        ("doubt per token", f"{entropy['token']:.2f} <small>1 is a coin toss</small>"),
+        ("even load", f"{entropy['load']:.2f} <small>entropy; 1 is even</small>"),
+        ("doubt per token", f"{entropy['token']:.2f} <small>entropy; 1 is a toss</small>"),
     ]
     return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in items)
 
@@ -101,8 +113,9 @@ def _heat(share: float, most: float) -> str:
     return f"h{round((HEAT_STEPS - 1) * share / most) if most else 0}"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if 100 * share < 10 else f"{100 * share:.0f} %"
+def percent(share: float) -> str:
+    """Return a share as the page writes it, rounded like its script does."""
+    return f"{100 * share:.1f}%" if 100 * share < 10 else f"{int(100 * share + 0.5)}%"
 
 
 def _kinds(document: Mapping[str, Any], groups: Mapping[str, Any]) -> str:
@@ -111,13 +124,13 @@ def _kinds(document: Mapping[str, Any], groups: Mapping[str, Any]) -> str:
     most = max(map(max, means.values()))
     columns = ["expert"]
     for name, group in groups.items():
-        title = "all text" if name == whole and len(groups) > 1 else html.escape(name)
+        title = "all text" if name == whole and len(groups) > 1 else safe(name)
         columns.append(f"{title}<small>{counted(group['tokens'], 'token')}</small>")
     rows = (
         (
             _chip(expert, experts),
             (
-                f'<td class="{_heat(shares[expert], most)}">{_percent(shares[expert])}</td>'
+                f'<td class="{_heat(shares[expert], most)}">{percent(shares[expert])}</td>'
                 for shares in means.values()
             ),
         )
@@ -125,10 +138,10 @@ def _kinds(document: Mapping[str, Any], groups: Mapping[str, Any]) -> str:
     )
     caption = (
         'Share of the routed places, <b id="kinds-view">mean over all layers</b>; '
-        f"an even share is {_percent(1 / experts)}"
+        f"an even share is {percent(1 / experts)}"
     )
     note = (
-        '<p class="note">Columns add up to 100 %. Where all columns are alike, the router does not '
+        '<p class="note">Columns add up to 100%. Where all columns are alike, the router does not '
         "tell the kinds of text apart.</p>"
     )
     return note + _table(caption, columns, rows, name="Shares by expert and kind of text")
@@ -181,7 +194,7 @@ def _unused(document: Mapping[str, Any]) -> str:
     for row in document["experts"]:
         if row["dead_in"] or row["rare_in"]:
             cells = (
-                f"<td>{_percent(row['share'])}</td>",
+                f"<td>{percent(row['share'])}</td>",
                 f"<td>{row['state']}</td>",
                 f"<td>{_places(row['dead_in'])}</td>",
                 f"<td>{_places(row['rare_in'])}</td>",
@@ -210,8 +223,8 @@ def _advice(document: Mapping[str, Any]) -> str:
     items = []
     for advice in document["advice"]:
         command = advice.get("command")
-        code = f"<pre><code>{html.escape(command)}</code></pre>" if command else ""
-        items.append(f"<li>{html.escape(advice['text'])}{code}</li>")
+        code = f"<pre><code>{safe(command)}</code></pre>" if command else ""
+        items.append(f"<li>{safe(advice['text'])}{code}</li>")
     return f'<h3>What to do</h3><ul class="verdict">{"".join(items)}</ul>'
 
 
