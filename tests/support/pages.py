@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -42,7 +42,16 @@ def headless_browser() -> Iterator[Any]:
         browser.close()
 
 
-def _missing(reason: str) -> None:
+def accessibility_checker() -> Any:
+    """axe-core, to be run on a page; skips the test where it is not installed, as above."""
+    try:
+        from axe_playwright_python.sync_playwright import Axe
+    except ImportError:
+        _missing("axe-playwright-python is not installed")
+    return Axe()
+
+
+def _missing(reason: str) -> NoReturn:
     if os.environ.get("UPIT_MERGE_BROWSER") == "required":
         pytest.fail(f"UPIT_MERGE_BROWSER is `required`, but {reason}")
     pytest.skip(reason)

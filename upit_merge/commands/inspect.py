@@ -6,6 +6,7 @@ import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -249,16 +250,16 @@ def _advice(document: Mapping[str, Any], out: str, data: str) -> list[dict[str, 
             }
         ]
     found: list[dict[str, str]] = []
-    where = f"{shlex.quote(out)} --data {shlex.quote(data)}"
     idle = [row["expert"] for row in document["experts"] if row["state"] != "used"]
     twins = [pair["experts"] for pair in document["pairs"] if pair["by_weights"]]
     left = max(chosen, experts - len({*idle, *(max(pair) for pair in twins)}))
+    shrink = f"upit-merge shrink {shlex.quote(out)} --data {shlex.quote(data)} --experts {left}"
     if idle and left < experts:
         found.append(
             {
                 "text": f"{_listed(idle)} hardly used in any layer: merge what the router does not "
                 "use into what it judges alike.",
-                "command": f"upit-merge shrink {where} --experts {left}",
+                "command": shrink,
             }
         )
     dead = document["usage"]["dead"]
@@ -277,7 +278,7 @@ def _advice(document: Mapping[str, Any], out: str, data: str) -> list[dict[str, 
                 "text": f"Experts {_pairs_named(twins)} have nearly the same weights, so that a "
                 "second one costs memory and adds little: merge them, or train the mixture until "
                 "they differ (`upit-merge finetune`).",
-                "command": f"upit-merge shrink {where} --experts {left}",
+                "command": shrink,
             }
         )
     same = [p["experts"] for p in document["pairs"] if p["by_routing"] and not p["by_weights"]]
@@ -289,6 +290,9 @@ def _advice(document: Mapping[str, Any], out: str, data: str) -> list[dict[str, 
                 "command": f"upit-merge router {shlex.quote(out)} --data seed.jsonl",
             }
         )
+    for earlier, later in pairwise(found):
+        if earlier.get("command") == later["command"]:
+            del earlier["command"]  # it does both
     return found or [{"text": "Nothing: every expert is used, and no two are alike."}]
 
 

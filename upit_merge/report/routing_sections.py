@@ -99,7 +99,7 @@ def _table(
         f'<tr><th scope="row">{header}</th>{"".join(cells)}</tr>' for header, cells in rows
     )
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {name}">'
         f'<table class="{classes}"><caption>{caption}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
@@ -144,7 +144,7 @@ def _kinds(document: Mapping[str, Any], groups: Mapping[str, Any]) -> str:
         '<p class="note">Columns add up to 100%. Where all columns are alike, the router does not '
         "tell the kinds of text apart.</p>"
     )
-    return note + _table(caption, columns, rows, name="Shares by expert and kind of text")
+    return note + _table(caption, columns, rows, name="shares by expert and kind of text")
 
 
 def _mean(shares: Sequence[Sequence[float]]) -> list[float]:
@@ -176,7 +176,7 @@ def _layers(document: Mapping[str, Any]) -> str:
         "Underlined: dead"
     )
     columns = ["expert", *(f'<span class="sr">layer </span>{layer}' for layer in layers)]
-    return _table(caption, columns, rows, name="Shares by expert and layer", classes="dense")
+    return _table(caption, columns, rows, name="shares by expert and layer", classes="dense")
 
 
 def _unused(document: Mapping[str, Any]) -> str:
@@ -204,7 +204,7 @@ def _unused(document: Mapping[str, Any]) -> str:
     if rows:
         columns = ("expert", "share, mean", "over all layers", "dead in layers", "rare in layers")
         caption = f"{len(usage['never'])} of these places never got a single token"
-        table = _table(caption, columns, rows, name="Dead and rarely used experts", classes="words")
+        table = _table(caption, columns, rows, name="dead and rarely used experts", classes="words")
     return f'<p class="note">{note}</p>{table}{_advice(document)}'
 
 
@@ -256,7 +256,7 @@ def _twins(document: Mapping[str, Any]) -> str:
     if len(shown) < len(twins):
         found += f", the first {len(shown)} here, all in --json"
     return f'<p class="note">{note}</p>' + _table(
-        found, columns, rows, name="Pairs of experts", classes="words"
+        found, columns, rows, name="pairs of experts", classes="words"
     )
 
 

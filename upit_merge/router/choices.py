@@ -12,6 +12,7 @@ from torch import Tensor
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.hidden_states import Batch
 from upit_merge.engine.weighed import WeighedMixture
+from upit_merge.errors import UpitError
 from upit_merge.router.evaluation import Routing, swept
 from upit_merge.router.stage import RouterStage
 
@@ -113,7 +114,11 @@ class Observation:
 
 
 def observe(stage: RouterStage, excerpt: Excerpt) -> Observation:
-    """Push the stage's samples through the mixture and look at its routers."""
+    """Push the stage's samples through the mixture and look at its routers.
+
+    Raises:
+        UpitError: a router's logits are NaN or infinite.
+    """
     model, samples = stage.model, stage.seeds.samples
     layers, experts = len(model.mixture_layers), model.num_experts
     top_k = model.format.chosen(model.architecture.config)
@@ -131,6 +136,12 @@ def observe(stage: RouterStage, excerpt: Excerpt) -> Observation:
 
     def look(layer: int, batch: Batch, logits: Tensor, chosen: Tensor, weights: Tensor) -> None:
         logits, chosen, weights = logits.cpu(), chosen.cpu(), weights.cpu()
+        if not logits.isfinite().all():
+            raise UpitError(
+                f"{model.moe.label} gives NaN or infinite router logits in layer "
+                f"{model.mixture_layers[layer]}; its weights are broken, or overflow: make it with "
+                "dtype: bfloat16."
+            )
         count(layer, batch, logits, chosen)
         wide = logits.double()
         sums[layer] += wide.sum(0)
