@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from upit_merge.errors import UpitError, counted, one_line
 from upit_merge.io.text_file import replace_text, write_json
 from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.output.staging import check_output_exists
+from upit_merge.report.routing_advice import advice_on, pairs_named
 from upit_merge.report.routing_page import (
     MARK,
     MOST_KEPT,
@@ -200,7 +199,7 @@ def _document(
         "pairs": [_pair_record(pair) for pair in pairs],
         "correlation": seen.correlation.tolist(),
     }
-    document["advice"] = _advice(document, document["model"], document["data"])
+    document["advice"] = advice_on(document, document["model"], document["data"])
     return document
 
 
@@ -233,76 +232,6 @@ def _usage(shares: Tensor, chosen: Tensor, layers: Sequence[int]) -> dict[str, A
         }
         rows.append({"expert": expert, "share": share, "state": state, **inside})
     return {"experts": rows, "usage": places}
-
-
-def _advice(document: Mapping[str, Any], out: str, data: str) -> list[dict[str, str]]:
-    """Return what to do about what was found, with the command that does it.
-
-    Args:
-        out, data: As they are to stand in the commands.
-    """
-    experts, chosen = document["num_experts"], document["chosen"]
-    if document["few_tokens"]:
-        return [
-            {
-                "text": "An expert's even share is too few tokens to call one unused; give more "
-                "text before anything is changed."
-            }
-        ]
-    found: list[dict[str, str]] = []
-    idle = [row["expert"] for row in document["experts"] if row["state"] != "used"]
-    twins = [pair["experts"] for pair in document["pairs"] if pair["by_weights"]]
-    left = max(chosen, experts - len({*idle, *(max(pair) for pair in twins)}))
-    shrink = f"upit-merge shrink {shlex.quote(out)} --data {shlex.quote(data)} --experts {left}"
-    if idle and left < experts:
-        found.append(
-            {
-                "text": f"{_listed(idle)} hardly used in any layer: merge what the router does not "
-                "use into what it judges alike.",
-                "command": shrink,
-            }
-        )
-    dead = document["usage"]["dead"]
-    if dead and not idle:
-        found.append(
-            {
-                "text": f"{counted(len(dead), 'place')} dead, but no expert in most layers: fit the gates "
-                "anew, on text of every kind that the model is to know, and not on what it is "
-                "measured on.",
-                "command": f"upit-merge router {shlex.quote(out)} --data seed.jsonl",
-            }
-        )
-    if twins and left < experts:
-        found.append(
-            {
-                "text": f"Experts {_pairs_named(twins)} have nearly the same weights, so that a "
-                "second one costs memory and adds little: merge them, or train the mixture until "
-                "they differ (`upit-merge finetune`).",
-                "command": shrink,
-            }
-        )
-    same = [p["experts"] for p in document["pairs"] if p["by_routing"] and not p["by_weights"]]
-    if same:
-        found.append(
-            {
-                "text": f"The router cannot tell experts {_pairs_named(same)} apart, though their "
-                "weights differ: fit the gates anew.",
-                "command": f"upit-merge router {shlex.quote(out)} --data seed.jsonl",
-            }
-        )
-    for earlier, later in pairwise(found):
-        if earlier.get("command") == later["command"]:
-            del earlier["command"]  # it does both
-    return found or [{"text": "Nothing: every expert is used, and no two are alike."}]
-
-
-def _listed(experts: Sequence[int]) -> str:
-    shown = ", ".join(map(str, experts[:8])) + (", …" if len(experts) > 8 else "")
-    return f"Expert {shown} is" if len(experts) == 1 else f"Experts {shown} are"
-
-
-def _pairs_named(pairs: Sequence[Sequence[int]]) -> str:
-    return ", ".join(f"{a} and {b}" for a, b in pairs[:4]) + (", …" if len(pairs) > 4 else "")
 
 
 # ---- the page ----------------------------------------------------------------------------------
@@ -364,8 +293,8 @@ def _tell(out: Path, data: str, document: Mapping[str, Any], options: InspectOpt
         f"{len(document['layers']) * document['num_experts']}."
     )
     twins = [pair for pair in document["pairs"] if pair["by_weights"] or pair["by_routing"]]
-    print(f"Twins: {_pairs_named([pair['experts'] for pair in twins]) or 'none'}.")
-    for advice in _advice(document, str(out), data):
+    print(f"Twins: {pairs_named([pair['experts'] for pair in twins]) or 'none'}.")
+    for advice in advice_on(document, str(out), data):
         print(advice["text"])
         if "command" in advice:
             print(f"  {advice['command']}")

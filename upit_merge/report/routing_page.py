@@ -108,6 +108,7 @@ def routing_page(
         "group_hidden": "" if len(groups) > 1 else " hidden",
         "group_options": _options(groups),
         "legend": _legend(document),
+        "many": " many" * (document["num_experts"] > 24),
         "samples": _text(samples, views, document["num_experts"]),
         "left_out": safe(_left_out(document, groups)),
         "sections": sections(document, groups),

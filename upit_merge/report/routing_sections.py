@@ -39,7 +39,7 @@ def facts(document: Mapping[str, Any]) -> str:
             "experts",
             f"{document['num_experts']} <small>{document['chosen']} for every token</small>",
         ),
-        ("layers", f"{len(document['layers'])} <small>that have experts</small>"),
+        ("layers", f"{len(document['layers'])} <small>with experts</small>"),
         (
             "tokens",
             f"{document['tokens']:,} <small>in {counted(document['samples'], 'sample')}</small>",
@@ -47,8 +47,8 @@ def facts(document: Mapping[str, Any]) -> str:
         ("dead places", f"{len(usage['dead'])} <small>of {places:,}</small>"),
         ("rare places", f"{len(usage['rare'])} <small>of {places:,}</small>"),
         ("twins", f"{len(pairs)} <small>of {counted(len(document['pairs']), 'pair')}</small>"),
-        ("even load", f"{entropy['load']:.2f} <small>entropy; 1 is even</small>"),
-        ("doubt per token", f"{entropy['token']:.2f} <small>entropy; 1 is a toss</small>"),
+        ("even load", f"{entropy['load']:.2f} <small>1 is even</small>"),
+        ("doubt per token", f"{entropy['token']:.2f} <small>1 is a toss-up</small>"),
     ]
     return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in items)
 
@@ -191,7 +191,7 @@ def _unused(document: Mapping[str, Any]) -> str:
     if document["few_tokens"]:
         note += " <b>That is too few to be sure: look at more text.</b>"
     rows = []
-    for row in document["experts"]:
+    for row in sorted(document["experts"], key=lambda row: row["share"]):
         if row["dead_in"] or row["rare_in"]:
             cells = (
                 f"<td>{percent(row['share'])}</td>",
