@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import Family, build_family, byte_tokenizer
 from tests.support.commands import done, invoke, refused
+from tests.support.families import FORMAT_KINDS
 from tests.support.naive import load_model
 from tests.support.pages import headless_browser
 from tests.support.seeds import KINDS, held_out
@@ -281,3 +282,30 @@ def test_2000_tokens_of_a_deep_mixture(wide: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.count('role="option"') == 2000
     assert len(text.encode()) < 700_000
+
+
+def test_layers_keep_their_numbers(tmp_path: Path, merge: Callable[..., Path]) -> None:
+    """Where the first layer is dense, the mixtures begin with layer 1."""
+    kind, architecture, settings, parameters = FORMAT_KINDS["ernie4_5_moe, split, dense"]
+    family = build_family(tmp_path / "family", kind=kind, noise=0.2, **settings)
+    recipe = family.recipe(
+        architecture=architecture, parameters={"seed": 5, "num_experts": 4, **parameters}
+    )
+    data, page = held_out(tmp_path), tmp_path / "page.html"
+    found = inspect(merge(recipe), data, "--html", page)
+    assert found["layers"] == [1, 2]
+    assert '"layers":[1,2]' in page.read_text(encoding="utf-8")
+
+
+def test_one_choice_and_one_kind(tmp_path: Path, merge: Callable[..., Path]) -> None:
+    """A token that goes to one expert gives it all its weight; a single kind is all text."""
+    family = build_family(tmp_path / "family")
+    out = merge(family.recipe(parameters={"num_experts": 2, "experts_per_token": 1}))
+    data, page = tmp_path / "data.jsonl", tmp_path / "page.html"
+    data.write_text('{"text": "abc abc", "kind": "only"}\n' * 3)
+    found = inspect(out, data, "--group-by", "kind", "--html", page)
+    assert [*found["groups"]] == [found["whole"]] == ["only"]
+    assert found["chosen"] == 1
+    assert len(found["pairs"]) == 1
+    assert found["pairs"][0]["of_median"] is None
+    assert "What every expert gets" in page.read_text(encoding="utf-8")

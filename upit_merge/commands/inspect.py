@@ -197,7 +197,6 @@ def _document(
         "gate_weight": seen.weights.tolist(),
         **_usage(counts.shares, counts.chosen, layers),
         "pairs": [_pair_record(pair) for pair in pairs],
-        "correlation": seen.correlation.tolist(),
     }
     document["advice"] = advice_on(document, document["model"], document["data"])
     return document

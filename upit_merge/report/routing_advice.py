@@ -33,8 +33,8 @@ def advice_on(document: Mapping[str, Any], out: str, data: str) -> list[dict[str
     if idle and left < experts:
         found.append(
             {
-                "text": f"{_listed(idle)} hardly used over all layers: merge what the router does not "
-                "use into what it judges alike.",
+                "text": f"{_listed(idle)} hardly used over all layers: merge what the router does "
+                "not use into what it judges alike.",
                 "command": shrink,
             }
         )
@@ -42,9 +42,9 @@ def advice_on(document: Mapping[str, Any], out: str, data: str) -> list[dict[str
     if dead and not idle:
         found.append(
             {
-                "text": f"{counted(len(dead), 'place')} dead, but no expert in most layers: fit the gates "
-                "anew, on text of every kind that the model is to know, and not on what it is "
-                "measured on.",
+                "text": "Every expert is used over all layers, but some not at all in one "
+                f"({counted(len(dead), 'dead place')}): fit the gates anew, on text of every kind "
+                "that the model is to know, and not on what it is measured on.",
                 "command": f"upit-merge router {shlex.quote(out)} --data seed.jsonl",
             }
         )
