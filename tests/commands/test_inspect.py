@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +204,7 @@ def test_another_file_is_not_replaced(made: Path, tmp_path: Path) -> None:
         (["--json", "no/where.json"], "The folder of no/where.json does not exist"),
         (["--html", "OUT/page.html"], "which is only looked at"),
         (["--json", "OUT/more.json"], "which is only looked at"),
+        (["--html", "a.html", "--json", "a.html"], "both name a.html"),
         (["--group-by", "nothing"], "has no column `nothing`"),
         (["--max-length", "1"], "--max-length is 1, expected"),
         (["--device", "tpu"], "The device 'tpu' does not exist"),
@@ -240,6 +243,28 @@ def test_folders_that_do_not_fit(
         sentence = f"NaN or infinite {what} in layer 1"
     assert sentence in refused("inspect", folder, "--data", data, "--html", page, "--quiet")
     assert not page.exists()
+
+
+def test_odd_places(made: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A pipe is not read from, and a folder that may not be written to is told of first."""
+    data, page = held_out(tmp_path), tmp_path / "page.html"
+    os.mkfifo(page)
+    words = ["inspect", made, "--data", data, "--html", page]
+    assert "is no page of `upit-merge inspect`" in refused(*words)
+    page.unlink()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    assert f"The folder of {page} cannot be written to" in refused(*words)
+    assert not page.exists()
+
+
+def test_a_full_disk_is_told(made: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def full(_path: Path, _text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("upit_merge.commands.inspect.replace_text", full)
+    page = tmp_path / "page.html"
+    words = ["inspect", made, "--data", held_out(tmp_path), "--html", page, "--quiet"]
+    assert f"The disk of {page} is full" in refused(*words)
 
 
 def test_a_wrong_number_of_tokens(made: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.pieces import text_pieces
 from upit_merge.errors import UpitError, counted, one_line
+from upit_merge.io.disk import explained_failures
 from upit_merge.io.text_file import replace_text, write_json
 from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.output.staging import check_output_exists
@@ -100,9 +102,11 @@ def inspect_output(out: Path, settings: RouterSettings, options: InspectOptions)
         document = _document(out, stage, groups, excerpt, seen, pairs)
         if options.html is not None:
             page = _page(out, stage, groups, excerpt, seen, document, options)
-            replace_text(options.html, page)
-    if options.json is not None:
-        write_json(options.json, document)
+            with explained_failures(options.html):
+                replace_text(options.html, page)
+        if options.json is not None:
+            with explained_failures(options.json):
+                write_json(options.json, document)
     if not options.quiet:
         _tell(out, settings.data, document, options)
     return document
@@ -116,18 +120,30 @@ def _check_files(out: Path, options: InspectOptions) -> None:
         folder = path.absolute().parent
         if not folder.is_dir():
             raise UpitError(f"The folder of {path} does not exist; create it first.")
+        if not os.access(folder, os.W_OK):
+            raise UpitError(f"The folder of {path} cannot be written to; choose another.")
         if out.resolve() in (folder.resolve(), *folder.resolve().parents):
             raise UpitError(f"{path} lies in {out}, which is only looked at; choose another place.")
     page = options.html
-    if page is None or options.force or not page.exists():
+    if page is None:
         return
-    with page.open("rb") as file:
-        start = file.read(len(MARK.encode()))
-    if start != MARK.encode():
+    if options.json is not None and page.absolute() == options.json.absolute():
+        raise UpitError(f"--html and --json both name {page}; give two files.")
+    if options.force or not page.exists():
+        return
+    if not _is_ours(page):
         raise UpitError(
             f"{page} exists and is no page of `upit-merge inspect`; choose another name, or give "
             "--force."
         )
+
+
+def _is_ours(page: Path) -> bool:
+    """Return whether a file is a page of this command; pipes and devices are not even opened."""
+    if not page.is_file():
+        return False
+    with page.open("rb") as file:
+        return file.read(len(MARK.encode())) == MARK.encode()
 
 
 def _excerpt(stage: RouterStage, groups: Groups, options: InspectOptions) -> Excerpt:
