@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import byte_tokenizer
-from upit_merge.data.pieces import Piece, text_pieces, visible
+from upit_merge.data.pieces import Piece, runs_leftwards, text_pieces, visible
 
 TEXTS = [
     "plain words,  two spaces\n\nand lines\t",
@@ -99,6 +99,20 @@ def test_bytes_that_are_no_character_do_not_wait_for_ever() -> None:
 )
 def test_nothing_unseen_is_left(text: str, shown: str) -> None:
     assert visible(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "leftwards"),
+    [
+        ("<s>שלום עולם", True),
+        ("abcdef שלום", False),
+        ("12 +", False),
+        ("<s>مرحبا", True),
+        ("", False),
+    ],
+)
+def test_direction_is_that_of_most_letters(text: str, leftwards: bool) -> None:
+    assert runs_leftwards(text) == leftwards
 
 
 def test_a_real_folder_s_tokenizer(tmp_path: Path) -> None:

@@ -240,6 +240,19 @@ def test_hostile_text_is_text(opened: Any) -> None:
     ]
 
 
+def test_text_from_right_to_left(opened: Any) -> None:
+    """The next token is where it is read next, whatever a sample begins with."""
+    page, _ = made_page(words=["<s>", "שלום", " עולם", " טוב", " מאוד"], tokens=20)
+    tab = opened(page)
+    boxes = [tab.locator(".t").nth(index).bounding_box() for index in (1, 2)]
+    assert boxes[1]["x"] < boxes[0]["x"]
+    tab.locator(".t").nth(1).click()
+    tab.keyboard.press("ArrowLeft")
+    assert focused(tab) == 2
+    tab.keyboard.press("ArrowRight")
+    assert focused(tab) == 1
+
+
 @pytest.mark.parametrize(("experts", "scheme"), [(8, "light"), (64, "dark")])
 def test_axe_finds_nothing(opened: Any, experts: int, scheme: str) -> None:
     """WCAG 2.2 A and AA, and best practice, by axe-core."""

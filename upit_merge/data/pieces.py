@@ -66,6 +66,12 @@ def visible(text: str) -> str:
     return "".join(map(_visible, text))
 
 
+def runs_leftwards(text: str) -> bool:
+    """Return whether most letters of a text are of a script that is written from the right."""
+    kinds = [unicodedata.bidirectional(character) for character in text]
+    return sum(kind in ("R", "AL") for kind in kinds) > kinds.count("L")
+
+
 def _visible(character: str) -> str:
     if character in "\n\t" or character in _JOINERS:
         return character

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from upit_merge import __version__
-from upit_merge.data.pieces import Piece, visible
+from upit_merge.data.pieces import Piece, runs_leftwards, visible
 from upit_merge.errors import counted
 from upit_merge.report.palette import STEPS, Look, num_hues, stylesheet
 from upit_merge.report.routing_sections import facts, heading, percent, safe, sections
@@ -122,7 +122,7 @@ _SCALE = "".join(f'<span class="u0 c{number}"></span>' for number in range(STEPS
 _READING = (
     "A token has the colour of the expert that weighs most for it, and the line below it. How "
     f'strong the colour is says how sure the router was: <span class="scale">{_SCALE}</span> from no '
-    "more than an even share to everything. Experts of one hue differ in the line; numbers say the "
+    "more than an even share to everything (over all layers: of the gate weight). Experts of one hue differ in the line; numbers say the "
     "same as the colours."
 )
 
@@ -246,9 +246,10 @@ def _text(samples: Sequence[ShownSample], views: Views, num_experts: int) -> str
         )
         group = "" if sample.group is None else f"<span>{safe(sample.group)}</span>"
         label = safe(sample.name)
+        direction = "rtl" if runs_leftwards("".join(p.text for p in sample.pieces)) else "ltr"
         written.append(
             f'<article class="sample"><h3>Sample {sample.number:,} {group} <span>{count}</span></h3>'
-            f'<div class="tokens" dir="auto" role="listbox" aria-orientation="horizontal" '
+            f'<div class="tokens" dir="{direction}" role="listbox" aria-orientation="horizontal" '
             f'aria-label="{label}">{"".join(spans)}</div></article>'
         )
     return "".join(written)
