@@ -1,4 +1,4 @@
-"""What `router`, `extend`, `shrink` and `evaluate` begin with: a mixture, opened, and data for it."""
+"""What commands that run data through a mixture begin with: the mixture, opened, and the data."""
 
 from __future__ import annotations
 

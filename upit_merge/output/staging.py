@@ -24,7 +24,7 @@ LOG = logging.getLogger(__name__)
 
 STAGING = ".upit-staging"
 # Of the commands that change a model that is there.
-_EDITS = ("router", "extend", "shrink", "evaluate", "page")
+_EDITS = ("router", "extend", "shrink", "evaluate", "page", "inspect")
 EDIT_STAGING = {name: f".upit-{name}" for name in _EDITS}
 REPORT = "upit_report.json"
 _STATE = "run.json"

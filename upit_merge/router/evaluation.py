@@ -219,6 +219,7 @@ def swept(
     gates: Sequence[Tensor] | None = None,
     *,
     with_losses: bool = False,
+    mixture: AssembledMixture | None = None,
 ) -> Iterator[tuple[PackedStates, Callable[[float], None]]]:
     """Push all samples through the assembled mixture.
 
@@ -229,7 +230,9 @@ def swept(
         description: Of the progress bar.
         gates: Instead of the folder's, float32, (num_experts, hidden_size) per layer.
         with_losses: They are computed next, and belong to the bar's work.
+        mixture: Instead of one with these gates.
     """
+    mixture = mixture or AssembledMixture(stage.model, gates)
     stream = stage.stream(0, stage.everything)
     tokens = sum(stage.lengths[index] for index in stream.samples)
     effort = stage.effort
@@ -239,7 +242,7 @@ def swept(
         stage.states([stream]) as states,
         stage.bar(layers + head, description) as bar,
     ):
-        AssembledMixture(stage.model, gates).sweep(
+        mixture.sweep(
             stage.seeds.samples,
             stream.batches,
             states,

@@ -237,6 +237,13 @@ class MixtureFormat(ABC):
     def sizes(self, config: Any) -> tuple[int, int]:
         """(num_experts, intermediate size of an expert) of a mixture's configuration."""
 
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return what the router makes of its logits before it chooses, (tokens, num_experts).
+
+        Biases that only decide who is chosen are not in it. The weights of the chosen are as these.
+        """
+        return logits.softmax(1)
+
     def chosen(self, config: Any) -> int:
         """Return how many experts a mixture's configuration sends a token to."""
         return int(config.num_experts_per_tok)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from upit_merge.models.formats.base import (
     Constant,
     MixtureFormat,
@@ -73,6 +75,9 @@ class Glm4Moe(MixtureFormat):
         if config.n_shared_experts != 1:
             return f"has {config.n_shared_experts} shared experts (n_shared_experts)"
         return None
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.sigmoid()
 
     def sizes(self, config: Any) -> tuple[int, int]:
         return config.n_routed_experts, config.moe_intermediate_size

@@ -76,6 +76,9 @@ class Lfm2Moe(MixtureFormat):
             return "has no biases of experts (use_expert_bias)"
         return None
 
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.sigmoid()
+
     def sizes(self, config: Any) -> tuple[int, int]:
         return config.num_experts, config.moe_intermediate_size
 

@@ -1,0 +1,82 @@
+"""What to do about experts that are hardly used, or nearly one: sentences, and commands."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from upit_merge.errors import counted
+
+
+def advice_on(document: Mapping[str, Any], out: str, data: str) -> list[dict[str, str]]:
+    """Return what to do about what was found: a `text`, and mostly the `command` that does it.
+
+    Args:
+        document: What `upit-merge inspect --json` writes.
+        out, data: As they are to stand in the commands.
+    """
+    experts, chosen = document["num_experts"], document["chosen"]
+    if document["few_tokens"]:
+        return [
+            {
+                "text": "An expert's even share is too few tokens to call one unused; give more "
+                "text before anything is changed."
+            }
+        ]
+    found: list[dict[str, str]] = []
+    idle = [row["expert"] for row in document["experts"] if row["state"] != "used"]
+    twins = [pair["experts"] for pair in document["pairs"] if pair["by_weights"]]
+    left = max(chosen, experts - len({*idle, *(max(pair) for pair in twins)}))
+    shrink = f"upit-merge shrink {shlex.quote(out)} --data {shlex.quote(data)} --experts {left}"
+    if idle and left < experts:
+        found.append(
+            {
+                "text": f"{_listed(idle)} hardly used over all layers: merge what the router does "
+                "not use into what it judges alike.",
+                "command": shrink,
+            }
+        )
+    dead = document["usage"]["dead"]
+    if dead and not idle:
+        found.append(
+            {
+                "text": "Every expert is used over all layers, but some not at all in one "
+                f"({counted(len(dead), 'dead place')}): fit the gates anew, on text of every kind "
+                "that the model is to know, and not on what it is measured on.",
+                "command": f"upit-merge router {shlex.quote(out)} --data seed.jsonl",
+            }
+        )
+    if twins and left < experts:
+        found.append(
+            {
+                "text": f"Experts {pairs_named(twins)} have nearly the same weights, so that a "
+                "second one costs memory and adds little: merge them, or train the mixture until "
+                "they differ (`upit-merge finetune`).",
+                "command": shrink,
+            }
+        )
+    same = [p["experts"] for p in document["pairs"] if p["by_routing"] and not p["by_weights"]]
+    if same:
+        found.append(
+            {
+                "text": f"The router cannot tell experts {pairs_named(same)} apart, though their "
+                "weights differ: fit the gates anew.",
+                "command": f"upit-merge router {shlex.quote(out)} --data seed.jsonl",
+            }
+        )
+    for earlier, later in pairwise(found):
+        if earlier.get("command") == later["command"]:
+            del earlier["command"]  # it does both
+    return found or [{"text": "Nothing: every expert is used, and no two are alike."}]
+
+
+def _listed(experts: Sequence[int]) -> str:
+    shown = ", ".join(map(str, experts[:8])) + (", …" if len(experts) > 8 else "")
+    return f"Expert {shown} is" if len(experts) == 1 else f"Experts {shown} are"
+
+
+def pairs_named(pairs: Sequence[Sequence[int]]) -> str:
+    """Return pairs of experts as a sentence names them."""
+    return ", ".join(f"{a} and {b}" for a, b in pairs[:4]) + (", …" if len(pairs) > 4 else "")
