@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import yaml
 from markdown_it import MarkdownIt
 
 from tests.conftest import Family, build_family
@@ -135,9 +136,104 @@ def test_post_training_and_others_are_told() -> None:
         "at first and 1.500 at the end. Experts hardly used at the end: 2."
     ) in text
     assert "| model | letters | digits | all |" in text
-    assert "| **this mixture** | **4.00** | **4.00** | **4.00** |" in text
+    assert "| this mixture | **4.00** | **4.00** | **4.00** |" in text
     assert "| the base | 8.00 |   | 9.25 |" in text
     assert "upit-merge verify" not in text  # it is not what the recipe makes any more
+
+
+def evaluated(perplexity: float, **others: float) -> str:
+    """Return the card's evaluation of a mixture beside its experts and others, on one kind of text."""
+    found = evaluation(2)
+    group = {**found["groups"]["all"], "perplexity": perplexity}
+    groups = {"all": {**group, "experts_alone": [6.0, 5.0], "control_perplexity": 4.5}}
+    rows = [{"model": name, "perplexity": value} for name, value in others.items()]
+    report = model(2, 2, evaluation={**found, "groups": groups, "others": rows})
+    return render(report, "").partition("## Evaluation")[2]
+
+
+def test_only_the_best_of_a_column_is_bold() -> None:
+    text = evaluated(4.0, average=3.5)
+    assert [line for line in text.splitlines() if "**" in line] == [
+        "| average | **3.50** |",
+        "| 1 | **5.00** |",
+    ]
+    assert "| this mixture | 4.00 |" in text
+    assert evaluated(4.0, equal=4.0).count("**4.00**") == 2
+
+
+def test_the_experts_alone_have_a_table() -> None:
+    assert "| expert | all |\n|---:|---:|\n| 0 | 6.00 |\n| 1 | **5.00** |" in evaluated(4.0)
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "others", "words"),
+    [
+        (
+            4.0,
+            {},
+            "The mixture's perplexity is 20.0% lower than that of the best of its experts alone "
+            "(1), 11.1% lower than with a shuffled router. Whether it is worth its size, only "
+            "other models on the same text can tell",
+        ),
+        (4.0, {"dense": 5.0}, "On this text it is the best of the models compared."),
+        (4.0, {"dense": 5.0, "average": 3.2}, "25.0% HIGHER than that of average"),
+        (4.0, {"dense": 5.0, "average": 3.2}, "On this text average is the better model."),
+        (4.0, {"twin": 4.001}, "as high as that of twin. On this text twin is as good."),
+    ],
+)
+def test_the_verdict_is_in_words(perplexity: float, others: dict, words: str) -> None:
+    assert words in evaluated(perplexity, **others)
+
+
+def test_no_path_of_anybodys_disk_is_shown() -> None:
+    recipe = """\
+base_model: /home/anna smith/models/base   # from ~/downloads/x
+models:
+  - model: "/home/anna smith/sft/checkpoint-*"
+  - {model: C:\\Users\\anna\\tuned, parameters: {density: 0.8}}
+  - model: ../anna/other
+  - model: ./sft/checkpoint-7
+  - model: meta-llama/Llama-3.2-1B
+  - model: /home/anna/base+/home/anna/adapter
+router: {data: '~/anna/seed.jsonl'}
+# see https://huggingface.co/anybody/model and/or ask
+"""
+    text = render(model(), recipe)
+    shown = text.partition("```yaml")[2].partition("```")[0]
+    assert "anna" not in shown
+    assert (
+        shown.strip()
+        == """\
+base_model: ./base   # from ./x
+models:
+  - model: "./checkpoint-*"
+  - {model: ./tuned, parameters: {density: 0.8}}
+  - model: ./other
+  - model: ./sft/checkpoint-7
+  - model: meta-llama/Llama-3.2-1B
+  - model: ./base+./adapter
+router: {data: './seed.jsonl'}
+# see https://huggingface.co/anybody/model and/or ask"""
+    )
+
+
+def test_what_the_owner_says_of_the_model() -> None:
+    card = {"name": "Ada 8x1B", "license": "apache-2.0", "language": ["de"], "tags": ["law", "moe"]}
+    text = render(model(card=card), "")
+    head = yaml.safe_load(text.split("---")[1])
+    assert text.splitlines().count("# Ada 8x1B") == 1
+    assert (head["license"], head["language"]) == ("apache-2.0", ["de"])
+    assert head["tags"] == ["mergekit", "merge", "moe", "mixtral", "upit", "law"]
+    assert "your-name/Ada-8x1B" in text
+    other = yaml.safe_load(render(model(card={"license": "Ada Licence 2"}), "").split("---")[1])
+    assert (other["license"], other["license_name"]) == ("other", "ada-licence-2")
+
+
+def test_what_it_wrote_is_shown_as_it_is() -> None:
+    samples = [{"prompt": "Why `x`?", "text": "Because.\n```\n# no heading"}]
+    text = render(model(samples=samples), "")
+    assert "## What it writes" in text
+    assert "````text\nBecause.\n```\n# no heading\n````" in text
 
 
 def test_markdown() -> None:

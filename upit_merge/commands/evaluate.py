@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from upit_merge.commands.compare import Rival, check_rivals, rival_losses
+from upit_merge.commands.next_steps import argument, tell_next
 from upit_merge.commands.options import MixtureOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
@@ -23,9 +24,11 @@ from upit_merge.io.text_file import write_json
 from upit_merge.models.mixture import read_mixture
 from upit_merge.output.edit import Edit
 from upit_merge.output.staging import REPORT, check_output_exists
+from upit_merge.report.document import Evaluation as Record
 from upit_merge.report.document import read_report
 from upit_merge.report.heatmap import check_format, draw_routing
-from upit_merge.report.tables import show
+from upit_merge.report.tables import best_in_bold, show
+from upit_merge.report.verdict import evaluation_verdict
 from upit_merge.report.write import write_report_and_card
 from upit_merge.router.assignment import assigned, sample_losses
 from upit_merge.router.buckets import assign_by_loss
@@ -101,9 +104,28 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
         evaluation, samples = _evaluate(session, settings, options, Path(scratch))
         if processes.is_first:
             _tell(evaluation, options)
+            record = condensed(evaluation, settings.data, samples)
             if options.card:
-                _keep(edit, condensed(evaluation, settings.data, samples), quiet=options.quiet)
+                _keep(edit, record, quiet=options.quiet)
+            if not options.quiet:
+                print(evaluation_verdict(Record.model_validate(record)))
+                tell_next(*_next_steps(out, evaluation, settings, options))
     return evaluation
+
+
+def _next_steps(
+    out: Path, evaluation: Evaluation, settings: RouterSettings, options: EvaluateOptions
+) -> Iterator[tuple[str, str]]:
+    folder, data = argument(out), argument(settings.data)
+    if not options.against:
+        command = f"upit-merge evaluate {folder} --data {data} --against MODEL"
+        yield command, "measure a dense model beside it, which is measured once"
+    if evaluation.dead():
+        yield f"upit-merge shrink {folder} --experts N --data {data}", "fewer experts"
+    page = f"upit-merge inspect {folder} --data {data} --html routing.html"
+    yield page, "see where the router sends every token"
+    if not options.card:
+        yield f"upit-merge evaluate {folder} --data {data} --card", "put this on the model card"
 
 
 def _check_report(out: Path) -> None:
@@ -284,10 +306,13 @@ def _beside_others(evaluation: Evaluation) -> Table:
     groups = evaluation.groups.members
     for name in groups:
         table.add_column(name, justify="right")
-    for model, sums in [*evaluation.rivals.items(), ("this mixture", None)]:
-        values = (evaluation.perplexity(members, sums) for members in groups.values())
-        style = "bold" if sums is None else ""
-        table.add_row(model, *(f"{value:.2f}" for value in values), style=style)
+    models: dict[str, Tensor | None] = {**evaluation.rivals, "this mixture": None}
+    values = [
+        [evaluation.perplexity(members, sums) for members in groups.values()]
+        for sums in models.values()
+    ]
+    for model, cells in zip(models, best_in_bold(values, ".2f"), strict=True):
+        table.add_row(model, *cells)
     return table
 
 

@@ -42,6 +42,7 @@ def run_identity(
 
 
 def _without_sizes(recipe: dict[str, Any]) -> dict[str, Any]:
+    recipe.pop("card")  # which no weight depends on
     router = recipe["router"] or {}
     for name in PARAMETERS_SINCE:
         if recipe["parameters"].get(name) == Parameters.model_fields[name].default:

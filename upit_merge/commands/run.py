@@ -268,6 +268,8 @@ class _Run:
             inputs.dtype,
         )
         record["seed_option"] = self.options.seed
+        if card := inputs.recipe.card:
+            record["card"] = card.model_dump(exclude_none=True)
         record["run_sha256"] = result_digest(self.identity)
         record["model"] = mixture_record(
             folder,

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from upit_merge.config.card import CardSettings
 from upit_merge.config.explain import check_yaml_size, explain
 from upit_merge.config.fields import Name, NotNegative, Number, Strict, as_number
 from upit_merge.config.router import ByColumn, Refinement, RouterSettings, UpitObjective
@@ -225,6 +226,10 @@ router:
         None, description="How the gates are trained; without the block they are random."
     )
 
+    card: CardSettings | None = Field(
+        None, description="What the model card says of name, licence, languages and tags."
+    )
+
     @model_validator(mode="after")
     def _expressible(self) -> Recipe:
         params = self.parameters
@@ -302,6 +307,7 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "router.upit": UpitObjective,
     "router.refine": Refinement,
     "router.assign": ByColumn,
+    "card": CardSettings,
     "models": ModelEntry,
     "models.parameters": ModelParameters,
     "density": FilteredDensity,

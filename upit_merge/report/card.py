@@ -9,7 +9,15 @@ from upit_merge.errors import counted
 from upit_merge.models.formats import FORMATS
 from upit_merge.report.document import Report
 from upit_merge.report.expert_sections import experts_section, linked, similarity_section
-from upit_merge.report.markdown import amount, code, escaped, fenced, folded, table
+from upit_merge.report.markdown import (
+    amount,
+    code,
+    escaped,
+    fenced,
+    folded,
+    table,
+    without_local_paths,
+)
 from upit_merge.report.metadata import disagreement, front_matter
 from upit_merge.report.result_sections import (
     evaluation_section,
@@ -33,10 +41,11 @@ def render(report: Report, pictures: Collection[str], recipe_source: str) -> str
     """
     sections = [
         front_matter(report),
-        f"# {escaped(report.model.name)}",
+        f"# {escaped(report.name)}",
         _introduction(report),
         _at_a_glance(report),
         _section("Run it", _run_it(report)),
+        _section("What it writes", _samples(report)),
         _section("Experts", experts_section(report, pictures)),
         _section("How alike they are", similarity_section(report, pictures)),
         _section("Router", router_section(report)),
@@ -92,7 +101,7 @@ def _run_it(report: Report) -> str:
             "transformers, vLLM and llama.cpp run it."
         )
     # A repository's name: a folder's may have spaces, or quotes that would end a string.
-    name = f"{_OWNER}/{re.sub(r'[^A-Za-z0-9._-]+', '-', report.model.name).strip('-.') or 'model'}"
+    name = f"{_OWNER}/{re.sub(r'[^A-Za-z0-9._-]+', '-', report.name).strip('-.') or 'model'}"
     parts = [
         f"Write the model's id on the Hub, or its folder, for {code(name)}.",
         "With transformers:",
@@ -148,10 +157,18 @@ llama-cli -m model.gguf -n 100 -p "{prompt}"
 llama-server -m model.gguf"""
 
 
+def _samples(report: Report) -> str:
+    """Show what it wrote once, as it is: most likely tokens, nothing chosen."""
+    parts = [f"{code(sample.prompt)}\n\n{fenced(sample.text, 'text')}" for sample in report.samples]
+    if not parts:
+        return ""
+    return "\n\n".join(["With greedy decoding, cut off where it was long:", *parts])
+
+
 def _recipe(source: str) -> str:
     if not source.strip():
         return ""
-    text = fenced(source, "yaml")
+    text = fenced(without_local_paths(source), "yaml")
     lines = source.count("\n")
     return folded(f"mergekit_config.yml, {lines} lines", text) if lines > _LONG_RECIPE else text
 

@@ -223,6 +223,22 @@ class Evaluation(Part):
         return kinds or dict(self.groups)
 
 
+class OwnersCard(Part):
+    """Has what the recipe's `card:` block says; see `config.card.CardSettings`."""
+
+    name: str | None = None
+    license: str | None = None
+    language: list[str] = Field(default_factory=list)
+    tags: list[str] = Field(default_factory=list)
+
+
+class Sample(Part):
+    """Has what the model wrote once, and what it was asked."""
+
+    prompt: str
+    text: str
+
+
 class Report(AnyReport):
     """The report that this version writes, with all that a card says; older ones have less."""
 
@@ -242,6 +258,8 @@ class Report(AnyReport):
     history: list[Step] = Field(default_factory=list)
     post_training: PostTraining | None = None
     evaluation: Evaluation | None = None
+    card: OwnersCard = OwnersCard()
+    samples: list[Sample] = Field(default_factory=list)
 
     @field_validator("evaluation", mode="before")
     @classmethod
@@ -264,6 +282,11 @@ class Report(AnyReport):
         if self.lineage.expected_gram is not None:
             _check_square(self.lineage.expected_gram, n)
         return self
+
+    @property
+    def name(self) -> str:
+        """Return what the model is called."""
+        return self.card.name or self.model.name
 
     @property
     def is_copied(self) -> bool:
@@ -337,10 +360,11 @@ def read_report(out: Path) -> AnyReport:
 def after(before: AnyReport, command: str, changes: Mapping[str, Any]) -> AnyReport:
     """Return the report of the model that a command made of the one `before` speaks of.
 
-    What was evaluated was the model before: its record goes, unless `changes` has a new one.
+    What was evaluated, and what wrote, was the model before: that goes, unless `changes` has new.
     """
     history = [*before.document.get("history", []), {"command": command}]
     document = {**before.document, **changes, "history": history}
-    if "evaluation" not in changes:
-        document.pop("evaluation", None)
+    for key in ("evaluation", "samples"):
+        if key not in changes:
+            document.pop(key, None)
     return describe(document)

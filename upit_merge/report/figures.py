@@ -63,8 +63,11 @@ def figure(path: Path, width: float, height: float, dpi: int = _DPI) -> Iterator
         yield drawn
         # A JPEG has no transparent parts, which would be black.
         opaque = path.suffix.lower() in (".jpg", ".jpeg")
-        optimal = {"pil_kwargs": {"optimize": True}} if path.suffix.lower() == ".png" else {}
-        drawn.savefig(path, facecolor="white" if opaque else "none", **optimal)
+        drawn.savefig(
+            path,
+            facecolor="white" if opaque else "none",
+            pil_kwargs={"optimize": True} if path.suffix.lower() == ".png" else None,
+        )
 
 
 def drawable(names: Sequence[str], otherwise: str, length: int = 24) -> list[str]:

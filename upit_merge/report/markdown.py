@@ -22,6 +22,47 @@ def code(text: str) -> str:
     return f"`{' '.join(text.replace('`', '').split())}`".replace("|", "\\|")
 
 
+# From the root, the home or another folder of somebody's disk; in quotes there may be spaces in it.
+_START = r"(?:~|\.\.|[A-Za-z]:)?[/\\]"
+_SEPARATOR = re.compile(r"[/\\]")
+_LOCAL = re.compile(
+    rf"""(?P<quote>["'])(?P<quoted>{_START}[^"'\n]*)(?P=quote)|(?<![\w.:/\\<*-])(?P<bare>{_START}[^"'\n,#\]}}]+)"""
+)
+
+
+def without_local_paths(text: str) -> str:
+    """Return a recipe's text as others may see it: of paths of somebody's disk the last part."""
+
+    def shortened(found: re.Match[str]) -> str:
+        path, quote = found["quoted"] or found["bare"], found["quote"] or ""
+        # The base of an adapter is a path of its own.
+        parts = [_SEPARATOR.split(part.rstrip("/\\ "))[-1] for part in path.split("+")]
+        space = path[len(path.rstrip(" ")) :]
+        return f"{quote}{'+'.join(f'./{part}' for part in parts)}{space}{quote}"
+
+    return _LOCAL.sub(shortened, text)
+
+
+def best_in_bold(rows: Sequence[Sequence[float | None]]) -> list[list[str]]:
+    """Return the cells of a table of perplexities; of every column the least is bold.
+
+    Args:
+        rows: None where there is no value.
+    """
+    texts = [["" if value is None else f"{value:.2f}" for value in row] for row in rows]
+    least = [
+        min((v for v in column if v is not None), default=None)
+        for column in zip(*rows, strict=True)
+    ]
+    return [
+        [
+            f"**{t}**" if v is not None and v == m else t
+            for t, v, m in zip(row, values, least, strict=True)
+        ]
+        for row, values in zip(texts, rows, strict=True)
+    ]
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Lay out a table, folded if it is long; the cells are Markdown.
 

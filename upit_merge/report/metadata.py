@@ -43,7 +43,8 @@ def metadata(report: Report) -> dict[str, Any]:
     if languages := _languages(report):
         fields["language"] = languages
     fields["pipeline_tag"] = "text-generation"
-    fields["tags"] = ["mergekit", "merge", "moe", report.model.format, "upit"]
+    tags = ["mergekit", "merge", "moe", report.model.format, "upit", *report.card.tags]
+    fields["tags"] = list(dict.fromkeys(tags))
     ids = [name for source in report.all_sources for name in source.hub_ids]
     if ids:
         fields |= {"base_model": list(dict.fromkeys(ids)), "base_model_relation": "merge"}
@@ -74,7 +75,7 @@ def _results(report: Report) -> dict[str, Any]:
     ]
     if not results:
         return {}
-    return dict(ModelCardData(model_name=report.model.name, eval_results=results).to_dict())
+    return dict(ModelCardData(model_name=report.name, eval_results=results).to_dict())
 
 
 def _statement(source: Source) -> tuple[str, str | None] | None:
@@ -93,8 +94,10 @@ def _statement(source: Source) -> tuple[str, str | None] | None:
 
 
 def _license(report: Report) -> dict[str, str]:
-    """Return the base's licence, unless some other model states another one."""
+    """Return the owner's licence, or the base's, unless some other model states another one."""
     base = report.sources.base
+    if report.card.license:
+        base = Source(name=report.name, license=report.card.license)
     statement = _statement(base)
     if statement is None or disagreement(report):
         return {}
@@ -123,7 +126,7 @@ def disagreement(report: Report) -> str | None:
     for source in report.all_sources:
         if (statement := _statement(source)) is not None:
             stated.setdefault(statement, source.name)
-    if len(stated) < 2:
+    if len(stated) < 2 or report.card.license:
         return None
     told = ", ".join(
         f"{escaped(name)} `{named or identifier}`" for (identifier, named), name in stated.items()
@@ -135,7 +138,9 @@ def disagreement(report: Report) -> str | None:
 
 
 def _languages(report: Report) -> list[str]:
-    """Return the base's languages, unless some other model states others."""
+    """Return the owner's languages, or the base's, unless some other model states others."""
+    if report.card.language:
+        return [name for name in report.card.language if _LANGUAGE.fullmatch(name)]
     stated = [set(source.language) for source in report.all_sources if source.language]
     if any(languages != set(report.sources.base.language) for languages in stated):
         return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from upit_merge.errors import counted
@@ -15,8 +15,9 @@ from upit_merge.report.document import (
     Report,
     Router,
 )
-from upit_merge.report.markdown import amount, code, escaped, picture, table
+from upit_merge.report.markdown import amount, best_in_bold, code, escaped, picture, table
 from upit_merge.report.plots import POST_TRAINING, ROUTING
+from upit_merge.report.verdict import evaluation_verdict
 
 _TRAINED = {
     "all": "with all its weights",
@@ -162,28 +163,59 @@ def evaluation_section(report: Report, pictures: Collection[str]) -> str:
         f"Perplexity on {counted(whole.samples, 'held-out sample')} of {escaped(found.data)} "
         f"({counted(whole.targets, 'predicted token')}); lower is better.",
         _perplexities(found),
+        evaluation_verdict(found),
+        _experts_alone(found),
     ]
     if ROUTING in pictures:
         parts.append(picture(ROUTING, _routing_in_words(found)))
     parts.append(" ".join(_routing_sentences(found)))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _perplexities(found: Evaluation) -> str:
     """Tabulate the models, in a column per kind of text and one for all of it."""
-    names = [name for name in found.groups if name != found.whole]
-    names = [*names, found.whole] if names else [found.whole]
+    names = _columns(found)
     groups = {name: found.groups[name] for name in names}
-    rows = [["**this mixture**", *(f"**{group.perplexity:.2f}**" for group in groups.values())]]
-    rows += [[name, *map(_perplexity, cells)] for name, cells in _compared(found, groups)]
-    rows += [
-        [
-            escaped(o.model),
-            *(_perplexity(o.groups.get(n, _of_all(o.perplexity, n, found))) for n in names),
-        ]
-        for o in found.others
+    rows: list[tuple[str, list[float | None]]] = [
+        ("this mixture", [group.perplexity for group in groups.values()])
     ]
-    return table(["model", *(f">{escaped(name)}" for name in names)], rows)
+    rows += _compared(found, groups)
+    rows += [
+        (
+            escaped(other.model),
+            [other.groups.get(n, _of_all(other.perplexity, n, found)) for n in names],
+        )
+        for other in found.others
+    ]
+    return _perplexity_table("model", names, rows)
+
+
+def _columns(found: Evaluation) -> list[str]:
+    """Return the names of the kinds of text, and last that of all of it."""
+    return [*(name for name in found.groups if name != found.whole), found.whole]
+
+
+def _perplexity_table(
+    title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]]
+) -> str:
+    cells = best_in_bold([values for _name, values in rows])
+    lines = [[name, *row] for (name, _values), row in zip(rows, cells, strict=True)]
+    return table([title, *(f">{escaped(name)}" for name in names)], lines)
+
+
+def _experts_alone(found: Evaluation) -> str:
+    """Tabulate the experts, each as a dense model; nothing if they were not measured."""
+    names = _columns(found)
+    columns = [found.groups[name].experts_alone for name in names]
+    if any(column is None for column in columns) or len(columns[-1] or []) < 2:
+        return ""
+    rows = [
+        (str(expert), list(values))
+        for expert, values in enumerate(zip(*filter(None, columns), strict=True))
+    ]
+    how = ", estimated to first order" if found.estimated else ""
+    text = _perplexity_table(">expert", names, rows)
+    return f"Every token through one expert alone{how}:\n\n{text}"
 
 
 def _of_all(value: float, name: str, found: Evaluation) -> float | None:
@@ -206,10 +238,6 @@ def _compared(
     if any(group.best_expert_per_sample is not None for group in members):
         cells = [g.best_expert_per_sample for g in members]
         yield f"the best expert of each sample{how}", cells
-
-
-def _perplexity(value: float | None) -> str:
-    return _number(value, 2)
 
 
 def _routing_in_words(found: Evaluation) -> str:
