@@ -9,7 +9,7 @@ from upit_merge.cli import merge, mixture, start, training
 
 # In the order in which a newcomer needs them.
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
-    "Begin": (start.split,),
+    "Begin": (start.init, start.split),
     "Make a mixture": (merge.plan, merge.run, merge.verify),
     "Measure and show it": (mixture.evaluate, mixture.page),
     "Change it": (mixture.router, mixture.extend, mixture.shrink),

@@ -10,6 +10,51 @@ import click
 from upit_merge.cli.options import PATH, command
 
 
+@command(epilog="upit-merge init sft/\nupit-merge init . --base ./base --data seed.jsonl --yes")
+@click.argument("folder", type=PATH)
+@click.option(
+    "--output",
+    type=PATH,
+    default="recipe.yml",
+    show_default=True,
+    help="The recipe's file.",
+)
+@click.option("--base", metavar="MODEL", help="The model before the fine-tuning.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="MODEL",
+    help="What becomes an expert, as in a recipe: a folder, a glob, an adapter; repeatable.",
+)
+@click.option("--data", help="What the router is fitted to: a file, a folder or a dataset id.")
+@click.option("--no-data", is_flag=True, help="Leave the router out, whatever data there is.")
+@click.option("--experts", type=click.IntRange(1), help="Experts per layer.")
+@click.option("--experts-per-token", type=click.IntRange(1), help="Experts a token is routed to.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of the output; the checkpoints' if not given.",
+)
+@click.option("--yes", is_flag=True, help="Ask nothing, take what would be offered.")
+@click.option("--force", is_flag=True, help="Replace a recipe that is there.")
+@click.option(
+    "--lazy-unpickle", "allow_pickle", is_flag=True, help="Accept a checkpoint in .bin files."
+)
+@click.option("--quiet", is_flag=True, help="Print only what to do next.")
+def init(folder: Path, output: Path, allow_pickle: bool, **values: Any) -> None:
+    """Write a recipe for the checkpoints that lie in FOLDER or below.
+
+    Base, checkpoints, adapters and data are found by what they are and say. On a terminal you are
+    asked, and Enter takes what was found; elsewhere, what nothing says must be given as an option.
+    """
+    from upit_merge.commands.init import InitOptions, write_recipe
+    from upit_merge.io.hub import OpenOptions
+
+    options = InitOptions(**values, open=OpenOptions(allow_pickle=allow_pickle))
+    write_recipe(folder, output, options)
+
+
 @command(epilog="upit-merge split data.jsonl --out split/ --held-out 500 --group-by domain")
 @click.argument("data", metavar="FILE")
 @click.option(
