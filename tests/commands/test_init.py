@@ -241,6 +241,16 @@ def test_a_base_on_the_hub_is_named_and_not_downloaded(here: Path, named: str, b
     assert "dtype" not in document
 
 
+def test_a_base_beside_wins_over_a_name_of_the_hub(here: Path) -> None:
+    shutil.rmtree("sft")
+    write_adapters(Path("base"), "lora/checkpoint-5", "lora/checkpoint-10", named="owner/llama")
+    assert written(".")["base_model"] == "./base"
+    Path("base").rename("Llama")
+    assert written(".")["base_model"] == "./Llama"
+    Path("Llama").rename("other")
+    assert written(".")["base_model"] == "owner/llama"
+
+
 def test_a_base_that_is_nowhere_must_be_named(here: Path) -> None:
     write_adapters(Path("base"), "lora/checkpoint-5", "lora/checkpoint-10", named="/gone/llama")
     assert refused("init", "lora") == (

@@ -70,7 +70,7 @@ def write_recipe(folder: Path, output: Path, options: InitOptions) -> None:
         UpitError: nothing can be made of what is there, an answer is missing, or a file would be
             overwritten.
     """
-    asks = not options.yes and sys.stdin.isatty()
+    asks = not options.yes and is_terminal()
     _check_free(output, force=options.force, asks=asks)
     survey = survey_folder(folder, options.open)
     choices = choose(folder, survey)
@@ -113,6 +113,11 @@ def write_recipe(folder: Path, output: Path, options: InitOptions) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         replace_text(output, text)
     _tell(output, data, choices, commands, options)
+
+
+def is_terminal() -> bool:
+    """Whether there is somebody to answer questions."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _check_free(output: Path, *, force: bool, asks: bool) -> None:
@@ -261,8 +266,8 @@ def _tell(
             )
         elif choices.held_out is None and local_data(data) is not None:
             print(
-                f"The router takes {data}; `upit-merge split {shlex.quote(data)}` makes a part of "
-                "it to measure with, which nothing is trained on."
+                f"The router takes {data}. To keep a part of it for measuring, from the model and "
+                f"the router alike: `upit-merge split {shlex.quote(data)}`, before the fine-tuning."
             )
     print("Next:")
     for command in commands:
