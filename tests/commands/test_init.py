@@ -251,14 +251,32 @@ def test_a_base_beside_wins_over_a_name_of_the_hub(here: Path) -> None:
     assert written(".")["base_model"] == "owner/llama"
 
 
+def test_a_base_beside_the_folder_is_found_by_its_name(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert written("sft")["base_model"] == "./base"
+    assert written(here / "sft")["base_model"] == "./base"
+    monkeypatch.chdir("sft")
+    document = written(".")
+    assert (document["base_model"], models(document)) == ("../base", ["./checkpoint-*"])
+    monkeypatch.chdir(here)
+    shutil.copytree("base", "old-base")
+    assert "name it with --base" in refused("init", "sft")
+    shutil.rmtree("old-base")
+    config = Path("base/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 64}))
+    assert "name it with --base" in refused("init", "sft")
+
+
 def test_a_base_that_is_nowhere_must_be_named(here: Path) -> None:
-    write_adapters(Path("base"), "lora/checkpoint-5", "lora/checkpoint-10", named="/gone/llama")
+    Path("base").rename("other")
+    write_adapters(Path("other"), "lora/checkpoint-5", "lora/checkpoint-10", named="/gone/llama")
     assert refused("init", "lora") == (
         "Nothing says which model the checkpoints in lora were trained from (adapter_config.json "
         "of ./lora/checkpoint-5 names /gone/llama, which is not here); name it with --base, a "
         "folder or a Hub id."
     )
-    assert written("lora", "--base", "./base")["base_model"] == "./base"
+    assert written("lora", "--base", "./other")["base_model"] == "./other"
 
 
 def test_a_base_that_the_settings_or_the_card_of_a_run_name(here: Path) -> None:

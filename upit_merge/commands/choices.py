@@ -101,11 +101,19 @@ def experts_for(count: int, *, is_one_run: bool) -> int:
     return _EXPERTS if count >= _FEW else _FEW
 
 
-def choose(folder: Path, survey: Survey) -> Choices:
-    """Tell base, checkpoints and data apart."""
+def choose(survey: Survey, beside: Sequence[FoundModel] = ()) -> Choices:
+    """Tell base, checkpoints and data apart.
+
+    Args:
+        beside: Models beside the folder that are named like a base, see `is_named_base`.
+    """
     choices = Choices(left_out=dict(survey.left_out))
     experts, others = _checkpoints(survey.models)
     base = _base(choices, experts, others, survey.models)
+    if choices.base is None:
+        alike = [m for m in beside if experts and all(_same_shape(m, e) for e in experts)]
+        if len(alike) == 1:
+            base = _taken(choices, alike[0], "by its name, beside the folder")
     if base is not None:
         choices.base_dtype = _dtype_name(base)
     choices.experts = experts or [model for model in others if model is not base]
@@ -114,6 +122,11 @@ def choose(folder: Path, survey: Survey) -> Choices:
             choices.left_out[model.reference] = _why_not(model, experts)
     _choose_data(choices, survey)
     return choices
+
+
+def is_named_base(folder: Path) -> bool:
+    """Whether people would take a folder for the base by its name."""
+    return _BASE_NAME.search(folder.name) is not None
 
 
 def _checkpoints(
@@ -135,7 +148,7 @@ def _base(
     above = {parent for model in experts for parent in model.folder.parents}
     possible = [m for m in others if not m.is_adapter and m.folder not in above]
     possible = [model for model in possible if all(_same_shape(model, e) for e in experts)]
-    named = [model for model in possible if _BASE_NAME.search(model.folder.name)]
+    named = [model for model in possible if is_named_base(model.folder)]
     claims: dict[str, str] = {}
     for model in experts or models:
         if model.made_from is not None:

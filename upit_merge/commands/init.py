@@ -12,9 +12,15 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from upit_merge.commands.choices import Choices, choose, experts_for, nothing_found
+from upit_merge.commands.choices import (
+    Choices,
+    choose,
+    experts_for,
+    is_named_base,
+    nothing_found,
+)
 from upit_merge.commands.draft import Draft
-from upit_merge.commands.survey import survey_folder
+from upit_merge.commands.survey import FoundModel, survey_folder
 from upit_merge.config.recipe import ModelEntry, parse_recipe_text
 from upit_merge.config.references import expand_models
 from upit_merge.data.examples import iter_examples, local_data
@@ -73,7 +79,7 @@ def write_recipe(folder: Path, output: Path, options: InitOptions) -> None:
     asks = not options.yes and is_terminal()
     _check_free(output, force=options.force, asks=asks)
     survey = survey_folder(folder, options.open)
-    choices = choose(folder, survey)
+    choices = choose(survey, _bases_beside(folder, options.open))
     if not options.models and not choices.experts:
         raise nothing_found(folder, survey, choices.base)
     table = _table(folder, choices, options)
@@ -129,6 +135,18 @@ def _check_free(output: Path, *, force: bool, asks: bool) -> None:
         raise UpitError(
             f"{output} is there already; give another --output, or pass --force to replace it."
         )
+
+
+def _bases_beside(folder: Path, options: OpenOptions) -> list[FoundModel]:
+    """Return models beside a folder that are named like a base, where people often have it."""
+    parent = folder / ".." if folder.name in ("", "..") else folder.parent
+    try:
+        paths = [path for path in sorted(parent.iterdir()) if is_named_base(path)]
+        places = [path for path in paths if path.is_dir() and not path.samefile(folder)]
+    except OSError:
+        return []
+    found = (survey_folder(path, options).models for path in places[:_SHOWN])
+    return [model for models in found for model in models if model.folder in places]
 
 
 def _one_alone(entries: Sequence[str]) -> UpitError:
