@@ -220,11 +220,11 @@ def nothing_found(folder: Path, survey: Survey, base: str | None) -> UpitError:
 def _entries(experts: Sequence[FoundModel]) -> list[str]:
     """Return the entries of `models:`: a glob for each run, where it means just these."""
     entries: list[str] = []
+    # Of each run in step order, as they were found.
     runs: dict[Path, list[FoundModel]] = {}
     for model in experts:
         runs.setdefault(model.folder.parent, []).append(model)
     for run in runs.values():
-        run.sort(key=lambda model: (model.step is not None, model.step or 0))
         listed = [model.reference for model in run]
         parent = run[0].reference.rpartition("/")[0]
         pattern = f"{parent}/{re.sub(r'[0-9]+$', '', run[0].folder.name)}*"
