@@ -7,10 +7,11 @@ set -euo pipefail
 #
 # Fine-tunes a 0.6B model on three kinds of data, makes 8 experts of the checkpoints, fits a router,
 # and measures what came out. Meant for 2 cores, 12 GB of RAM, 15 GB of GPU memory and 30 GB of disk;
-# the sizes are from [hardware.md](hardware.md). It has not been run on such a machine as a whole: the
-# tests run its training, its recipe and the commands after it on tiny models, without a GPU.
+# the sizes are from [hardware.md](hardware.md). It has not been run on such a machine as a whole:
+# `python benchmarks/notebook.py` runs all of it on a tiny model, and it runs without a GPU, slowly.
 #
-# With checkpoints of your own, skip the training and name them in the recipe.
+# With checkpoints of your own, skip the training and name them in the recipe, or let `upit-merge init`
+# write it.
 
 # %% [markdown]
 # ## Install
@@ -65,7 +66,7 @@ PYTHON
 # ## Train
 #
 # One LoRA run per kind of data, two checkpoints each. The keys are those of `trl sft --config`. A GPU
-# older than Ampere (a T4) has no bfloat16: hence `fp16`.
+# older than Ampere (a T4) has no bfloat16: hence `fp16`, which a CPU has not.
 
 # %%
 cat > finetune.yml <<'YAML'
@@ -87,8 +88,9 @@ gradient_checkpointing: true
 logging_steps: 25
 report_to: none
 YAML
+on_cpu=$(python -c 'import torch; print("" if torch.cuda.is_available() else "--fp16 false --use_cpu true")')
 for domain in code math chat; do
-  upit-merge finetune finetune.yml --data "train-$domain.jsonl" --output_dir "sft/$domain"
+  upit-merge finetune finetune.yml --data "train-$domain.jsonl" --output_dir "sft/$domain" $on_cpu
 done
 
 # %% [markdown]
@@ -121,7 +123,7 @@ YAML
 # How alike the checkpoints are, what the merge will need, and what choosing among them could gain.
 
 # %%
-upit-merge plan recipe.yml out/ --data seed.jsonl --cuda
+upit-merge plan recipe.yml out/ --data seed.jsonl --device auto
 
 # %% [markdown]
 # ## Merge
@@ -129,7 +131,7 @@ upit-merge plan recipe.yml out/ --data seed.jsonl --cuda
 # If the machine goes away in between: the same command goes on, as long as the disk is there.
 
 # %%
-upit-merge run recipe.yml out/ --cuda
+upit-merge run recipe.yml out/ --device auto
 
 # %% [markdown]
 # ## Measure
@@ -138,7 +140,7 @@ upit-merge run recipe.yml out/ --cuda
 # router sends where is in `routing.png`.
 
 # %%
-upit-merge evaluate out/ --data held-out.jsonl --group-by domain --control --plot routing.png --device cuda
+upit-merge evaluate out/ --data held-out.jsonl --group-by domain --control --plot routing.png --device auto
 
 # %% [markdown]
 # ## Use it, publish it

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from datasets import load_dataset
 
+from benchmarks import notebook
 from tests.conftest import build_family
 from tests.support.commands import done
 from tests.support.lora import save_adapter
@@ -80,6 +82,23 @@ def test_the_notebooks_training_settings_are_known_to_trl() -> None:
     assert set(yaml.safe_load(written_file("finetune.yml"))) <= known
 
 
+def test_what_the_whole_run_makes_smaller_is_in_the_notebook_once(tmp_path: Path) -> None:
+    """And its stand-ins are what the datasets library takes the notebook's names for."""
+    sources = ["".join(cell["source"]) for cell in cells()]
+    for old in notebook.SMALLER:
+        assert sum(source.count(old) for source in sources) == 1, old
+    text = "".join(sources)
+    assert notebook.MODEL in text
+    notebook.write_data(tmp_path)
+    loaded = re.findall(r'load_dataset\("([^"]+)"(?:, "(\w+)")?, split="train"\)', text)
+    assert len(loaded) == 3
+    for name, config in loaded:
+        rows = load_dataset(
+            str(tmp_path / name), config or None, split="train", cache_dir=str(tmp_path / "cache")
+        )
+        assert len(rows) == notebook.ROWS
+
+
 def test_the_notebooks_recipe_and_the_commands_after_it_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,8 +124,7 @@ def test_the_notebooks_recipe_and_the_commands_after_it_run(
     commands = re.findall(r"^upit-merge ((?:plan|run|evaluate) .*)$", script, re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
-        arguments = command.replace(" --device cuda", "").replace(" --cuda", "").split()
-        done(*arguments, "--quiet")
+        done(*command.split(), "--quiet")
     assert json.loads(Path("out/config.json").read_text())["num_experts"] == 8
     assert Path("routing.png").is_file()
 
@@ -122,6 +140,7 @@ def test_the_notebooks_training_runs(tmp_path: Path) -> None:
     found = re.search(r"^ +upit-merge (finetune .*)$", script, re.MULTILINE)
     assert found
     arguments = found[1].replace('"', "").replace("$domain", "code").split()
+    assert arguments.pop() == "$on_cpu"
     arguments += f"--model_name_or_path {family.base} --fp16 false --use_cpu true".split()
     arguments += ["--max_steps", "4", "--save_steps", "2", "--max_length", "32", "--quiet"]
     command = [sys.executable, "-m", "upit_merge", *arguments]

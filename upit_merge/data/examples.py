@@ -74,7 +74,7 @@ def iter_examples(
         yield from _read_hub(source, split, config, column, text)
         return
     try:
-        for file in _files_of(path):
+        for file in files_of(path):
             yield from _read_file(file, column, text)
     except OSError as error:
         where, why = error.filename or path, error.strerror or error
@@ -98,7 +98,12 @@ def local_data(source: str) -> Path | None:
     return None
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
+    """Return the files that are read of a file or folder, in order.
+
+    Raises:
+        UpitError: the folder has none.
+    """
     if not path.is_dir():
         return [path]
     files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in EXTENSIONS]
@@ -111,22 +116,32 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _read_file(path: Path, column: str | None, text: str) -> Iterator[SeedExample]:
+    empty = True
+    for source, record in records_of(path, column, text):
+        empty = False
+        yield to_example(record, source, column, text)
+    if empty:
+        raise UpitError(f"{path} is empty; put at least one sample in it.")
+
+
+def records_of(path: Path, column: str | None = None, text: str = "text") -> Records:
+    """Return the records of a file; of a parquet only the columns that are read, of others all.
+
+    Args:
+        column, text: As `iter_examples` takes them.
+
+    Raises:
+        UpitError: the file is malformed, or of no kind that is read.
+    """
     suffix = path.suffix.lower()
     if suffix not in EXTENSIONS:
         kind = f"the extension {suffix}" if suffix else "no extension"
         raise UpitError(f"{path} has {kind}; give seed data as a {FILES} file.")
     if suffix == ".parquet":
-        records = _parquet_records(path, column, text)
-    elif suffix in _SEPARATORS:
-        records = _csv_records(path, _SEPARATORS[suffix], column, text)
-    else:
-        records = _text_records(path, text) if suffix == ".txt" else _json_records(path)
-    empty = True
-    for source, record in records:
-        empty = False
-        yield to_example(record, source, column, text)
-    if empty:
-        raise UpitError(f"{path} is empty; put at least one sample in it.")
+        return _parquet_records(path, column, text)
+    if suffix in _SEPARATORS:
+        return _csv_records(path, _SEPARATORS[suffix], column, text)
+    return _text_records(path, text) if suffix == ".txt" else _json_records(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

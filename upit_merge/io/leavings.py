@@ -144,6 +144,22 @@ def check_no_leaving(folder: Path, reference: str, role: str, *, is_entry: bool)
             raise leaving.of(role, name, f"{name}/{one_line(found)}")
 
 
+def leaving_in(folder: Path, reference: str) -> UpitError | None:
+    """Return what a folder without weights is told to be, by what lies in it and not below.
+
+    Args:
+        reference: The user's name for the folder.
+    """
+    name = reference.rstrip("/")
+    for leaving in LEAVINGS:
+        if leaving in (GGUF, MANY_STEPS, ONE_STEP):  # not this folder's business
+            continue
+        patterns = tuple(pattern for pattern in leaving.patterns if not pattern.startswith("*/"))
+        if found := next(_matches(folder, patterns), None):
+            return leaving.of("checkpoint", name, f"{name}/{one_line(found)}")
+    return None
+
+
 def _matches(folder: Path, patterns: tuple[str, ...]) -> Iterator[str]:
     """Yield what is there in a folder by its globs, in order, hidden things left out."""
     for pattern in patterns:

@@ -1,0 +1,292 @@
+"""`upit-merge init`: a folder of checkpoints -> a recipe, with questions where nothing says."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from upit_merge.commands.choices import (
+    Choices,
+    choose,
+    experts_for,
+    is_named_base,
+    nothing_found,
+)
+from upit_merge.commands.draft import Draft
+from upit_merge.commands.survey import FoundModel, survey_folder
+from upit_merge.config.recipe import ModelEntry, parse_recipe_text
+from upit_merge.config.references import expand_models
+from upit_merge.data.examples import iter_examples, local_data
+from upit_merge.errors import UpitError, counted, one_line
+from upit_merge.io.disk import explained_failures
+from upit_merge.io.hub import OpenOptions, is_folder, looks_like_path, resolve, split_reference
+from upit_merge.io.text_file import replace_text
+from upit_merge.merge.inputs import opened
+from upit_merge.report.tables import show
+
+_NONE = "-"  # the answer that there is none
+_SHOWN = 12  # of what is left out
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """What is said beforehand; None, or nothing, is found or asked for.
+
+    Args:
+        base, data: As in a recipe.
+        models: Entries of `models:`.
+        no_data: Leave the router out.
+        experts, experts_per_token: How many.
+        dtype: Of the output.
+        yes: Take what would be offered as an answer, and ask nothing.
+        force: Replace a recipe that is there.
+        quiet: Print only what to do next, and questions.
+        open: How models are opened.
+    """
+
+    base: str | None = None
+    models: tuple[str, ...] = ()
+    data: str | None = None
+    no_data: bool = False
+    experts: int | None = None
+    experts_per_token: int | None = None
+    dtype: str | None = None
+    yes: bool = False
+    force: bool = False
+    quiet: bool = False
+    open: OpenOptions = field(default_factory=OpenOptions)
+
+
+def write_recipe(folder: Path, output: Path, options: InitOptions) -> None:
+    """Write a recipe for what lies in a folder.
+
+    Questions are asked on a terminal alone; elsewhere what nothing says is an error.
+
+    Args:
+        output: The recipe's file.
+
+    Raises:
+        UpitError: nothing can be made of what is there, an answer is missing, or a file would be
+            overwritten.
+    """
+    asks = not options.yes and is_terminal()
+    _check_free(output, force=options.force, asks=asks)
+    survey = survey_folder(folder, options.open)
+    choices = choose(survey, _bases_beside(folder, options.open))
+    if not options.models and not choices.experts:
+        raise nothing_found(folder, survey, choices.base)
+    table = _table(folder, choices, options)
+    if asks:
+        show(table)
+    if not options.models and len(choices.experts) == 1:
+        raise _one_alone(choices.entries)
+    base = _base(folder, choices, options, asks=asks)
+    data = _data(folder, choices, options, asks=asks)
+    entries = [*options.models] or choices.entries
+    count = len(expand_models([ModelEntry(model=entry) for entry in entries]))
+    if count < 2 and (options.experts or 2) > 1:
+        raise _one_alone(entries)
+    is_one_run = choices.is_one_run if not options.models else len(entries) == 1
+    num_experts, per_token = _numbers(count, options, is_one_run=is_one_run, asks=asks)
+    draft = Draft(
+        base=base,
+        base_told=choices.base_told,
+        entries=entries,
+        description=choices.description if not options.models else "as they were named",
+        count=count,
+        num_experts=num_experts,
+        experts_per_token=per_token,
+        average=not is_one_run,
+        dtype=options.dtype or (choices.dtype if not options.models else None),
+        data=data,
+    )
+    commands = _next_commands(output)
+    text = draft.text(commands, commands[0].rpartition(" ")[2])
+    recipe = parse_recipe_text(text, str(output))
+    if is_folder(base):  # what the Hub has, `plan` downloads
+        with opened(recipe, options.open):
+            pass
+    if not (asks or options.quiet):
+        show(table)
+    with explained_failures(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(output, text)
+    _tell(output, data, choices, commands, options)
+
+
+def is_terminal() -> bool:
+    """Whether there is somebody to answer questions."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _check_free(output: Path, *, force: bool, asks: bool) -> None:
+    if output.is_dir():
+        raise UpitError(f"{output} is a folder; give the name of a file as --output.")
+    if not os.path.lexists(output) or force:
+        return
+    if not (asks and click.confirm(f"{output} is there already. Replace it?", default=False)):
+        raise UpitError(
+            f"{output} is there already; give another --output, or pass --force to replace it."
+        )
+
+
+def _bases_beside(folder: Path, options: OpenOptions) -> list[FoundModel]:
+    """Return models beside a folder that are named like a base, where people often have it."""
+    parent = folder / ".." if folder.name in ("", "..") else folder.parent
+    try:
+        paths = [path for path in sorted(parent.iterdir()) if is_named_base(path)]
+        places = [path for path in paths if path.is_dir() and not path.samefile(folder)]
+    except OSError:
+        return []
+    found = (survey_folder(path, options).models for path in places[:_SHOWN])
+    return [model for models in found for model in models if model.folder in places]
+
+
+def _one_alone(entries: Sequence[str]) -> UpitError:
+    return UpitError(
+        f"There is one checkpoint only ({entries[0]}), and experts are grown from at least two; "
+        "add more, or copy the one model, as recipes/sparse-upcycling.yml does."
+    )
+
+
+# ---- what is taken, found or asked -----------------------------------------------------------
+
+
+def _ask(question: str, default: str | None, check: Callable[[str], None]) -> str:
+    """Ask until the answer is one; Enter takes the default."""
+    while True:
+        answer = str(click.prompt(question, default=default)).strip()
+        try:
+            check(answer)
+            return answer
+        except UpitError as error:
+            click.echo(error.message)
+
+
+def _base(folder: Path, choices: Choices, options: InitOptions, *, asks: bool) -> str:
+    def check(reference: str) -> None:
+        model, adapter = split_reference(reference)
+        if adapter is not None:
+            raise UpitError(f"{reference} is an adapter on {model}; the base is that model alone.")
+        if is_folder(reference) or looks_like_path(reference):  # else the Hub's to know
+            resolve(reference, options.open, role="base_model")
+
+    if options.base is not None:
+        check(options.base)
+        choices.take_base(options.base)
+        return options.base
+    if asks:
+        if choices.base is None and choices.base_claim:
+            click.echo(f"The base: {choices.base_claim}.")
+        question = "Base model, as it was before the fine-tuning (a folder or a Hub id)"
+        choices.take_base(_ask(question, choices.base, check))
+    if choices.base is None:
+        told = f" ({choices.base_claim})" if choices.base_claim else ""
+        raise UpitError(
+            f"Nothing says which model the checkpoints in {folder} were trained from{told}; name "
+            "it with --base, a folder or a Hub id."
+        )
+    return choices.base
+
+
+def _data(folder: Path, choices: Choices, options: InitOptions, *, asks: bool) -> str | None:
+    def check(source: str) -> None:
+        if source != _NONE and local_data(source) is not None:
+            next(iter_examples(source), None)
+
+    if options.no_data:
+        return None
+    if options.data is not None:
+        check(options.data)
+        return options.data
+    if asks:
+        if choices.other_data:
+            click.echo(f"Data here: {', '.join(choices.other_data)}.")
+        question = f"Data for the router (a file, folder or dataset id; {_NONE} for none)"
+        answer = _ask(question, choices.data or _NONE, check)
+        return None if answer == _NONE else answer
+    if choices.other_data and not options.yes:
+        raise UpitError(
+            f"{folder} holds {len(choices.other_data)} data files "
+            f"({', '.join(choices.other_data[:4])}{', …' * (len(choices.other_data) > 4)}); say "
+            "which one the router is fitted to with --data, or --no-data."
+        )
+    return choices.data
+
+
+def _numbers(count: int, options: InitOptions, *, is_one_run: bool, asks: bool) -> tuple[int, int]:
+    """Return how many experts there are, and how many compute a token."""
+    num_experts, per_token = options.experts, options.experts_per_token
+    if num_experts is None:
+        num_experts = experts_for(count, is_one_run=is_one_run)
+        if asks:
+            question = f"Experts per layer, of {counted(count, 'checkpoint')}"
+            num_experts = click.prompt(question, num_experts, type=click.IntRange(1))
+    return num_experts, per_token or min(2, num_experts)
+
+
+# ---- what is said ------------------------------------------------------------------------------
+
+
+def _table(folder: Path, choices: Choices, options: InitOptions) -> Table:
+    table = Table(title=f"What lies in {folder}", title_justify="left")
+    for column in ("", "where", "what"):
+        table.add_column(column, overflow="fold")
+    base = options.base or choices.base
+    told = "as you say" if options.base else choices.base_told or choices.base_claim or "not found"
+    table.add_row("base", base or "?", told)
+    if options.models:
+        for entry in options.models:
+            table.add_row("checkpoints", entry, "as you say")
+    else:
+        told = ", ".join(filter(None, (choices.description, choices.dtype)))
+        for number, entry in enumerate(choices.entries):
+            table.add_row("" if number else "checkpoints", entry, "" if number else told)
+    if not options.no_data:
+        named = options.data or choices.data
+        several = f"or one of {len(choices.other_data) - 1} more" if choices.other_data else ""
+        table.add_row("data", named or "none", "as you say" if options.data else several)
+    for reference, sentence in [*choices.left_out.items()][:_SHOWN]:
+        table.add_row("left out", one_line(reference), one_line(sentence))
+    if (more := len(choices.left_out) - _SHOWN) > 0:
+        table.add_row("", f"{more} more", "")
+    return table
+
+
+def _next_commands(output: Path) -> list[str]:
+    """Return the two commands that take the recipe."""
+    names = ("out", *(f"out-{number}" for number in range(2, 1000)))
+    out = next(name for name in names if not os.path.lexists(name))
+    recipe = shlex.quote(output.as_posix())
+    return [f"upit-merge plan {recipe} {out}/", f"upit-merge run {recipe} {out}/"]
+
+
+def _tell(
+    output: Path,
+    data: str | None,
+    choices: Choices,
+    commands: Sequence[str],
+    options: InitOptions,
+) -> None:
+    if not options.quiet:
+        print(f"Wrote {output}.")
+        if data is None:
+            print(
+                "Without data it has no router: block in effect: the gates will be random until "
+                "they are trained."
+            )
+        elif choices.held_out is None and local_data(data) is not None:
+            print(
+                f"The router takes {data}. To keep a part of it for measuring, from the model and "
+                f"the router alike: `upit-merge split {shlex.quote(data)}`, before the fine-tuning."
+            )
+    print("Next:")
+    for command in commands:
+        print(f"  {command}")
