@@ -5,12 +5,12 @@ from __future__ import annotations
 import click
 
 from upit_merge import __version__
-from upit_merge.cli import merge, mixture, training
+from upit_merge.cli import chat, merge, mixture, training
 
 # In the order in which a newcomer needs them.
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Make a mixture": (merge.plan, merge.run, merge.verify),
-    "Measure and show it": (mixture.evaluate, mixture.page),
+    "Measure and show it": (chat.chat, mixture.evaluate, mixture.page),
     "Change it": (mixture.router, mixture.extend, mixture.shrink),
     "Train": (training.finetune, training.pipeline, training.demo),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,17 +88,31 @@ class Voice:
         Raises:
             UpitError: it has no such expert.
         """
-        if self.num_experts is None:
-            raise UpitError(
-                f"{self.name} has no experts that can be told apart here: it is a dense model, or "
-                "a mixture in none of the formats of docs/families.md; leave the expert out."
-            )
-        if expert is not None and not 0 <= expert < self.num_experts:
-            raise UpitError(
-                f"{self.name} has the experts 0 to {self.num_experts - 1}, and no expert {expert}; "
-                "give one of these."
-            )
+        check_expert(self.name, self.num_experts, expert)
         return replace(self, expert=expert)
+
+
+def check_expert(name: str, num_experts: int | None, expert: int | None) -> None:
+    """Refuse a question for the experts of a model that are not there.
+
+    Args:
+        name: What the model is called.
+        num_experts: How many it has that can be watched; None if it has none.
+        expert: The expert that is asked for; None if it is all of them.
+
+    Raises:
+        UpitError: saying what there is.
+    """
+    if num_experts is None:
+        raise UpitError(
+            f"{name} has no experts that can be told apart here: it is a dense model, or a mixture "
+            "in none of the formats of docs/families.md; leave the expert out."
+        )
+    if expert is not None and not 0 <= expert < num_experts:
+        raise UpitError(
+            f"{name} has the experts 0 to {num_experts - 1}, and no expert {expert}; give one of "
+            "these."
+        )
 
 
 @dataclass(frozen=True)
@@ -107,13 +121,16 @@ class _Source:
 
     Attributes:
         num_bytes: Of its weights in memory.
+        num_experts: How many its configuration has, if it is in one of the formats.
     """
 
     name: str
     folder: Path
     adapter: Path | None
     config: dict[str, Any]
+    tokenizer: Any
     num_bytes: int
+    num_experts: int | None
 
 
 def load_voice(reference: str, options: VoiceOptions | None = None) -> Voice:
@@ -121,22 +138,33 @@ def load_voice(reference: str, options: VoiceOptions | None = None) -> Voice:
     return load_voices(reference, [], options or VoiceOptions())[0]
 
 
-def load_voices(reference: str, against: Sequence[Rival], options: VoiceOptions) -> list[Voice]:
+def load_voices(
+    reference: str,
+    against: Sequence[Rival],
+    options: VoiceOptions,
+    check: Callable[[str, Any, int | None], object] = lambda *_: None,
+) -> list[Voice]:
     """Load models to talk to.
 
     Args:
         reference: A mixture or a dense model: a folder, a Hub id, or `BASE+ADAPTER`.
         against: Others to ask the same; `expert:2` is an expert of the first.
+        check: Told the name, the tokenizer and the number of experts of each before any is loaded,
+            the first one's first.
 
     Raises:
         UpitError: one cannot be read, or the machine has no room for all of them.
     """
     check_names(against)
-    first = Rival(Path(split_reference(reference)[1] or reference).resolve().name, reference)
+    first = Rival(Path(split_reference(reference)[1] or reference).name or reference, reference)
     numbers = [_expert_number(rival) for rival in against]
     rivals = [r for r, number in zip(against, numbers, strict=True) if number is None]
     device = resolve_chat_device(options.device)
     sources = [_source(rival, options) for rival in (first, *rivals)]
+    for source in sources:
+        check(source.name, source.tokenizer, source.num_experts)
+    for number in filter(lambda number: number is not None, numbers):
+        check_expert(first.name, sources[0].num_experts, number)
     device = _with_room(sources, device, options)
     _quieten(options)
     loaded = [_load(source, device, options) for source in sources]
@@ -183,7 +211,9 @@ def _source(rival: Rival, options: VoiceOptions) -> _Source:
             "convert it to safetensors first."
         )
     opened: contextlib.AbstractContextManager[Checkpoint]
-    if found_format(config):
+    form, num_experts = found_format(config), None
+    if form is not None:
+        num_experts = form.sizes(form.read(config))[0]
         opened = opened_mixture(folder, label)
     else:
         opened = contextlib.closing(Checkpoint(label, folder, options.open))
@@ -197,7 +227,8 @@ def _source(rival: Rival, options: VoiceOptions) -> _Source:
     if adapter is not None:
         adapter_folder = resolve(adapter, options.open, role="adapter")
         check_own_files(rival.name, adapter_folder)
-    return _Source(rival.name, folder, adapter_folder, config, num_bytes)
+    tokenizer = load_tokenizer(folder, trust_remote_code=options.open.trust_remote_code)
+    return _Source(rival.name, folder, adapter_folder, config, tokenizer, num_bytes, num_experts)
 
 
 def _with_room(
@@ -263,7 +294,6 @@ def _load(source: _Source, device: torch.device, options: VoiceOptions) -> Voice
     """Load a model, and check that all of its weights were there."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=options.open.trust_remote_code)
     settings: dict[str, Any] = {
         "dtype": options.dtype,
         "use_safetensors": True,
@@ -294,10 +324,10 @@ def _load(source: _Source, device: torch.device, options: VoiceOptions) -> Voice
         )
     form = found_format(source.config)
     routed = RoutedModel(model, form) if form and has_experts(model, form) else None
-    _settle(model, tokenizer)
+    _settle(model, source.tokenizer)
     context = language_settings(source.config).get("max_position_embeddings")
     limit = context if isinstance(context, int) and context > 0 else None
-    return Voice(source.name, Speaker(model, tokenizer, routed), limit)
+    return Voice(source.name, Speaker(model, source.tokenizer, routed), limit)
 
 
 def _settle(model: Any, tokenizer: Any) -> None:
