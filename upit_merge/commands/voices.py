@@ -31,7 +31,7 @@ from upit_merge.io.language_part import language_settings
 from upit_merge.io.untrusted import check_own_files, read_json
 from upit_merge.models.formats import found_format
 from upit_merge.models.mixture import opened_mixture
-from upit_merge.models.tokenizer import load_tokenizer
+from upit_merge.models.tokenizer import has_tokenizer, load_tokenizer
 from upit_merge.output.staging import check_not_half_edited
 from upit_merge.runtime.device import resolve_chat_device
 from upit_merge.training.alone import load_alone
@@ -227,6 +227,11 @@ def _source(rival: Rival, options: VoiceOptions) -> _Source:
     if adapter is not None:
         adapter_folder = resolve(adapter, options.open, role="adapter")
         check_own_files(rival.name, adapter_folder)
+    if not has_tokenizer(folder):
+        raise UpitError(
+            f"The model {rival.name} has no tokenizer in {folder}; put that of the model it was "
+            "made from there."
+        )
     tokenizer = load_tokenizer(folder, trust_remote_code=options.open.trust_remote_code)
     return _Source(rival.name, folder, adapter_folder, config, tokenizer, num_bytes, num_experts)
 
@@ -313,6 +318,11 @@ def _load(source: _Source, device: torch.device, options: VoiceOptions) -> Voice
             model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
         model = model.to(device).eval()
     except Exception as error:  # whatever a broken or foreign model makes the loader raise
+        if "auto_map" in source.config and not options.open.trust_remote_code:
+            raise UpitError(
+                f"The model {source.name} comes with code of its own, which transformers does not "
+                f"run unasked; read the .py files in {source.folder}, and add --trust-remote-code."
+            ) from error
         raise UpitError(
             f"The model {source.name} cannot be loaded by transformers "
             f"({one_line(first_line(error))}); check its files in {source.folder}."
