@@ -399,3 +399,39 @@ def test_the_end_of_a_session_says_what_is_next(out: Path) -> None:
     options = ChatOptions(max_new_tokens=3, device="cpu")
     chat(str(out), options, Screen(shown, width=999), read=typed("hello"))
     assert shown.getvalue().splitlines()[-1].startswith(f"Next: `upit-merge evaluate {out} --data ")
+
+
+def test_bytes_that_are_no_text(out: Path) -> None:
+    """In what is piped in, and where the output knows no more than ASCII."""
+    from click.testing import CliRunner
+
+    from upit_merge.cli.main import main
+
+    words = ["chat", str(out), "--greedy", "--max-new-tokens", str(TOKENS)]
+    for text, options in ((b"caf\xe9\n", {}), (b"hello\n", {"charset": "ascii"})):
+        result = CliRunner(**options).invoke(main, words, input=text)  # type: ignore[arg-type]
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("width", [120, 60])
+def test_two_answers_stand_side_by_side_on_a_wide_terminal(
+    out: Path, family: Family, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    shown = io.StringIO()
+    screen = Screen(shown)
+    screen.console = Console(
+        file=shown, force_terminal=True, width=width, height=12, markup=False, highlight=False
+    )
+    rival = Rival.parse(f"base={family.base}")
+    talked, _ = session(out, against=[rival], screen=screen, show_experts=True, max_new_tokens=80)
+    talked.say("hello")
+    plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.getvalue()).replace("\r", "")
+    assert bool(re.search("^out: +base:", plain, re.MULTILINE)) == (width == 120)
+    assert plain.rstrip().splitlines()[-1].startswith("└" if width == 120 else "")
+    # At the end all of both is there.
+    final = plain[plain.rindex("out:") :]
+    half = slice(0, 58 if width == 120 else None)
+    words = printable(talked._talks[0].messages[-1]["content"]).split()
+    seen = "".join(line[half].rstrip() for line in final.splitlines())
+    assert words[-1][-8:] in seen

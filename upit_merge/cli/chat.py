@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 
 import click
@@ -89,6 +90,10 @@ def chat(
         against=tuple(map(Rival.parse, against)),
         **settings,  # type: ignore[arg-type]
     )
+    # A terminal or pipe may know fewer characters than a model, or others than UTF-8.
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     is_asked = not prompts and sys.stdin.isatty()
     if is_asked:
         _edit_lines()

@@ -180,17 +180,21 @@ class Session:
         """
         before = [list(talk.messages) for talk in self._talks]
         try:
-            for talk in self._talks:
-                self._say(talk, text)
+            with self.screen.side_by_side([_name(talk.voice) for talk in self._talks]):
+                for talk in self._talks:
+                    self._say(talk, text)
+                is_split = self.screen.is_split
         except UpitError:
             for talk, messages in zip(self._talks, before, strict=True):
                 talk.messages = messages
             raise
+        if is_split:  # below both
+            self._show_shares()
         self.has_spoken = True
 
     def _say(self, talk: Conversation, text: str) -> None:
         if len(self._talks) > 1:
-            self.screen.line(f"{_name(talk.voice)}:", "bold")
+            self.screen.heading(_name(talk.voice))
         answer = self._answer(talk, text)
         talk.add(answer.text)
         if answer.is_interrupted:
@@ -199,8 +203,13 @@ class Session:
             self.screen.line(f"(cut off after {len(answer.ids)} tokens)", "dim")
         if talk is self._talks[0]:
             self._last = answer
-            if self._shows_experts and answer.choices is not None:
-                self.screen.shares(answer.choices, talk.voice.num_experts or 0)
+            if not self.screen.is_split:
+                self._show_shares()
+
+    def _show_shares(self) -> None:
+        choices = self._last.choices if self._last else None
+        if self._shows_experts and choices is not None:
+            self.screen.shares(choices, self._talks[0].voice.num_experts or 0)
 
     def _answer(self, talk: Conversation, text: str) -> Answer:
         voice, settings = talk.voice, self._options.generation()
