@@ -130,8 +130,10 @@ def season(model: Any) -> None:
     """Give routers what published mixtures have and new ones have not: biases, scales, sums over 1."""
     generator = torch.Generator().manual_seed(3)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith(("e_score_correction_bias", "expert_bias", "per_expert_scale")):
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
             tensor.add_(torch.rand(tensor.shape, generator=generator))
+        if name.endswith("per_expert_scale"):  # before a norm, of which the smallest number shows
+            tensor.mul_(torch.tensor([0.5, 2.0, 4.0]))
     for module in model.modules():
         if hasattr(module, "routed_scaling_factor"):
             module.routed_scaling_factor = 1.7

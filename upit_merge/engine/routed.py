@@ -74,14 +74,11 @@ class RoutedModel:
     def __init__(self, model: nn.Module, form: MixtureFormat) -> None:
         body: Any = model.base_model
         self.experts: dict[int, nn.Module] = {}
-        self._scales: list[nn.Parameter] = []
         for number, layer in enumerate(body.layers):
             modules = dict(layer.named_modules())
             if form.experts_path not in modules:  # a dense layer
                 continue
             self.experts[number] = modules[form.experts_path]
-            if form.expert_scale_path is not None:
-                self._scales.append(layer.get_parameter(form.expert_scale_path))
         first: Any = next(iter(self.experts.values()))
         self.num_experts: int = first.num_experts
 
@@ -100,17 +97,15 @@ class RoutedModel:
         """Let all tokens take one expert in every layer inside.
 
         The model then is that of as many identical experts: their outputs are multiplied by what
-        the router gives to all the experts that it chooses, which not every router makes 1.
+        the router gives to all the experts that it chooses, which not every router makes 1. (Gemma
+        4's also scales each expert, which a norm behind them takes out again.)
         """
 
         def send(_experts: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             states, chosen, weights = inputs
             return states, torch.full_like(chosen[:, :1], expert), weights.sum(1, keepdim=True)
 
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            for scale in self._scales:  # they are the same for identical experts
-                stack.callback(scale.copy_, scale.clone())
-                scale.fill_(float(scale[expert]))
+        with contextlib.ExitStack() as stack:
             for experts in self.experts.values():
                 stack.callback(experts.register_forward_pre_hook(send).remove)
             yield

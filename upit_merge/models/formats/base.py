@@ -68,8 +68,6 @@ class MixtureFormat(ABC):
         attention: Which of transformers' ways to compute attention the layers have; `sdpa` makes no
             matrix for a causal mask.
         router_is_linear: What `gate_path` names returns logits alone, and no choice.
-        expert_scale_path: A parameter of a decoder layer in transformers' memory by which the
-            router multiplies what it gives to each expert, (num_experts,), if there is one.
         is_part: It is published as a part of a larger model, which is what `config.json` names.
     """
 
@@ -99,7 +97,6 @@ class MixtureFormat(ABC):
     attention: ClassVar[str] = "sdpa"
     is_part: ClassVar[bool] = False
     router_is_linear: ClassVar[bool] = False
-    expert_scale_path: ClassVar[str | None] = None
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
         """Return whether a `config.json` is that of such a mixture."""

@@ -66,7 +66,6 @@ class Gemma4Moe(CompositeFormat):
     experts_path = "experts"
     adds_output = False
     router_is_linear = True
-    expert_scale_path = "router.per_expert_scale"
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
         return super().is_of(config) and bool(language_settings(config).get("enable_moe_block"))
