@@ -229,7 +229,8 @@ SETTINGS = {
         "done are skipped, one that was cut off goes on. `merge` and `router` are blocks of "
         "[a recipe](recipe.md); `prepare` and `post_train` have the keys of `upit-merge finetune`, "
         "which are those of TRL's `trl sft --config` and three more "
-        "([use-anywhere.md](use-anywhere.md#train-it-further)).",
+        "([use-anywhere.md](use-anywhere.md#train-it-further)); without a GPU, see "
+        "[hardware.md](hardware.md#training-without-a-gpu).",
     ),
 }
 

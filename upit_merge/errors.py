@@ -8,6 +8,8 @@ import click
 
 # Control characters, what changes the direction of a text, halves of characters, ends of lines.
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+# Of the characters that change a text's direction, those that do so for more than themselves.
+_DIRECTIONS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
 class UpitError(click.ClickException):
@@ -48,6 +50,22 @@ def one_line(text: object) -> str:
     write to the terminal.
     """
     return _cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:400]), 200)
+
+
+def printable(text: str) -> str:
+    """Return text of several lines, such as a model's answer, as it may be printed on a terminal.
+
+    Control characters are escaped, and what changes the direction of the text after it; ends of
+    lines and tabs stay, carriage returns, which would let it write over itself, go.
+    """
+    return "".join(c if c in "\n\t" or not _harms(c) else repr(c)[1:-1] for c in text if c != "\r")
+
+
+def _harms(character: str) -> bool:
+    return (
+        unicodedata.category(character) in _UNSEEN - {"Cf"}
+        or unicodedata.bidirectional(character) in _DIRECTIONS
+    )
 
 
 def counted(number: int, what: str) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 
 from upit_merge import __version__
-from upit_merge.cli import look, merge, mixture, start, training
+from upit_merge.cli import chat, look, merge, mixture, start, training
 
 # In the order in which a newcomer needs them.
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Begin": (start.init, start.split),
     "Make a mixture": (merge.plan, merge.run, merge.verify),
-    "Measure and show it": (mixture.evaluate, look.inspect, mixture.page),
+    "Measure and show it": (chat.chat, mixture.evaluate, look.inspect, mixture.page),
     "Change it": (mixture.router, mixture.extend, mixture.shrink),
     "Train": (training.finetune, training.pipeline, training.demo),
 }

@@ -22,7 +22,7 @@ def finetune(config: Path, overrides: tuple[str, ...], quiet: bool) -> None:
     CONFIG is YAML with the keys of `trl sft --config`, each of which may also be given as --KEY
     VALUE, and three of ours: data (read as a router's is), train_modules (all, ffn or router) and
     keep_checkpoints. A mixture's routing is logged, and it is written under the names it had. A
-    run that was cut off goes on when it is started again. Needs `pip install 'upit-merge[train]'`.
+    run that was cut off goes on when it is started again. Needs `pip install "upit-merge[train]"`.
     """
     from upit_merge.training.settings import check_trl
 
@@ -46,7 +46,7 @@ def pipeline(config: Path, redo: str | None, until: str | None, quiet: bool) -> 
     prepare (fine-tune the dense model), merge (grow experts, train their router), post_train
     (train the mixture), baseline (the dense model on the same tokens, to compare) and evaluate.
     Stages that are done are skipped, one that was cut off goes on. Training needs `pip install
-    'upit-merge[train]'`.
+    "upit-merge[train]"`.
     """
     from upit_merge.pipeline.run import run_pipeline
 

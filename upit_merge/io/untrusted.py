@@ -17,6 +17,8 @@ which names of files and tensors are taken. What only one reader needs stays bes
 * `models/published.py`: fused tensors of shapes that are no experts';
 * `models/lora/config.py`: patterns that would take for ever to match;
 * `models/tokenizer.py`: `load_tokenizer`: a tokenizer's code only if the user allows it;
+* `errors.py`: `printable`, `report/spoken.py`: what a model says, on the terminal;
+* `commands/voices.py`: a model's code only if the user allows it, and all of its weights;
 * `models/chat_template.py`: `chat_templates`, `template_files`: names that are files in one folder;
 * `data/examples.py`, `data/records.py`, `data/conversations.py`: records of the wrong kind, text
   that is no Unicode, settings that are not the data's business;

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from upit_merge.errors import UpitError
+from upit_merge.errors import UpitError, shown
 
 # What blocks may take in all, so that memory does not grow with the number of cores.
 _BLOCKS_BYTES = 384 << 20
@@ -25,6 +25,11 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UpitError(f"The device {name!r} does not exist; use cpu or cuda.") from None
+    if device.type == "mps":
+        raise UpitError(
+            "Apple's GPU (mps) is for `upit-merge chat`, everything else is computed on the CPU, "
+            "which has the same memory; leave out --device."
+        )
     if device.type not in ("cpu", "cuda"):
         raise UpitError(f"The device {name!r} is not supported; use cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -38,6 +43,29 @@ def resolve_device(name: str) -> torch.device:
             "--device cuda."
         )
     return device
+
+
+def resolve_chat_device(name: str) -> torch.device:
+    """Return the device of that name for a model that transformers runs, which may be Apple's GPU.
+
+    `auto` is the first that is here of CUDA, Apple's GPU and the CPU.
+
+    Raises:
+        UpitError: there is no such device here.
+    """
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto" and has_mps and not torch.cuda.is_available():
+        name = "mps"
+    if name.partition(":")[0] != "mps":
+        return resolve_device(name)
+    if not has_mps:
+        raise UpitError(
+            "There is no GPU of Apple's here that torch can use (macOS 14 or newer on Apple "
+            "silicon has one); use --device cpu."
+        )
+    if name not in ("mps", "mps:0"):
+        raise UpitError(f"The device {shown(name)} does not exist, there is one; use --device mps.")
+    return torch.device("mps")
 
 
 def resolve_devices(name: str, *, multi_gpu: bool = False) -> tuple[torch.device, ...]:

@@ -108,8 +108,8 @@ def check_trl() -> None:
         import trl  # noqa: F401
     except ImportError:
         raise UpitError(
-            "Training needs TRL, which is not installed; run `pip install 'upit-merge[train]'`, or "
-            "`pip install '.[train]'` in a clone."
+            'Training needs TRL, which is not installed; run `pip install "upit-merge[train]"`, or '
+            '`pip install ".[train]"` in a clone.'
         ) from None
 
 
@@ -132,8 +132,9 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> FinetuneJob:
     document = load_mapping(path, "training configuration")
     blocks = (FinetuneArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, ScriptArguments)
     _check_unknown(document, blocks, path)
-    if not torch.accelerator.is_available() and not {"bf16", "fp16"} & {*document}:
-        # TRL's default, mixed precision, is an error where there is nothing to be quick on.
+    on_cpu = document.get("use_cpu") is True or not torch.accelerator.is_available()
+    if on_cpu and not {"bf16", "fp16"} & {*document}:
+        # TRL's default, mixed precision, is for a GPU: on a CPU it is an error or slow.
         overrides = ["--bf16", "false", *overrides]
     if "loss_type" not in document:
         # The default of TRL below 1.15 replaces the mixture's forward, and its balance with it.
@@ -171,6 +172,11 @@ def _parsed(blocks: Sequence[Any], path: Path, overrides: Sequence[str]) -> Any:
     try:
         return Parser(blocks).parse_args_and_config(["--config", str(path), *overrides])
     except (TypeError, ValueError, ImportError, KeyError) as error:
+        if "bf16/gpu" in str(error):
+            raise UpitError(
+                f"{path}: bf16 is true, but there is no GPU here that computes in bfloat16; remove "
+                "it, so that training is in float32, or add use_cpu: true, for bfloat16 on the CPU."
+            ) from None
         raise UpitError(f"{path}: {one_line(first_line(error))}; correct it.") from None
 
 

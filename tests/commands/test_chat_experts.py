@@ -1,0 +1,123 @@
+"""What is shown of an answer: the experts that its tokens took, and two answers side by side."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import Family
+from tests.support.talk import family_that_talks, session, user
+from upit_merge.commands.compare import Rival
+from upit_merge.errors import printable
+from upit_merge.report.spoken import Screen
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return family_that_talks(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture
+def out(family: Family, merge: Callable[..., Path]) -> Path:
+    return merge(family.recipe(parameters={"num_experts": 4}))
+
+
+def test_shares_are_transformers_own(out: Path) -> None:
+    """Of the tokens of the answer, by the logits that transformers gives for the whole."""
+    talked, shown = session(out)
+    talked.say("hello")
+    answer = talked._last
+    assert answer is not None
+    shown.truncate(shown.seek(0))
+    talked.command("experts layers")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    text = tokenizer.apply_chat_template(
+        [user("hello")], tokenize=False, add_generation_prompt=True
+    )
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        found = model(torch.tensor([[*prompt, *answer.ids]]), output_router_logits=True)
+    tops = [logits[len(prompt) :].topk(2).indices for logits in found.router_logits]
+    counts = torch.stack([torch.bincount(top.flatten(), minlength=4) for top in tops])
+    shares = torch.stack([counts.sum(0) / counts.sum(), *(c / c.sum() for c in counts)])
+    rows = [re.findall(r"[\d.]+%", line) for line in shown.getvalue().splitlines()]
+    assert [row for row in rows if row] == [[f"{x:.1%}" for x in row] for row in shares.tolist()]
+    # Which one weighs most in each layer is the first choice there.
+    assert answer.choices is not None
+    for layer, top in enumerate(tops):
+        assert torch.equal(answer.choices.owners(4, layer), top[:, 0])
+    weights = sum(
+        torch.zeros(len(logits), 4).scatter(1, top, logits.gather(1, top).softmax(1))
+        for logits, top in zip(
+            [logits[len(prompt) :] for logits in found.router_logits], tops, strict=True
+        )
+    )
+    assert isinstance(weights, torch.Tensor)
+    assert torch.equal(answer.choices.owners(4), weights.argmax(1))
+
+
+def test_numbers_where_there_are_no_colours(out: Path) -> None:
+    talked, shown = session(out, show_experts=True)
+    talked.say("hello")
+    answer = talked._last
+    assert answer is not None
+    assert answer.choices is not None
+    expected, before = "", None
+    for piece, owner in zip(answer.pieces, answer.choices.owners(4).tolist(), strict=True):
+        if piece:
+            expected += f"[{owner}]" * (owner != before) + printable(piece)
+            before = owner
+    assert shown.getvalue().startswith(f"{expected}\n")
+    assert "expert 3" in shown.getvalue()
+    # As it came, so it is shown again.
+    shown.truncate(shown.seek(0))
+    talked.command("experts")
+    assert shown.getvalue().startswith(f"{expected}\n")
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_colours_on_a_terminal(out: Path, monkeypatch: pytest.MonkeyPatch, no_color: bool) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    shown = io.StringIO()
+    screen = Screen(shown)
+    screen.console = Console(file=shown, force_terminal=True, markup=False, highlight=False)
+    talked, _ = session(out, show_experts=True, screen=screen)
+    talked.say("hello")
+    first = talked._last.choices.owners(4).tolist()[0]
+    assert (f"[{first}]" in shown.getvalue()) == no_color
+    assert bool(re.search(r"\x1b\[3[1-7]m", shown.getvalue())) != no_color
+
+
+@pytest.mark.parametrize("width", [120, 60])
+def test_two_answers_stand_side_by_side_on_a_wide_terminal(
+    out: Path, family: Family, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    shown = io.StringIO()
+    screen = Screen(shown)
+    screen.console = Console(
+        file=shown, force_terminal=True, width=width, height=12, markup=False, highlight=False
+    )
+    rival = Rival.parse(f"base={family.base}")
+    talked, _ = session(out, against=[rival], screen=screen, show_experts=True, max_new_tokens=80)
+    talked.say("hello")
+    plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.getvalue()).replace("\r", "")
+    assert bool(re.search("^out: +base:", plain, re.MULTILINE)) == (width == 120)
+    assert plain.rstrip().splitlines()[-1].startswith("└" if width == 120 else "")
+    # At the end all of both is there.
+    final = plain[plain.rindex("out:") :]
+    half = slice(0, 58 if width == 120 else None)
+    words = printable(talked._talks[0].messages[-1]["content"]).split()
+    seen = "".join(line[half].rstrip() for line in final.splitlines())
+    assert words[-1][-8:] in seen

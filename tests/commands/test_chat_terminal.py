@@ -1,0 +1,137 @@
+"""A session on a real terminal, as somebody has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.talk import TOKENS, assistant, family_that_talks, said_by_transformers, user
+from upit_merge.errors import printable
+
+pty = pytest.importorskip("pty", reason="Windows has no such terminals")
+
+PATIENCE = 120  # seconds; importing transformers takes ten
+
+
+class Terminal:
+    """A process, what it shows, and a keyboard."""
+
+    def __init__(self, *words: str) -> None:
+        self._end, other = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
+        environment.pop("NO_COLOR", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "upit_merge", *words],
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_own_terminal,
+        )
+        os.close(other)
+        self.shown = ""
+
+    def until(self, pattern: str) -> str:
+        """Return what is shown until then, from the last time on."""
+        stop = time.monotonic() + PATIENCE
+        while not (match := re.search(pattern, self.shown, re.DOTALL)):
+            ready, _, _ = select.select([self._end], [], [], max(0, stop - time.monotonic()))
+            assert ready, f"{pattern} does not show: {self.shown!r}"
+            try:
+                text = os.read(self._end, 4096).decode(errors="replace")
+            except OSError:  # the process has ended
+                text = ""
+            assert text, f"{pattern} never showed: {self.shown!r}"
+            self.shown += text
+        found, self.shown = self.shown[: match.end()], self.shown[match.end() :]
+        return found
+
+    def type(self, text: str) -> None:
+        os.write(self._end, text.encode())
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        os.close(self._end)
+
+
+def _own_terminal() -> None:
+    """Make standard input the terminal that sends Ctrl-C."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def open_one(*words: object) -> Terminal:
+        opened.append(Terminal(*map(str, words)))
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        one.close()
+
+
+def plain(text: str) -> str:
+    """What is read of it: without colours and the terminal's line ends."""
+    return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text).replace("\r\n", "\n")
+
+
+def test_a_session(
+    tmp_path: Path, merge: Callable[..., Path], terminal: Callable[..., Terminal]
+) -> None:
+    family = family_that_talks(tmp_path / "family")
+    out = merge(family.recipe(parameters={"num_experts": 4}))
+    one = terminal("chat", out, "--greedy", "--max-new-tokens", TOKENS, "--device", "cpu")
+    greeting = plain(one.until("> "))
+    assert "out (float32 on cpu, 4 experts). /help for help, /quit to end." in greeting
+    first = said_by_transformers(out, [user("hello")])
+    one.type("hello\n")
+    assert printable(first) in plain(one.until(r"\n(\x1b\S*)?> "))
+    one.type("/experts\n")
+    coloured = one.until(r"\n(\x1b\S*)?> ")
+    assert re.search(r"\x1b\[3\dm", coloured)
+    assert "expert 3" in coloured
+    # Ctrl-C on an empty line, an arrow key for the last message, and Ctrl-D.
+    one.type("\x03")
+    assert "/quit or Ctrl-D ends" in one.until("ends")
+    one.until("> ")
+    one.type("\x1b[A\x1b[A\n")
+    messages = [user("hello"), assistant(first), user("hello")]
+    assert printable(said_by_transformers(out, messages)) in plain(one.until(r"\n(\x1b\S*)?> "))
+    one.type("\x04")
+    assert "upit-merge evaluate" in one.until("anew")
+    assert one.process.wait(PATIENCE) == 0
+
+
+def test_ctrl_c_stops_a_long_answer(tmp_path: Path, terminal: Callable[..., Terminal]) -> None:
+    """Which would go on for minutes; the session does."""
+    family = family_that_talks(tmp_path, count=0, max_position_embeddings=1 << 20)
+    settings = {"suppress_tokens": [0, 1, 2, 259, 260]}  # so that it never ends by itself
+    (family.base / "generation_config.json").write_text(json.dumps(settings))
+    one = terminal("chat", family.base, "--temperature", "9", "--max-new-tokens", 10**6)
+    one.until("> ")
+    one.type("hello\n")
+    one.until("hello.{100}")
+    one.type("\x03")
+    one.until("stopped")
+    one.until("> ")
+    one.type("/quit\n")
+    one.until("Next: ")
+    assert one.process.wait(PATIENCE) == 0
