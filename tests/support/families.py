@@ -61,3 +61,55 @@ INPUTS: dict[str, Any] = {"hidden_size_per_layer_input": 8, "vocab_size_per_laye
 KEYS_SHARED: dict[str, Any] = {"num_kv_shared_layers": 2}
 
 KEYS_ARE_VALUES: dict[str, Any] = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+
+# One for each format, and for what else a layer may be.
+KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "glm4_moe": ("qwen2", "glm4_moe", {}, {}),
+    "glm4_moe, split, dense": (
+        "qwen2",
+        "glm4_moe",
+        {"tie_word_embeddings": True, "num_hidden_layers": 3},
+        {"shared": "split", "dense_layers": 1},
+    ),
+    "granitemoe": (
+        "granite",
+        "granitemoe",
+        {"residual_multiplier": 0.4, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+        {},
+    ),
+    "ernie4_5_moe": ("ernie4_5", "ernie4_5_moe", {"head_dim": 8}, {"shared": "none"}),
+    "ernie4_5_moe, split, dense": (
+        "ernie4_5",
+        "ernie4_5_moe",
+        {"head_dim": 8, "num_hidden_layers": 3},
+        {"shared": "split", "dense_layers": 1},
+    ),
+    "lfm2_moe": (
+        "lfm2",
+        "lfm2_moe",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "block_multiple_of": 8,
+            "conv_bias": True,
+        },
+        {"dense_layers": 1},
+    ),
+    "cohere2_moe": (
+        "cohere2",
+        "cohere2_moe",
+        {"num_hidden_layers": 4, "sliding_window": 12, "head_dim": 8, "logit_scale": 0.5},
+        {},
+    ),
+    "granitemoe_swa": ("smollm3", "granitemoe_swa", {"no_rope_layers": [0, 1]}, {}),
+    "flex_olmo": ("olmo2", "flex_olmo", {"attention_bias": True}, {}),
+    "qwen3_5_moe": ("qwen3_5_text", "qwen3_5_moe", QWEN35, {}),
+    "qwen3_5_moe, split": (
+        "qwen3_5_text",
+        "qwen3_5_moe",
+        QWEN35 | {"tie_word_embeddings": True},
+        {"shared": "split"},
+    ),
+    "gemma4": ("gemma4_text", "gemma4", GEMMA4 | {"sliding_window": 12}, {}),
+    "phi3": ("phi3", "mixtral", {"sliding_window": 12}, {}),
+}

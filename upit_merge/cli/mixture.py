@@ -61,23 +61,38 @@ def extend(out: Path, model: str, all_gates: bool, common: dict[str, Any], **set
 
 @command(
     setting_options=data_options,
-    epilog="upit-merge shrink out/ --experts 4 --data seed.jsonl",
+    epilog="upit-merge shrink out/ --experts 4 --data seed.jsonl\n"
+    "upit-merge shrink out/ --experts 6 --how drop --refit --data seed.jsonl",
 )
 @click.argument("out", type=PATH)
 @click.option("--experts", type=click.IntRange(1), required=True, help="Experts per layer to keep.")
+@click.option(
+    "--how",
+    type=click.Choice(["merge", "drop"]),
+    default="merge",
+    show_default=True,
+    help="merge: into means of groups; drop: the experts that add least go.",
+)
+@click.option("--refit", is_flag=True, help="Fit the gates anew, to --data, as they were fitted.")
 @common_options("max_shard_bytes")
-def shrink(out: Path, experts: int, common: dict[str, Any], **settings: Any) -> None:
-    """Merge experts of the MoE in the folder OUT, which is changed in place, until few are left.
+def shrink(
+    out: Path, experts: int, how: Any, refit: bool, common: dict[str, Any], **settings: Any
+) -> None:
+    """Leave fewer experts in the MoE in the folder OUT, which is changed in place.
 
-    Which ones: those the router uses least join the ones it judges alike, layer by layer, on the
-    tokens of --data. After MC-SMoE (arXiv 2310.01334); for experts of one origin, as upcycled ones
-    are: others would have to have their neurons aligned first, which is not done.
+    Layer by layer, on the tokens of --data. With --how merge those that the router uses least join
+    the ones it judges alike (MC-SMoE, arXiv 2310.01334); for experts of one origin, as upcycled
+    ones are: others would have to have their neurons aligned first, which is not done. With
+    --how drop those go that add least to the tokens they get: by the mean of the router's weight
+    times the norm of what the expert gives (REAP, arXiv 2510.13999). The others keep every byte,
+    and so do their gates, unless --refit is given.
     """
     from upit_merge.commands.options import ResizeOptions
     from upit_merge.commands.router import parse_settings
     from upit_merge.commands.shrink import shrink_output
 
-    shrink_output(out, experts, parse_settings(settings), ResizeOptions(**common))
+    parsed = parse_settings(settings)
+    shrink_output(out, experts, parsed, ResizeOptions(**common), how=how, refit=refit)
 
 
 @command(

@@ -21,6 +21,9 @@ from upit_merge.runtime.parallel import map_in_order
 # (number of the mixture, samples of the batch, logits (tokens, experts), chosen experts (tokens,
 # top-k)), without padding: the tokens of the first sample, then those of the second, …
 RoutingCallback = Callable[[int, Batch, Tensor, Tensor], None]
+# (number of the mixture, chosen experts (tokens, top-k), the weights that the format's own router
+# gives them, L2 norms of what they give for the token), all but the first of this shape.
+OutputsCallback = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class AssembledMixture:
@@ -114,6 +117,7 @@ class AssembledMixture:
         *,
         on_routing: RoutingCallback,
         on_progress: Callable[[float], object],
+        on_outputs: OutputsCallback | None = None,
     ) -> None:
         """Push samples through all layers; `states` holds what comes out.
 
@@ -123,13 +127,15 @@ class AssembledMixture:
             states: Hidden states, filled by this method from the embeddings on.
             on_routing: Told what the router did, layer by layer and batch by batch.
             on_progress: Called with the number of tokens done.
+            on_outputs: Told what the experts gave, which makes them compute it twice.
         """
         self.model.embed(samples, states)
         with contextlib.closing(self.layers(range(self.model.num_layers))) as layers:
             for number, module in enumerate(layers):
                 for batch in batches:
                     padded = states.padded(batch).to(self.model.device)
-                    states.put(batch, self.run(module, padded, states, batch, number, on_routing))
+                    told = on_routing, on_outputs
+                    states.put(batch, self.run(module, padded, states, batch, number, *told))
                     on_progress(sum(len(samples[index].input_ids) for index in batch))
 
     def run(
@@ -140,6 +146,7 @@ class AssembledMixture:
         batch: Batch,
         layer: int,
         on_routing: RoutingCallback,
+        on_outputs: OutputsCallback | None = None,
     ) -> Tensor:
         """One layer on one padded batch, (samples, tokens, hidden_size); tells what was routed."""
         spans = [states.span(index) for index in batch]
@@ -157,13 +164,38 @@ class AssembledMixture:
             order = logits.detach().gather(1, chosen).argsort(dim=1, descending=True, stable=True)
             on_routing(number, batch, logits.float(), chosen.gather(1, order))
 
+        def weigh(experts: nn.Module, inputs: Any) -> None:
+            assert on_outputs is not None
+            kept = real.flatten()
+            hidden, chosen, weights = (part.flatten(0, -2)[kept] for part in inputs)
+            on_outputs(number, chosen, weights.float(), output_norms(experts, hidden, chosen))
+
         model = self.model
         if layer not in model.mixture_layers:
             return model.layer_output(module, layer, padded)
         number = model.mixture_layers.index(layer)
         top_k = model.format.chosen(model.architecture.config)
-        handle = module.get_submodule(model.format.gate_path).register_forward_hook(look)
-        try:
+        with contextlib.ExitStack() as hooks:
+            gate = module.get_submodule(model.format.gate_path)
+            hooks.callback(gate.register_forward_hook(look).remove)
+            if on_outputs is not None:
+                experts = module.get_submodule(model.format.experts_path)
+                hooks.callback(experts.register_forward_pre_hook(weigh).remove)
             return model.layer_output(module, layer, padded)
-        finally:
-            handle.remove()
+
+
+def output_norms(experts: nn.Module, hidden: Tensor, chosen: Tensor) -> Tensor:
+    """L2 norms of what experts give for tokens, before the router's weights, float32.
+
+    Args:
+        experts: transformers' module of all experts of a layer.
+        hidden: (tokens, hidden_size).
+        chosen: (tokens, top-k).
+
+    Returns:
+        (tokens, top-k).
+    """
+    # Of one choice at a time with weight 1: what the module adds up is then one expert's.
+    one = hidden.new_ones(len(hidden), 1)
+    columns = (experts.forward(hidden, column, one) for column in chosen.split(1, dim=1))
+    return torch.stack([outputs.float().norm(dim=-1) for outputs in columns], dim=1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from upit_merge.data.tokens import TokenizedSample
-from upit_merge.engine.assembled import AssembledMixture, RoutingCallback
+from upit_merge.engine.assembled import AssembledMixture, OutputsCallback, RoutingCallback
 from upit_merge.engine.hidden_states import Batch, PackedStates
 from upit_merge.errors import UpitError, one_line
 from upit_merge.router.buckets import Buckets
@@ -219,6 +219,7 @@ def swept(
     gates: Sequence[Tensor] | None = None,
     *,
     with_losses: bool = False,
+    on_outputs: OutputsCallback | None = None,
 ) -> Iterator[tuple[PackedStates, Callable[[float], None]]]:
     """Push all samples through the assembled mixture.
 
@@ -229,6 +230,7 @@ def swept(
         description: Of the progress bar.
         gates: Instead of the folder's, float32, (num_experts, hidden_size) per layer.
         with_losses: They are computed next, and belong to the bar's work.
+        on_outputs: Told what the experts gave.
     """
     stream = stage.stream(0, stage.everything)
     tokens = sum(stage.lengths[index] for index in stream.samples)
@@ -245,6 +247,7 @@ def swept(
             states,
             on_routing=on_routing,
             on_progress=bar.part(effort.mixture),
+            on_outputs=on_outputs,
         )
         yield states, bar.part(effort.head)
 
