@@ -11,7 +11,7 @@ from upit_merge.cli import merge, mixture, training
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Make a mixture": (merge.plan, merge.run, merge.verify),
     "Measure and show it": (mixture.evaluate, mixture.page),
-    "Change it": (mixture.router, mixture.extend, mixture.shrink),
+    "Change it": (mixture.router, mixture.extend, mixture.shrink, mixture.extract),
     "Train": (training.finetune, training.pipeline, training.demo),
 }
 

@@ -1,4 +1,4 @@
-"""The commands that change or measure a mixture: `router`, `extend`, `shrink`, `evaluate`, `page`."""
+"""The commands that change, cut up or measure a mixture: from `router` to `page`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 from upit_merge.cli.options import (
     FILE,
     PATH,
+    ShardSize,
     command,
     common_options,
     data_options,
@@ -93,6 +94,38 @@ def shrink(
 
     parsed = parse_settings(settings)
     shrink_output(out, experts, parsed, ResizeOptions(**common), how=how, refit=refit)
+
+
+@command(
+    epilog="upit-merge extract out/ --expert 2 expert-2/\n"
+    "upit-merge extract out/ --average --expert 0 --expert 3 mean/",
+)
+@click.argument("out", type=PATH)
+@click.argument("dense", type=PATH)
+@click.option(
+    "--expert",
+    "experts",
+    type=click.IntRange(0),
+    multiple=True,
+    help="Its number; repeatable with --average.",
+)
+@click.option("--average", is_flag=True, help="The mean of these experts, or of all.")
+@click.option(
+    "--out-shard-size", "max_shard_bytes", type=ShardSize(), default="5B", show_default=True
+)
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def extract(
+    out: Path, dense: Path, experts: tuple[int, ...], average: bool, **options: Any
+) -> None:
+    """Write an expert of the MoE in the folder OUT as a dense model into the folder DENSE.
+
+    The dense model computes what the mixture does if every token goes through this expert: it has
+    the mixture's attention, norms and embeddings, and its tokenizer. Any mixture in one of the
+    formats will do, also one from elsewhere; tensors are read piece by piece.
+    """
+    from upit_merge.commands.extract import ExtractOptions, extract_expert
+
+    extract_expert(out, dense, experts, ExtractOptions(**options), average=average)
 
 
 @command(
