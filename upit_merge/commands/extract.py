@@ -18,6 +18,8 @@ from upit_merge.models.tokenizer import has_tokenizer
 from upit_merge.models.tokenizer_files import copy_generation_config, copy_tokenizer_files
 from upit_merge.output.identity import file_states
 from upit_merge.output.staging import (
+    STAGING,
+    Staging,
     check_not_half_edited,
     check_output_exists,
     check_output_is_free,
@@ -87,7 +89,10 @@ def extract_expert(
 
 
 def _check_free(out: Path, dense: Path) -> None:
-    if dense.is_dir() and any(not path.name.startswith(".upit-") for path in dense.iterdir()):
+    """Refuse a folder with anything in it but what the same command, cut off, left there."""
+    is_moving = Staging(dense / STAGING).is_moving
+    names = [path.name for path in dense.iterdir()] if dense.is_dir() and not is_moving else []
+    if any(not name.startswith(".upit-") for name in names):
         raise UpitError(f"The folder {dense} is not empty; choose a new one for the dense model.")
     if out.resolve() in dense.resolve().parents:
         raise UpitError(f"{dense} is inside the mixture {out}; choose a folder elsewhere.")
