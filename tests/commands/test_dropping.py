@@ -172,6 +172,17 @@ def test_bad_numbers_change_nothing(four, moe) -> None:
     assert {path.name: path.read_bytes() for path in moe.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.parametrize("how", ["merge", "drop"])
+def test_a_router_that_needs_two_experts_keeps_two(tmp_path, merge, how: str) -> None:
+    family = build_family(tmp_path / "f", kind="qwen2", count=2)
+    parameters = {"num_experts": 3, "experts_per_token": 1}
+    out = merge(family.recipe(architecture="glm4_moe", parameters=parameters))
+    told = refused(*shrink(out, family, 1, "--how", how))
+    assert told.startswith("The router of a GLM-4-MoE needs 2 experts, so that 1 would be too few")
+    done(*shrink(out, family, 2, "--how", how))
+    assert load(out).generate(torch.tensor([[0, 70, 71]]), max_new_tokens=4).shape[1] > 3
+
+
 def test_killed_while_experts_go_and_gates_are_fitted(tmp_path: Path) -> None:
     trials = crash("drop_killed", tmp_path)
     kills = [trial for trial in trials if trial["status"] == -signal.SIGKILL]

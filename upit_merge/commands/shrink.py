@@ -223,7 +223,13 @@ def _check_number(out: Path, model: LayerwiseMixture, num_experts: int) -> None:
             f"{out} has {model.num_experts} experts per layer, which cannot become "
             f"{num_experts}; give a lower --experts."
         )
-    chosen = model.format.chosen(model.architecture.config)
+    form = model.format
+    if num_experts < form.fewest_experts:
+        raise UpitError(
+            f"The router of a {form.title} needs {form.fewest_experts} experts, so that "
+            f"{num_experts} would be too few for {out}; give a higher --experts."
+        )
+    chosen = form.chosen(model.architecture.config)
     if num_experts < chosen:
         raise UpitError(
             f"{out} routes a token to {chosen} experts, so that {num_experts} would be too few; "

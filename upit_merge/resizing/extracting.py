@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -215,8 +214,3 @@ class ExtractedModel:
             **family.fields(self.settings),
         }
         return dict(sorted(content.items()))
-
-    @property
-    def parameters(self) -> int:
-        """Count its parameters."""
-        return sum(math.prod(spec.shape) for spec in self.specs.values())
