@@ -86,12 +86,12 @@ extract_expert(large, out / "large", [], options, average=True)
 def test_extract_reads_piece_by_piece(tmp_path: Path, merge) -> None:
     """A dense model that is larger than the memory it may take, from four times as much."""
     folders = []
-    for name, size in (("tiny", {}), ("large", {**SIZE, "vocab_size": 20_000})):
+    for name, size in (("tiny", {}), ("large", {**SIZE, "vocab_size": 40_000})):
         family = build_family(tmp_path / name, count=1, dtype=torch.bfloat16, **size)
         parameters = {"num_experts": 4, "expansion": "copy"}
         recipe = family.recipe(parameters=parameters)
-        folders.append(merge(recipe, f"{name}-moe", max_shard_bytes=30 << 20))
-    spare = 48 << 20
+        folders.append(merge(recipe, f"{name}-moe", max_shard_bytes=50 << 20))
+    spare = 80 << 20
     words = [*folders, tmp_path / "out", str(spare)]
     result = subprocess.run(
         [sys.executable, "-c", _EXTRACT_LIMITED, *words], cwd=ROOT, capture_output=True, text=True
