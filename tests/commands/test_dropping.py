@@ -126,6 +126,10 @@ def test_refitted_gates_are_those_of_router(four, moe, tmp_path) -> None:
     assert fitted.keys() == expected.keys()
     assert all(torch.equal(fitted[name], expected[name]) for name in expected)
     assert not all(torch.equal(apart[name], expected[name]) for name in expected if is_gate(name))
+    card = (moe / "README.md").read_text()
+    assert "They were fitted anew when 4 experts became 3." in card
+    table = card.split("| expert | seed samples")[1]
+    assert [line.split()[1] for line in table.splitlines()[2:5]] == ["0", "1", "2"]
     told = [json.loads((f / "upit_report.json").read_text())["router"] for f in (moe, later)]
     assert told[0]["gates_sha256"] == told[1]["gates_sha256"]
 
@@ -152,6 +156,8 @@ def test_what_others_make_of_it(four, moe) -> None:
         count = sum([old] in row for row in record["groups"])
         assert f"| {old} | {count} of 2 | expert " in card
     assert "The experts before some were dropped" in card
+    assert "The gates are what is left of them since some experts were dropped." in card
+    assert "seed samples |" not in card
     told = refused("verify", moe)
     assert told.startswith(f"Some experts of {moe} were dropped by `upit-merge shrink`, so")
     done(*extend(moe, four))

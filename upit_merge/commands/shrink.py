@@ -119,6 +119,8 @@ def shrink_output(
             named = named_gates(model.architecture.gate_names(), gates) if fitted else {}
             write_model(edit.emptied(), layout, source, named, quiet=options.quiet)
             record = {**_record(smaller, stage, how), "extensions": len(before.extensions)}
+            if fitted is not None:
+                record["refitted"] = True
             changes: dict[str, Any] = {
                 "shrunk": [*before.document.get("shrunk", []), record],
                 **resized(before.document, model.architecture, num_experts),

@@ -132,6 +132,7 @@ class Shrinking(Part):
         how: They were merged, or some dropped.
         groups: Which experts each one was, by mixture; numbered as before.
         extensions: How many experts had been added by then.
+        refitted: The gates were fitted anew with it.
     """
 
     before: int = Field(alias="from")
@@ -140,6 +141,7 @@ class Shrinking(Part):
     how: Literal["merge", "drop"] = "merge"
     groups: list[list[list[StrictInt]]] = Field(default_factory=list)
     extensions: int = 0
+    refitted: bool = False
 
     def kept(self) -> dict[int, dict[int, list[int]]]:
         """Return the mixtures in which an old expert is left, by its number then and now."""
