@@ -1,10 +1,11 @@
 """An expert more, or some less: what does it do to the mixture?
 
 python benchmarks/resizing.py --folder F [--seeds 0 1 2] [--json FILE]
+python benchmarks/resizing.py --folder F --fewer --assign balanced [--mixed]   # shrink alone
 python benchmarks/resizing.py --tables FILE [FILE ...]             # of earlier runs
 
-On the checkpoints that specialised of benchmarks/router_models.py; models that are in F already
-are used again and not written to. About ten minutes a seed on one core.
+On the checkpoints that specialised of benchmarks/router_models.py, or did not (--mixed); models
+that are in F already are used again and not written to. About ten minutes a seed on one core.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,26 +90,41 @@ def even_groups(num_layers: int, num_experts: int, count: int, seed: int) -> Gro
 
 
 def measure_shrinking(
-    folder: Path, checkpoints: Sequence[Path], scratch: Path, seed: int
+    folder: Path,
+    checkpoints: Sequence[Path],
+    scratch: Path,
+    seed: int,
+    assign: str,
+    sample: int | None,
 ) -> Result:
-    """Eight experts, merged by what the router does, at random, or thrown away."""
+    """Eight experts, merged by what the router does or at random, or thrown away.
+
+    Args:
+        assign: Of the router of the eight.
+        sample: Of seed data, and of held-out text, so many samples.
+    """
     held_out = folder / "held-out.jsonl"
-    settings = RouterSettings(data=str(folder / "seed.jsonl"))
-    whole = merged(folder, checkpoints, scratch / "whole", {"num_experts": 8, "seed": seed})
-    found: Result = {"8 experts": perplexity(whole, held_out, None)}
+    settings = RouterSettings(data=str(folder / "seed.jsonl"), sample=sample)
+    parameters = {"num_experts": 8, "seed": seed}
+    router = {"assign": assign, **({"sample": sample} if sample else {})}
+    whole = merged(folder, checkpoints, scratch / "whole", parameters, **router)
+    found: Result = {"8 experts": perplexity(whole, held_out, sample)}
     for count in COUNTS:
-        out = shutil.copytree(whole, scratch / f"shrunk-{count}")
-        shrink_output(out, count, settings, QUIET)
-        found[f"{count}, merged by routing"] = perplexity(out, held_out, None)
-        report = json.loads((out / "upit_report.json").read_text(encoding="utf-8"))
-        groups = report["shrunk"][0]["groups"]
+        groups: Any = None
+        for how, refit in product(("merge", "drop"), (False, True)):
+            out = shutil.copytree(whole, scratch / f"{how}-{refit}")
+            shrink_output(out, count, settings, QUIET, how=how, refit=refit)
+            found[f"{count}, {how}{', gates refitted' * refit}"] = perplexity(out, held_out, sample)
+            report = json.loads((out / "upit_report.json").read_text(encoding="utf-8"))
+            groups = groups or report["shrunk"][0]["groups"]
+            shutil.rmtree(out)
         kept = [[Group((members[0],), (1.0,)) for members in row] for row in groups]
-        pruned = shrunk_otherwise(whole, scratch / f"pruned-{count}", kept)
-        found[f"{count}, the others dropped"] = perplexity(pruned, held_out, None)
         by_chance = even_groups(len(groups), 8, count, seed)
-        dealt = shrunk_otherwise(whole, scratch / f"dealt-{count}", by_chance)
-        found[f"{count}, merged at random"] = perplexity(dealt, held_out, None)
-    found["neurons that are their own best match"] = matched(whole)
+        for name, others in (("least used dropped", kept), ("merged at random", by_chance)):
+            out = shrunk_otherwise(whole, scratch / "otherwise", others)
+            found[f"{count}, {name}"] = perplexity(out, held_out, sample)
+            shutil.rmtree(out)
+        print(f"{folder.name}, {count}: {json.dumps(found)}", file=sys.stderr, flush=True)
     return found
 
 
@@ -153,6 +170,10 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, nargs="+", metavar="FILE", help="of earlier runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--fewer", action="store_true", help="measure shrink, and not extend")
+    parser.add_argument("--mixed", action="store_true", help="checkpoints that did not specialise")
+    parser.add_argument("--sample", type=int, help="so many samples; all if not given")
+    parser.add_argument("--assign", default="lowest", help="of the router before it is shrunk")
     arguments = parser.parse_args()
     if not arguments.folder and not arguments.tables:
         parser.error("give --folder or --tables")
@@ -161,14 +182,22 @@ def main() -> None:
     for path in arguments.tables or ():
         results += json.loads(path.read_text(encoding="utf-8"))
     for seed in arguments.seeds if not arguments.tables else ():
-        folder = arguments.folder / f"specialised-{seed}"
-        build(folder, seed, mixed=False)
+        kind = "mixed" if arguments.mixed else "specialised"
+        folder = arguments.folder / f"{kind}-{seed}"
+        build(folder, seed, mixed=arguments.mixed)
         checkpoints = sorted(
             (folder / "sft").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
         )
-        with tempfile.TemporaryDirectory() as scratch:
-            found = measure_extension(folder, checkpoints, Path(scratch))
-            found |= measure_shrinking(folder, checkpoints, Path(scratch), seed)
+        found: Result = {}
+        with tempfile.TemporaryDirectory() as name:
+            scratch = Path(name)
+            if not arguments.fewer:
+                found |= measure_extension(folder, checkpoints, scratch)
+            found |= measure_shrinking(
+                folder, checkpoints, scratch, seed, arguments.assign, arguments.sample
+            )
+            if not arguments.fewer:
+                found["neurons that are their own best match"] = matched(scratch / "whole")
         results.append(found)
         print(f"{folder.name}: {json.dumps(found)}", file=sys.stderr, flush=True)
     if arguments.json:

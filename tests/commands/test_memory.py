@@ -66,6 +66,40 @@ def test_merge_stays_within_a_hard_limit(tmp_path: Path, mutation: str) -> None:
     assert json.loads(result.stdout) < (1 << 30) + 6 * LARGEST
 
 
+_EXTRACT_LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(2)
+from upit_merge.commands.extract import ExtractOptions, extract_expert
+tiny, large, out = map(Path, sys.argv[1:4])
+options = ExtractOptions(quiet=True)
+extract_expert(tiny, out / "tiny", [], options, average=True)  # imports everything
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+limit = int(status["VmData"].split()[0]) * 1024 + int(sys.argv[4])
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+extract_expert(large, out / "large", [], options, average=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
+def test_extract_reads_piece_by_piece(tmp_path: Path, merge) -> None:
+    """A dense model that is larger than the memory it may take, from four times as much."""
+    folders = []
+    for name, size in (("tiny", {}), ("large", {**SIZE, "vocab_size": 40_000})):
+        family = build_family(tmp_path / name, count=1, dtype=torch.bfloat16, **size)
+        parameters = {"num_experts": 4, "expansion": "copy"}
+        recipe = family.recipe(parameters=parameters)
+        folders.append(merge(recipe, f"{name}-moe", max_shard_bytes=50 << 20))
+    spare = 80 << 20
+    words = [*folders, tmp_path / "out", str(spare)]
+    result = subprocess.run(
+        [sys.executable, "-c", _EXTRACT_LIMITED, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "large" / "model.safetensors").stat().st_size > 2 * spare
+
+
 def test_needs_are_those_of_the_recipe(shared_family) -> None:
     """More checkpoints take more per block; more experts only where they depend on each other."""
 

@@ -19,8 +19,8 @@ from upit_merge.commands.options import MixtureOptions
 from upit_merge.commands.session import router_session
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import TokenizedSample
-from upit_merge.engine.weighed import WeighedMixture
-from upit_merge.router.choices import Choices, Excerpt, Observation, observe
+from upit_merge.engine.assembled import Handed
+from upit_merge.router.choices import Excerpt, ExcerptChoices, Observation, observe
 from upit_merge.router.evaluation import swept
 from upit_merge.router.stage import RouterStage
 
@@ -109,7 +109,8 @@ def test_weights_are_made_of_the_scores(out: Path, tmp_path: Path) -> None:
     with router_session(out, "inspect", MixtureOptions(quiet=True), changes=False) as session:
         stage = session.stage(settings, tmp_path)
 
-        def look(_layer: int, _batch: Any, logits: Any, chosen: Any, weights: Any) -> None:
+        def look(handed: Handed) -> None:
+            logits, chosen, weights = handed.logits, handed.chosen, handed.weights
             scores = stage.model.format.scores(logits).gather(1, chosen)
             batches.append(len(logits))
             torch.testing.assert_close(
@@ -119,7 +120,7 @@ def test_weights_are_made_of_the_scores(out: Path, tmp_path: Path) -> None:
                 atol=1e-5,
             )
 
-        with swept(stage, lambda *_: None, "", mixture=WeighedMixture(stage.model, look)):
+        with swept(stage, lambda *_: None, "", on_handed=look):
             pass
     assert len(batches) >= len(stage.model.mixture_layers)
 
@@ -127,7 +128,7 @@ def test_weights_are_made_of_the_scores(out: Path, tmp_path: Path) -> None:
 def test_the_sum_over_layers_is_of_gate_weight() -> None:
     experts = torch.tensor([[[0, 1]], [[2, 1]], [[2, 3]]])
     weights = torch.tensor([[[0.9, 0.1]], [[0.6, 0.4]], [[0.5, 0.5]]])
-    order, shares = Choices(experts, weights, torch.ones(3, 1)).summed(4)
+    order, shares = ExcerptChoices(experts, weights, torch.ones(3, 1)).summed(4)
     assert order.tolist() == [[2, 0]]
     torch.testing.assert_close(shares, torch.tensor([[1.1 / 3, 0.9 / 3]]).double())
 

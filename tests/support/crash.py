@@ -209,12 +209,14 @@ def disk_really_full(recipe: Path, out: Path, reference: dict[str, Any]) -> Iter
 
 
 def edited(kind: str, recipe: Path, out: Path) -> None:
-    """Change a finished model: one more expert, the base, or two experts less."""
+    """Change a finished model: one more expert, the base, or two experts less, in whatever way."""
     parsed, options = load_recipe(recipe)[0], ResizeOptions(quiet=True)
     settings = RouterSettings(data=parsed.router.data)  # type: ignore[union-attr]
     with contextlib.redirect_stdout(sys.stderr):
         if kind == "extend":
             extend_output(out, parsed.base_model, settings, options, all_gates=False)
+        elif kind == "drop":
+            shrink_output(out, 4, settings, options, how="drop", refit=True)
         else:
             shrink_output(out, 4, settings, options)
 
@@ -225,6 +227,13 @@ def edit_killed(recipe: Path, out: Path, reference: dict[str, Any]) -> Iterator[
         before = out.with_name(f"{kind}-{size}") / "out"
         run_recipe(*load_recipe(recipe), before, RunOptions(max_shard_bytes=size, quiet=True))
         yield from _edit_trials(kind, recipe, before, out)
+
+
+def drop_killed(recipe: Path, out: Path, reference: dict[str, Any]) -> Iterator[Any]:
+    """The same, where experts go and the gates are fitted anew."""
+    before = out.with_name("drop") / "out"
+    run_recipe(*load_recipe(recipe), before, RunOptions(max_shard_bytes=60_000, quiet=True))
+    yield from _edit_trials("drop", recipe, before, out)
 
 
 def _edit_trials(kind: str, recipe: Path, before: Path, out: Path) -> Iterator[Any]:

@@ -12,7 +12,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Begin": (start.init, start.split),
     "Make a mixture": (merge.plan, merge.run, merge.verify),
     "Measure and show it": (chat.chat, mixture.evaluate, look.inspect, mixture.page),
-    "Change it": (mixture.router, mixture.extend, mixture.shrink),
+    "Change it": (mixture.router, mixture.extend, mixture.shrink, mixture.extract),
     "Train": (training.finetune, training.pipeline, training.demo),
 }
 

@@ -1,4 +1,4 @@
-"""The commands that change or measure a mixture: `router`, `extend`, `shrink`, `evaluate`, `page`."""
+"""The commands that change, cut up or measure a mixture: from `router` to `page`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 from upit_merge.cli.options import (
     FILE,
     PATH,
+    ShardSize,
     command,
     common_options,
     data_options,
@@ -61,23 +62,70 @@ def extend(out: Path, model: str, all_gates: bool, common: dict[str, Any], **set
 
 @command(
     setting_options=data_options,
-    epilog="upit-merge shrink out/ --experts 4 --data seed.jsonl",
+    epilog="upit-merge shrink out/ --experts 4 --data seed.jsonl\n"
+    "upit-merge shrink out/ --experts 6 --how drop --refit --data seed.jsonl",
 )
 @click.argument("out", type=PATH)
 @click.option("--experts", type=click.IntRange(1), required=True, help="Experts per layer to keep.")
+@click.option(
+    "--how",
+    type=click.Choice(["merge", "drop"]),
+    default="merge",
+    show_default=True,
+    help="merge: into means of groups; drop: the experts that add least go.",
+)
+@click.option("--refit", is_flag=True, help="Fit the gates anew, to --data, as they were fitted.")
 @common_options("max_shard_bytes")
-def shrink(out: Path, experts: int, common: dict[str, Any], **settings: Any) -> None:
-    """Merge experts of the MoE in the folder OUT, which is changed in place, until few are left.
+def shrink(
+    out: Path, experts: int, how: Any, refit: bool, common: dict[str, Any], **settings: Any
+) -> None:
+    """Leave fewer experts in the MoE in the folder OUT, which is changed in place.
 
-    Which ones: those the router uses least join the ones it judges alike, layer by layer, on the
-    tokens of --data. After MC-SMoE (arXiv 2310.01334); for experts of one origin, as upcycled ones
-    are: others would have to have their neurons aligned first, which is not done.
+    Layer by layer, on the tokens of --data. With --how merge those that the router uses least join
+    the ones it judges alike (MC-SMoE, arXiv 2310.01334); for experts of one origin, as upcycled
+    ones are: others would have to have their neurons aligned first, which is not done. With
+    --how drop those go that add least to the tokens they get: by the mean of the router's weight
+    times the norm of what the expert gives (REAP, arXiv 2510.13999). The others keep every byte,
+    and so do their gates, unless --refit is given.
     """
     from upit_merge.commands.options import ResizeOptions
     from upit_merge.commands.router import parse_settings
     from upit_merge.commands.shrink import shrink_output
 
-    shrink_output(out, experts, parse_settings(settings), ResizeOptions(**common))
+    parsed = parse_settings(settings)
+    shrink_output(out, experts, parsed, ResizeOptions(**common), how=how, refit=refit)
+
+
+@command(
+    epilog="upit-merge extract out/ --expert 2 expert-2/\n"
+    "upit-merge extract out/ --average --expert 0 --expert 3 mean/",
+)
+@click.argument("out", type=PATH)
+@click.argument("dense", type=PATH)
+@click.option(
+    "--expert",
+    "experts",
+    type=click.IntRange(0),
+    multiple=True,
+    help="Its number; repeatable with --average.",
+)
+@click.option("--average", is_flag=True, help="The mean of these experts, or of all.")
+@click.option(
+    "--out-shard-size", "max_shard_bytes", type=ShardSize(), default="5B", show_default=True
+)
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def extract(
+    out: Path, dense: Path, experts: tuple[int, ...], average: bool, **options: Any
+) -> None:
+    """Write an expert of the MoE in the folder OUT as a dense model into the folder DENSE.
+
+    The dense model computes what the mixture does if every token goes through this expert: it has
+    the mixture's attention, norms and embeddings, and its tokenizer. Any mixture in one of the
+    formats will do, also one from elsewhere; tensors are read piece by piece.
+    """
+    from upit_merge.commands.extract import ExtractOptions, extract_expert
+
+    extract_expert(out, dense, experts, ExtractOptions(**options), average=average)
 
 
 @command(

@@ -17,12 +17,6 @@ LazyOptions = Callable[[], list[click.Option]]
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
-# The `router:` settings that say which data, and how it is computed.
-DATA_SETTINGS = (
-    *("data", "subset", "split", "sample", "max_length"),
-    *("batch_tokens", "memory_gb", "compute"),
-)
-
 
 class Command(click.Command):
     """A command with examples that can be copied, and options that are made only when it is used.
@@ -146,7 +140,11 @@ def setting_options(keys: Collection[str] | None = None) -> list[click.Option]:
     return options
 
 
-data_options = partial(setting_options, DATA_SETTINGS)
+def data_options() -> list[click.Option]:
+    """Make options of the settings that say which data, and how it is computed."""
+    from upit_merge.config.router import DATA_SETTINGS
+
+    return setting_options(DATA_SETTINGS)
 
 
 def gate_options() -> list[click.Option]:

@@ -27,7 +27,7 @@ _EXPERTS, _FEW = 8, 4
 
 
 @dataclass
-class Choices:
+class RecipeChoices:
     """What a recipe will say.
 
     Attributes:
@@ -101,13 +101,13 @@ def experts_for(count: int, *, is_one_run: bool) -> int:
     return _EXPERTS if count >= _FEW else _FEW
 
 
-def choose(survey: Survey, beside: Sequence[FoundModel] = ()) -> Choices:
+def choose(survey: Survey, beside: Sequence[FoundModel] = ()) -> RecipeChoices:
     """Tell base, checkpoints and data apart.
 
     Args:
         beside: Models beside the folder that are named like a base, see `is_named_base`.
     """
-    choices = Choices(left_out=dict(survey.left_out))
+    choices = RecipeChoices(left_out=dict(survey.left_out))
     experts, others = _checkpoints(survey.models)
     base = _base(choices, experts, others, survey.models)
     if choices.base is None:
@@ -139,7 +139,7 @@ def _checkpoints(
 
 
 def _base(
-    choices: Choices,
+    choices: RecipeChoices,
     experts: Sequence[FoundModel],
     others: Sequence[FoundModel],
     models: Sequence[FoundModel],
@@ -174,7 +174,7 @@ def _base(
     return None
 
 
-def _taken(choices: Choices, model: FoundModel, told: str) -> FoundModel:
+def _taken(choices: RecipeChoices, model: FoundModel, told: str) -> FoundModel:
     choices.base, choices.base_told = model.reference, told
     return model
 
@@ -250,7 +250,7 @@ def _dtype_name(model: FoundModel) -> str:
     return name if name in ("bfloat16", "float16") else "float32"
 
 
-def _choose_data(choices: Choices, survey: Survey) -> None:
+def _choose_data(choices: RecipeChoices, survey: Survey) -> None:
     usable = [data for data in survey.data if not data.is_held_out]
     measuring = [data.reference for data in survey.data if data.is_held_out]
     choices.held_out = measuring[0] if measuring else None

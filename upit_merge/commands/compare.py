@@ -105,7 +105,7 @@ def check_rivals(
     Raises:
         UpitError: as `opened_rival`; or two are called the same.
     """
-    _check_names(rivals)
+    check_rival_names(rivals)
     for rival in rivals:
         with opened_rival(rival, vocab_size, tokenizer_folder, options):
             pass
@@ -164,7 +164,7 @@ def _check_same_tokenizer(rival: Rival, folder: Path, held_out_folder: Path) -> 
         )
 
 
-def _check_names(rivals: Sequence[Rival]) -> None:
+def check_rival_names(rivals: Sequence[Rival]) -> None:
     """Refuse names that do not tell the models apart.
 
     Raises:

@@ -13,7 +13,7 @@ import click
 from rich.table import Table
 
 from upit_merge.commands.choices import (
-    Choices,
+    RecipeChoices,
     choose,
     experts_for,
     is_named_base,
@@ -170,7 +170,7 @@ def _ask(question: str, default: str | None, check: Callable[[str], None]) -> st
             click.echo(error.message)
 
 
-def _base(folder: Path, choices: Choices, options: InitOptions, *, asks: bool) -> str:
+def _base(folder: Path, choices: RecipeChoices, options: InitOptions, *, asks: bool) -> str:
     def check(reference: str) -> None:
         model, adapter = split_reference(reference)
         if adapter is not None:
@@ -196,7 +196,7 @@ def _base(folder: Path, choices: Choices, options: InitOptions, *, asks: bool) -
     return choices.base
 
 
-def _data(folder: Path, choices: Choices, options: InitOptions, *, asks: bool) -> str | None:
+def _data(folder: Path, choices: RecipeChoices, options: InitOptions, *, asks: bool) -> str | None:
     def check(source: str) -> None:
         if source != _NONE and local_data(source) is not None:
             next(iter_examples(source), None)
@@ -235,7 +235,7 @@ def _numbers(count: int, options: InitOptions, *, is_one_run: bool, asks: bool) 
 # ---- what is said ------------------------------------------------------------------------------
 
 
-def _table(folder: Path, choices: Choices, options: InitOptions) -> Table:
+def _table(folder: Path, choices: RecipeChoices, options: InitOptions) -> Table:
     table = Table(title=f"What lies in {folder}", title_justify="left")
     for column in ("", "where", "what"):
         table.add_column(column, overflow="fold")
@@ -271,7 +271,7 @@ def _next_commands(output: Path) -> list[str]:
 def _tell(
     output: Path,
     data: str | None,
-    choices: Choices,
+    choices: RecipeChoices,
     commands: Sequence[str],
     options: InitOptions,
 ) -> None:

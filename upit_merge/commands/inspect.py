@@ -41,7 +41,7 @@ from upit_merge.resizing.twins import (
     compare_weights,
     pairs_of,
 )
-from upit_merge.router.choices import RARE_SHARE, Choices, Excerpt, Observation, observe
+from upit_merge.router.choices import RARE_SHARE, Excerpt, ExcerptChoices, Observation, observe
 from upit_merge.router.counts import DEAD_SHARE
 from upit_merge.router.evaluation import Groups
 from upit_merge.router.stage import RouterStage
@@ -284,7 +284,7 @@ def _page(
     )
 
 
-def _views(choices: Choices, num_experts: int) -> Views:
+def _views(choices: ExcerptChoices, num_experts: int) -> Views:
     kept = min(choices.experts.shape[2], MOST_KEPT)
     experts, shares = choices.summed(num_experts)
     return Views(

@@ -201,9 +201,15 @@ def _report(out: Path) -> AnyReport:
             "recipe makes any more; verify the model before that."
         )
     if report.shrunk:
+        dropped = any(record.get("how") == "drop" for record in report.document["shrunk"])
+        told = (
+            f"Some experts of {out} were dropped"
+            if dropped
+            else f"The experts of {out} were merged"
+        )
         raise UpitError(
-            f"The experts of {out} were merged by `upit-merge shrink`, so that it is not what its "
-            "recipe makes any more; verify the model before that."
+            f"{told} by `upit-merge shrink`, so that it is not what its recipe makes any more; "
+            "verify the model before that."
         )
     return report
 

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from upit_merge.commands.compare import Rival, check_names
+from upit_merge.commands.compare import Rival, check_rival_names
 from upit_merge.commands.preflight import gib, memory_limit
 from upit_merge.engine.generation import Speaker
 from upit_merge.engine.routed import RoutedModel, has_experts
@@ -155,7 +155,7 @@ def load_voices(
     Raises:
         UpitError: one cannot be read, or the machine has no room for all of them.
     """
-    check_names(against)
+    check_rival_names(against)
     first = Rival(Path(split_reference(reference)[1] or reference).name or reference, reference)
     numbers = [_expert_number(rival) for rival in against]
     rivals = [r for r, number in zip(against, numbers, strict=True) if number is None]

@@ -25,6 +25,11 @@ NO_MATTER = ("batch_tokens", "memory_gb")
 CHOSEN_SINCE = ("losses", "compute")
 # They belong together: which part of other data is meant, the settings for these do not say.
 OF_DATA = ("data", "subset", "split")
+# Those, and how it is computed.
+DATA_SETTINGS = (
+    *OF_DATA,
+    *("sample", "max_length", "batch_tokens", "memory_gb", "compute"),
+)
 
 
 class ByColumn(Strict):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,40 @@ from upit_merge.runtime.parallel import map_in_order
 # (number of the mixture, samples of the batch, logits (tokens, experts), chosen experts (tokens,
 # top-k)), without padding: the tokens of the first sample, then those of the second, …
 RoutingCallback = Callable[[int, Batch, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What a layer's experts are handed by their router: in all formats the same, and all of it.
+
+    Attributes:
+        layer: Number of the mixture.
+        batch: Samples of the batch; tokens are in their order, without padding.
+        logits: Of the router, float32, (tokens, num_experts).
+        chosen: Experts, (tokens, top-k), the one with the largest weight first.
+        weights: By which their outputs are multiplied, float32, of this shape.
+        hidden: What the experts see, (tokens, hidden_size).
+        experts: transformers' module of all experts.
+    """
+
+    layer: int
+    batch: Batch
+    logits: Tensor
+    chosen: Tensor
+    weights: Tensor
+    hidden: Tensor
+    experts: nn.Module
+
+    def output_norms(self) -> Tensor:
+        """Return L2 norms of what the chosen give, before the weights, float32, (tokens, top-k)."""
+        # Of one choice at a time with weight 1: what the module adds up is then one expert's.
+        one = self.hidden.new_ones(len(self.hidden), 1)
+        columns = self.chosen.split(1, dim=1)
+        outputs = (self.experts.forward(self.hidden, column, one) for column in columns)
+        return torch.stack([output.float().norm(dim=-1) for output in outputs], dim=1)
+
+
+HandedCallback = Callable[[Handed], None]
 
 
 class AssembledMixture:
@@ -114,6 +149,7 @@ class AssembledMixture:
         *,
         on_routing: RoutingCallback,
         on_progress: Callable[[float], object],
+        on_handed: HandedCallback | None = None,
     ) -> None:
         """Push samples through all layers; `states` holds what comes out.
 
@@ -123,13 +159,15 @@ class AssembledMixture:
             states: Hidden states, filled by this method from the embeddings on.
             on_routing: Told what the router did, layer by layer and batch by batch.
             on_progress: Called with the number of tokens done.
+            on_handed: Told what the experts are handed.
         """
         self.model.embed(samples, states)
         with contextlib.closing(self.layers(range(self.model.num_layers))) as layers:
             for number, module in enumerate(layers):
                 for batch in batches:
                     padded = states.padded(batch).to(self.model.device)
-                    states.put(batch, self.run(module, padded, states, batch, number, on_routing))
+                    told = on_routing, on_handed
+                    states.put(batch, self.run(module, padded, states, batch, number, *told))
                     on_progress(sum(len(samples[index].input_ids) for index in batch))
 
     def run(
@@ -140,14 +178,17 @@ class AssembledMixture:
         batch: Batch,
         layer: int,
         on_routing: RoutingCallback,
+        on_handed: HandedCallback | None = None,
     ) -> Tensor:
         """One layer on one padded batch, (samples, tokens, hidden_size); tells what was routed."""
         spans = [states.span(index) for index in batch]
         lengths = torch.tensor([span.stop - span.start for span in spans], device=padded.device)
         real = torch.arange(padded.shape[1], device=padded.device) < lengths.unsqueeze(1)
 
+        kept = real.flatten()
+        seen: list[Tensor] = []
+
         def look(_gate: nn.Module, _inputs: Any, routed: Any) -> None:
-            kept = real.flatten()
             if isinstance(routed, tuple):
                 logits, chosen = routed[0][kept], routed[2][kept]
             else:  # a matrix alone, whose largest results decide
@@ -155,15 +196,25 @@ class AssembledMixture:
                 chosen = logits.detach().topk(top_k, dim=1).indices
             # Not every router gives the first choice first.
             order = logits.detach().gather(1, chosen).argsort(dim=1, descending=True, stable=True)
-            on_routing(number, batch, logits.float(), chosen.gather(1, order))
+            seen.append(logits.float())
+            on_routing(number, batch, seen[0], chosen.gather(1, order))
+
+        def hand(experts: nn.Module, inputs: Any) -> None:
+            assert on_handed is not None
+            hidden, chosen, weights = (part.flatten(0, -2)[kept] for part in inputs)
+            weights, order = weights.float().sort(dim=1, descending=True, stable=True)
+            chosen = chosen.gather(1, order)
+            on_handed(Handed(number, batch, seen[0], chosen, weights, hidden, experts))
 
         model = self.model
         if layer not in model.mixture_layers:
             return model.layer_output(module, layer, padded)
         number = model.mixture_layers.index(layer)
         top_k = model.format.chosen(model.architecture.config)
-        handle = module.get_submodule(model.format.gate_path).register_forward_hook(look)
-        try:
+        with contextlib.ExitStack() as hooks:
+            gate = module.get_submodule(model.format.gate_path)
+            hooks.callback(gate.register_forward_hook(look).remove)
+            if on_handed is not None:
+                experts = module.get_submodule(model.format.experts_path)
+                hooks.callback(experts.register_forward_pre_hook(hand).remove)
             return model.layer_output(module, layer, padded)
-        finally:
-            handle.remove()

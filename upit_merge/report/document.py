@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, StrictInt, ValidationError, field_validator, model_validator
 
@@ -126,12 +126,31 @@ class Extension(AnyExtension):
 
 
 class Shrinking(Part):
-    """Tells of experts that were merged; `extensions` is how many there had been by then."""
+    """Tells of experts that became fewer.
+
+    Attributes:
+        how: They were merged, or some dropped.
+        groups: Which experts each one was, by mixture; numbered as before.
+        extensions: How many experts had been added by then.
+        refitted: The gates were fitted anew with it.
+    """
 
     before: int = Field(alias="from")
     after: int = Field(alias="to")
     data: SeedData
+    how: Literal["merge", "drop"] = "merge"
+    groups: list[list[list[StrictInt]]] = Field(default_factory=list)
     extensions: int = 0
+    refitted: bool = False
+
+    def kept(self) -> dict[int, dict[int, list[int]]]:
+        """Return the mixtures in which an old expert is left, by its number then and now."""
+        found: dict[int, dict[int, list[int]]] = {}
+        for mixture, row in enumerate(self.groups):
+            for number, members in enumerate(row):
+                for old in members:
+                    found.setdefault(old, {}).setdefault(number, []).append(mixture)
+        return found
 
 
 class Step(Part):

@@ -19,8 +19,9 @@ def experts_section(report: Report, pictures: Collection[str]) -> str:
     parts = _ancestry(report, pictures)
     if not report.shrunk:
         return "\n\n".join(parts)
-    merged = map(_merged, report.shrunk)
-    earlier = folded("The experts before they were merged", "\n\n".join(parts))
+    merged = [part for record in report.shrunk for part in _fewer(record)]
+    which = "some were dropped" if report.shrunk[0].how == "drop" else "they were merged"
+    earlier = folded(f"The experts before {which}", "\n\n".join(parts))
     added = (
         f"Expert {extension.expert} is {linked(extension.source)}, added later."
         for extension in report.later_extensions
@@ -93,6 +94,38 @@ def _tree_in_words(report: Report) -> str:
         f"Family tree: {counted(len(experts), 'expert')}, {kept} of them checkpoints and "
         f"{len(experts) - kept} made from these; the table below has the same in words"
     )
+
+
+def _fewer(record: Shrinking) -> list[str]:
+    """Tell of experts that became fewer; of those that were dropped, which are left as what."""
+    if record.how == "merge":
+        return [_merged(record)]
+    told = (
+        f"Of {record.before} experts per layer {record.after} are left, as they were: those that "
+        f"add most to the tokens they get, on {counted(record.data.samples, 'sample')} (the mean "
+        "of the router's weight times the norm of what the expert gives, "
+        "[REAP](https://arxiv.org/abs/2510.13999)). `upit_report.json` has all scores."
+    )
+    mixtures, kept = len(record.groups), record.kept()
+    rows = []
+    for old in sorted(kept)[: record.before]:
+        places = sorted(kept[old].items())
+        count = sum(len(layers) for _, layers in places)
+        as_what = [f"expert {new}" + _of_some(layers, mixtures) for new, layers in places]
+        rows.append([str(old), f"{count} of {mixtures}", ", ".join(as_what)])
+    titles = [">expert before", ">left in mixtures", "as"]
+    gone = record.before - len(rows)
+    more = f"{counted(gone, 'expert')} of before {'is' if gone == 1 else 'are'} left nowhere."
+    return [told, table(titles, rows), *([more] if gone > 0 else [])]
+
+
+def _of_some(layers: list[int], mixtures: int) -> str:
+    """Say which mixtures, counted from 0, are meant; nothing if all are."""
+    if len(layers) == mixtures:
+        return ""
+    shown = ", ".join(map(str, layers[:_MOST_SHARES]))
+    more = len(layers) - _MOST_SHARES
+    return f" (in {shown}{f' and {more} more' if more > 0 else ''})"
 
 
 def _merged(record: Shrinking) -> str:

@@ -14,6 +14,7 @@ from upit_merge.report.document import (
     PostTraining,
     Report,
     Router,
+    Shrinking,
 )
 from upit_merge.report.markdown import amount, best_in_bold, code, escaped, picture, table
 from upit_merge.report.plots import POST_TRAINING, ROUTING
@@ -40,8 +41,13 @@ def router_section(report: Report) -> str:
                 f"Expert {record.expert} was added later: its gate was fitted on {samples}, the "
                 "others stayed as they were."
             )
+        elif isinstance(record, Shrinking) and record.refitted:
+            told = f"They were fitted anew when {record.before} experts became {record.after}."
+            sentences, fitted = [router_sentence(report.router), told], report.router
         elif command == "shrink":
             told = "The gates are means of those the experts had before they were merged."
+            if isinstance(record, Shrinking) and record.how == "drop":
+                told = "The gates are what is left of them since some experts were dropped."
             sentences, fitted = [router_sentence(report.router), told], None
     parts = [" ".join(sentences)]
     if fitted is not None and fitted.buckets is not None:

@@ -176,3 +176,39 @@ class ShrunkMixture(ResizedMixture):
         for member, share in parts:
             total = total + self._moe.rows(member, start, stop).float() * share
         return total.to(self.specs[name].dtype)
+
+
+class PrunedMixture(ResizedMixture):
+    """A mixture without some of another's experts; those that are left keep every byte.
+
+    So do their routing vectors, and whatever else a gate has one of for every expert.
+
+    Args:
+        kept: The numbers of those that stay, by mixture; of each as many.
+    """
+
+    def __init__(
+        self, moe: Checkpoint, architecture: MixtureArchitecture, kept: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__(moe, architecture, len(kept[0]))
+        form, gates = self._form, architecture.of_gates()
+        self._old = {
+            form.expert_tensor(layer, index, p): form.expert_tensor(layer, number, p)
+            for layer, row in zip(self._layers, kept, strict=True)
+            for index, number in enumerate(row)
+            for p in PROJECTIONS
+        }
+        self._gates = {
+            name: torch.tensor(row)
+            for layer, row in zip(self._layers, kept, strict=True)
+            for name in gates
+            if name.startswith(form.layer_prefix(layer))
+        }
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) of a tensor, in its dtype, on the CPU."""
+        if name in self._gates:
+            shapes = zip(self._moe.specs[name].shape, self.specs[name].shape, strict=True)
+            axis = next(axis for axis, (old, new) in enumerate(shapes) if old != new)
+            return self._moe.tensor(name).index_select(axis, self._gates[name])[start:stop]
+        return super().rows(self._old.get(name, name), start, stop)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from upit_merge.data.tokens import TokenizedSample
-from upit_merge.engine.hidden_states import Batch
-from upit_merge.engine.weighed import WeighedMixture
+from upit_merge.engine.assembled import Handed
 from upit_merge.errors import UpitError
 from upit_merge.router.evaluation import Routing, swept
 from upit_merge.router.stage import RouterStage
@@ -62,7 +61,7 @@ class Excerpt:
 
 
 @dataclass(frozen=True)
-class Choices:
+class ExcerptChoices:
     """What the routers did with the tokens of an excerpt.
 
     Attributes:
@@ -81,16 +80,17 @@ class Choices:
         return self.weights / self.weights.sum(2, keepdim=True).clamp(min=1e-30)
 
     def summed(self, num_experts: int) -> tuple[Tensor, Tensor]:
-        """Return who took most gate weight over all layers, and which share of it.
+        """Return who took the largest share of the gate weight, all layers alike, and which share.
 
         Returns:
             Experts, the first one most, and shares, both (num_tokens, top-k).
         """
+        shares = self.shares.double()
         layers, tokens, top_k = self.experts.shape
         total = torch.zeros(tokens, num_experts, dtype=torch.float64)
         for layer in range(layers):
-            total.scatter_add_(1, self.experts[layer], self.weights[layer].double())
-        total /= total.sum(1, keepdim=True).clamp(min=1e-30)
+            total.scatter_add_(1, self.experts[layer], shares[layer])
+        total /= layers
         order = total.argsort(dim=1, descending=True, stable=True)[:, :top_k]
         return order, total.gather(1, order)
 
@@ -108,7 +108,7 @@ class Observation:
     """
 
     routing: Routing
-    choices: Choices
+    choices: ExcerptChoices
     weights: Tensor
     correlation: Tensor
 
@@ -128,14 +128,15 @@ def observe(stage: RouterStage, excerpt: Excerpt) -> Observation:
     sums = torch.zeros(layers, experts, dtype=torch.float64)
     products = torch.zeros(layers, experts, experts, dtype=torch.float64)
     shape = (layers, excerpt.num_tokens, top_k)
-    choices = Choices(
+    choices = ExcerptChoices(
         torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), torch.zeros(shape[:2])
     )
     ends = itertools.accumulate(excerpt.lengths.values())
     stops = dict(zip(excerpt.lengths, ends, strict=True))
 
-    def look(layer: int, batch: Batch, logits: Tensor, chosen: Tensor, weights: Tensor) -> None:
-        logits, chosen, weights = logits.cpu(), chosen.cpu(), weights.cpu()
+    def look(handed: Handed) -> None:
+        layer, batch = handed.layer, handed.batch
+        logits, chosen, weights = handed.logits.cpu(), handed.chosen.cpu(), handed.weights.cpu()
         if not logits.isfinite().all():
             raise UpitError(
                 f"{model.moe.label} gives NaN or infinite router logits in layer "
@@ -159,7 +160,7 @@ def observe(stage: RouterStage, excerpt: Excerpt) -> Observation:
                 choices.certainty[layer, places] = certainty[rows]
             first += len(samples[index].input_ids)
 
-    with swept(stage, lambda *_: None, "routing", mixture=WeighedMixture(model, look)):
+    with swept(stage, lambda *_: None, "routing", on_handed=look):
         tokens = sum(stage.lengths)
     shares = taken / taken.sum(1, keepdim=True).clamp(min=1e-30)
     return Observation(routing, choices, shares, _correlation(sums, products, tokens))

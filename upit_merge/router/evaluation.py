@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from upit_merge.data.tokens import TokenizedSample
-from upit_merge.engine.assembled import AssembledMixture, RoutingCallback
+from upit_merge.engine.assembled import AssembledMixture, HandedCallback, RoutingCallback
 from upit_merge.engine.hidden_states import Batch, PackedStates
 from upit_merge.errors import UpitError, one_line
 from upit_merge.router.buckets import Buckets
@@ -219,7 +219,7 @@ def swept(
     gates: Sequence[Tensor] | None = None,
     *,
     with_losses: bool = False,
-    mixture: AssembledMixture | None = None,
+    on_handed: HandedCallback | None = None,
 ) -> Iterator[tuple[PackedStates, Callable[[float], None]]]:
     """Push all samples through the assembled mixture.
 
@@ -230,9 +230,9 @@ def swept(
         description: Of the progress bar.
         gates: Instead of the folder's, float32, (num_experts, hidden_size) per layer.
         with_losses: They are computed next, and belong to the bar's work.
-        mixture: Instead of one with these gates.
+        on_handed: Told what the experts are handed.
     """
-    mixture = mixture or AssembledMixture(stage.model, gates)
+    mixture = AssembledMixture(stage.model, gates)
     stream = stage.stream(0, stage.everything)
     tokens = sum(stage.lengths[index] for index in stream.samples)
     effort = stage.effort
@@ -248,6 +248,7 @@ def swept(
             states,
             on_routing=on_routing,
             on_progress=bar.part(effort.mixture),
+            on_handed=on_handed,
         )
         yield states, bar.part(effort.head)
 

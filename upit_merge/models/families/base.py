@@ -68,6 +68,7 @@ class DenseFamily(ABC):
             transformers' configuration calls them; formats made for them alone read these.
         output_bias_field: What its `config.json` calls that quality.
         renames: Its tensors are not a Llama's: `pieces` tells.
+        packed: Names of modules in its files that hold the rows of several, and which.
         other_types: What `model_type` may be as well, as of the model of text and images that it is
             the language model of.
     """
@@ -79,6 +80,7 @@ class DenseFamily(ABC):
     # In most configurations one setting means both kinds of biases.
     output_bias_field: ClassVar[str] = "attention_bias"
     renames: ClassVar[bool] = False
+    packed: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     other_types: ClassVar[tuple[str, ...]] = ()
 
     def language_part(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -114,6 +116,19 @@ class DenseFamily(ABC):
         )
         more = {field: getattr(config, field, None) for field in self.more_fields}
         return {**settings, **QUALITIES, **self.qualities(config), **more}
+
+    def fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what of a `config.json` says these settings, rope aside; undoes `settings`."""
+        shared = {field: settings[field] for field in SHARED_FIELDS if field != "rope_parameters"}
+        return {**shared, **self.own_fields(settings)}
+
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what such a `config.json` has beside the fields that all families share."""
+        return {}
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor that is not packed is called in its files; undoes `pieces`."""
+        return name
 
     def told_of_left_out(self, names: Sequence[str]) -> str | None:
         """What people should know of tensors that are left out, after "Of MODEL "; else None.

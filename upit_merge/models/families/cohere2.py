@@ -23,3 +23,15 @@ class Cohere2(DenseFamily):
             "output_bias": bias,
             "rms_norm_eps": config.layer_norm_eps,
         }
+
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "attention_bias": settings["attention_bias"],
+            "layer_norm_eps": settings["rms_norm_eps"],
+            **{field: settings[field] for field in self.more_fields},
+        }
+
+    def fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        fields = super().fields(settings)
+        fields.pop("rms_norm_eps")
+        return fields

@@ -19,3 +19,6 @@ class Ernie(DenseFamily):
         if raw.get("use_bias"):
             return "sets use_bias, but no expert of an ERNIE-4.5-MoE has biases"
         return None
+
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"use_bias": False}

@@ -80,6 +80,18 @@ class Gemma4(LanguagePart):
         bias = bool(config.attention_bias)
         return {"attention_bias": bias, "output_bias": bias, "qk_norm": True}
 
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        own = {field: settings[field] for field in (*LAYER_FIELDS, *FULL_LAYERS)}
+        if not settings["attention_k_eq_v"]:
+            own["num_global_key_value_heads"] = None  # of no meaning, by the published ones
+        return {
+            **own,
+            "hidden_activation": settings["hidden_act"],
+            "attention_bias": settings["attention_bias"],
+            "enable_moe_block": False,
+            "use_double_wide_mlp": False,
+        }
+
     def pieces(self, name: str, settings: Mapping[str, Any]) -> Sequence[Piece] | None:
         match = _IN_LAYER.fullmatch(name)
         if match is None:

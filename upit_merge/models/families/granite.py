@@ -26,3 +26,13 @@ class Granite(DenseFamily):
             "residual_multiplier": float(config.residual_multiplier),
             "logits_scaling": float(config.logits_scaling),
         }
+
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+        factor = settings["attention_multiplier"] or settings["head_dim"] ** -0.5
+        return {
+            **{name: settings[name] for name in names},
+            "attention_multiplier": factor,
+            "attention_bias": settings["attention_bias"],
+            "mlp_bias": False,
+        }

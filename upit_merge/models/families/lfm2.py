@@ -7,6 +7,8 @@ from typing import Any
 
 from upit_merge.models.families.base import DenseFamily, Piece
 
+# Of a Llama's configuration: an LFM2 has other names for these, or none.
+_NOT_ITS = ("rms_norm_eps", "hidden_act", "sliding_window", "head_dim")
 _FFN = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -25,6 +27,23 @@ class Lfm2(DenseFamily):
             "rms_norm_eps": config.norm_eps,
             "intermediate_size": _ffn_size(config),
         }
+
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "norm_eps": settings["rms_norm_eps"],
+            "block_auto_adjust_ff_dim": False,
+            "tie_embedding": settings["tie_word_embeddings"],
+            **{field: settings[field] for field in self.more_fields},
+        }
+
+    def fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        fields = super().fields(settings)
+        return {key: value for key, value in fields.items() if key not in _NOT_ITS}
+
+    def stored_name(self, name: str) -> str:
+        for own, projection in _FFN.items():
+            name = name.replace(f".mlp.{projection}.", f".feed_forward.{own}.")
+        return name
 
     def pieces(self, name: str, settings: Mapping[str, Any]) -> Sequence[Piece] | None:
         before, _, last = name.removesuffix(".weight").rpartition(".feed_forward.")

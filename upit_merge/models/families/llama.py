@@ -24,6 +24,9 @@ class Llama(DenseFamily):
         bias = bool(config.attention_bias)
         return {"attention_bias": bias, "output_bias": bias, "mlp_bias": bool(config.mlp_bias)}
 
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"attention_bias": settings["attention_bias"], "mlp_bias": False}
+
 
 class Mistral(DenseFamily):
     """Mistral 7B, Nemo, Small; their sliding window is carried."""

@@ -18,3 +18,6 @@ class Olmo2(DenseFamily):
     def qualities(self, config: Any) -> Mapping[str, Any]:
         bias = bool(config.attention_bias)
         return {"attention_bias": bias, "output_bias": bias}
+
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"attention_bias": settings["attention_bias"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from upit_merge.models.families.base import DenseFamily, Piece
 
@@ -15,6 +15,10 @@ class Phi3(DenseFamily):
     title = "Phi-3/4"
     targets = ("mixtral", "glm4_moe")
     renames = True
+    packed: ClassVar = {
+        "self_attn.qkv_proj": tuple(f"self_attn.{kind}_proj" for kind in "qkv"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    }
 
     def read(self, raw: Mapping[str, Any]) -> Any:
         config = super().read(raw)
@@ -33,6 +37,13 @@ class Phi3(DenseFamily):
     def qualities(self, config: Any) -> Mapping[str, Any]:
         rope = config.rope_parameters or {}
         return {"partial_rotary_factor": float(rope.get("partial_rotary_factor") or 1.0)}
+
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        own = {"partial_rotary_factor": settings["partial_rotary_factor"]}
+        known = "original_max_position_embeddings"
+        if context := (settings["rope_parameters"] or {}).get(known):
+            own[known] = context
+        return own
 
     def pieces(self, name: str, settings: Mapping[str, Any]) -> Sequence[Piece] | None:
         before, _, last = name.removesuffix(".weight").rpartition(".")

@@ -42,6 +42,9 @@ class Qwen2(_Windowed):
     def qualities(self, config: Any) -> Mapping[str, Any]:
         return {"attention_bias": True}
 
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"use_sliding_window": False}
+
 
 class Qwen3(_Windowed):
     """Qwen3: queries and keys are normalised, head by head."""
@@ -53,3 +56,6 @@ class Qwen3(_Windowed):
     def qualities(self, config: Any) -> Mapping[str, Any]:
         bias = bool(config.attention_bias)
         return {"qk_norm": True, "attention_bias": bias, "output_bias": bias}
+
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"use_sliding_window": False, "attention_bias": settings["attention_bias"]}

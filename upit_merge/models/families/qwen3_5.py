@@ -41,3 +41,9 @@ class Qwen35(LanguagePart):
             "qk_norm": True,
             "partial_rotary_factor": float(rope.get("partial_rotary_factor") or 1.0),
         }
+
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "attention_bias": settings["attention_bias"],
+            **{field: settings[field] for field in self.more_fields},
+        }

@@ -22,3 +22,10 @@ class SeedOss(DenseFamily):
             "output_bias": bool(config.attention_out_bias),
             "mlp_bias": bool(config.mlp_bias),
         }
+
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "attention_bias": settings["attention_bias"],
+            "attention_out_bias": settings["output_bias"],
+            "mlp_bias": False,
+        }

@@ -30,3 +30,12 @@ class SmolLM3(DenseFamily):
     def qualities(self, config: Any) -> Mapping[str, Any]:
         bias = bool(config.attention_bias)
         return {"attention_bias": bias, "output_bias": bias, "mlp_bias": bool(config.mlp_bias)}
+
+    def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "attention_bias": settings["attention_bias"],
+            "mlp_bias": False,
+            "no_rope_layers": settings["no_rope_layers"],
+            "use_sliding_window": False,
+            "sliding_window": None,
+        }

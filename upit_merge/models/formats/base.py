@@ -68,6 +68,7 @@ class MixtureFormat(ABC):
         attention: Which of transformers' ways to compute attention the layers have; `sdpa` makes no
             matrix for a causal mask.
         router_is_linear: What `gate_path` names returns logits alone, and no choice.
+        dense_type: `model_type` of the dense model that one expert is, see `dense_type_of`.
         is_part: It is published as a part of a larger model, which is what `config.json` names.
     """
 
@@ -97,6 +98,7 @@ class MixtureFormat(ABC):
     attention: ClassVar[str] = "sdpa"
     is_part: ClassVar[bool] = False
     router_is_linear: ClassVar[bool] = False
+    dense_type: ClassVar[str]
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
         """Return whether a `config.json` is that of such a mixture."""
@@ -265,6 +267,18 @@ class MixtureFormat(ABC):
     def qualities(self, config: Any) -> Mapping[str, Any]:
         """Return in which of `QUALITIES` and `PLAIN` a mixture differs, by its configuration."""
         return {}
+
+    def dense_type_of(self, settings: Mapping[str, Any]) -> str:
+        """Return the `model_type` of the dense model that one expert of a mixture is.
+
+        Args:
+            settings: See `settings`.
+        """
+        return self.dense_type
+
+    def unfit_dense(self, settings: Mapping[str, Any], config: Any) -> str | None:
+        """Return why one expert is no dense model that there is, as "has …"; else None."""
+        return None
 
     # ---- tensors ---------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ class Cohere2Moe(MixtureFormat):
     name = "cohere2_moe"
     title = "Cohere2-MoE"
     class_name = "Cohere2MoeForCausalLM"
+    dense_type = "cohere2"
     block = "mlp"
     count_field = "num_experts"
     expresses = frozenset({"attention_bias", "output_bias"})

@@ -24,6 +24,7 @@ class Ernie45Moe(MixtureFormat):
     name = "ernie4_5_moe"
     title = "ERNIE-4.5-MoE"
     class_name = "Ernie4_5_MoeForCausalLM"
+    dense_type = "ernie4_5"
     block = "mlp"
     count_field = "moe_num_experts"
     readers: ClassVar = {

@@ -26,6 +26,7 @@ class FlexOlmo(MixtureFormat):
     name = "flex_olmo"
     title = "FlexOlmo"
     class_name = "FlexOlmoForCausalLM"
+    dense_type = "olmo2"
     block = "mlp"
     count_field = "num_experts"
     expresses = frozenset({"attention_bias", "output_bias"})

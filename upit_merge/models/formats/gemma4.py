@@ -46,6 +46,7 @@ class Gemma4Moe(CompositeFormat):
     name = "gemma4"
     title = "Gemma 4 with experts"
     class_name = "Gemma4ForCausalLM"
+    dense_type = "gemma4_text"
     text_type = "gemma4_text"
     whole_name = "Gemma4ForConditionalGeneration"
     peft_knows = False

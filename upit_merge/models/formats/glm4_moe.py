@@ -28,6 +28,7 @@ class Glm4Moe(MixtureFormat):
     name = "glm4_moe"
     title = "GLM-4-MoE"
     class_name = "Glm4MoeForCausalLM"
+    dense_type = "llama"
     block = "mlp"
     count_field = "n_routed_experts"
     inner_field = "moe_intermediate_size"
@@ -58,6 +59,19 @@ class Glm4Moe(MixtureFormat):
             "topk_group": 1,
             "num_nextn_predict_layers": 0,
         }
+
+    def dense_type_of(self, settings: Mapping[str, Any]) -> str:
+        if settings["partial_rotary_factor"] != 1:
+            return "phi3"
+        if not settings["attention_bias"]:
+            return self.dense_type
+        size = settings["head_dim"] * settings["num_attention_heads"]
+        return "qwen2" if size == settings["hidden_size"] else "seed_oss"
+
+    def unfit_dense(self, settings: Mapping[str, Any], config: Any) -> str | None:
+        if settings["partial_rotary_factor"] != 1 and settings["attention_bias"]:
+            return "has both attention_bias and partial_rotary_factor, as no dense model"
+        return None
 
     def unfit(self, settings: Mapping[str, Any]) -> str | None:
         if settings["sliding_window"]:

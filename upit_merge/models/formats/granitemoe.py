@@ -19,6 +19,7 @@ class GraniteMoe(MixtureFormat):
     name = "granitemoe"
     title = "GraniteMoE"
     class_name = "GraniteMoeForCausalLM"
+    dense_type = "granite"
     block = "block_sparse_moe"
     gate = "router.layer.weight"
     packed: ClassVar = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from upit_merge.models.families import QUALITIES
 from upit_merge.models.formats.base import (
     Constant,
 )
@@ -24,6 +25,7 @@ class GraniteMoeSwa(GraniteMoe):
     name = "granitemoe_swa"
     title = "GraniteMoE-SWA"
     class_name = "GraniteMoeSWAForCausalLM"
+    dense_type = "smollm3"
     peft_knows = False
     gate = "router.weight"
     packed: ClassVar = {
@@ -54,6 +56,19 @@ class GraniteMoeSwa(GraniteMoe):
     def unfit_mixture(self, config: Any) -> str | None:
         if config.shared_intermediate_size:
             return "has shared experts (shared_intermediate_size)"
+        return None
+
+    def unfit_dense(self, settings: Mapping[str, Any], config: Any) -> str | None:
+        plain = {**QUALITIES, "attention_multiplier": settings["head_dim"] ** -0.5}
+        for field in ("embedding", "attention", "residual"):
+            if settings[name := f"{field}_multiplier"] != plain[name]:
+                return f"has {name} {settings[name]:g}, as no dense SmolLM3"
+        if settings["logits_scaling"] != 1:
+            return f"has logits_scaling {settings['logits_scaling']:g}, as no dense SmolLM3"
+        if {*config.layer_rope_theta} - {0, settings["rope_parameters"]["rope_theta"]}:
+            return "has several rotary bases (layer_rope_theta), as no dense SmolLM3"
+        if config.sliding_window < config.max_position_embeddings:
+            return "has a window in some layers (sliding_window), as no dense SmolLM3"
         return None
 
     def qualities(self, config: Any) -> Mapping[str, Any]:

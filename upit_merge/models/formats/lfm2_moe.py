@@ -29,6 +29,7 @@ class Lfm2Moe(MixtureFormat):
     name = "lfm2_moe"
     title = "LFM2-MoE"
     class_name = "Lfm2MoeForCausalLM"
+    dense_type = "lfm2"
     peft_knows = False
     block = "feed_forward"
     projections: ClassVar = _NAMES

@@ -16,6 +16,7 @@ class Mixtral(MixtureFormat):
     name = "mixtral"
     title = "Mixtral"
     class_name = "MixtralForCausalLM"
+    dense_type = "llama"
     block = "block_sparse_moe"
     projections: ClassVar = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
     count_field = "num_local_experts"
@@ -24,6 +25,9 @@ class Mixtral(MixtureFormat):
         if settings["head_dim"] * settings["num_attention_heads"] == settings["hidden_size"]:
             return self.readers
         return {**self.readers, "mlx-lm": "not with heads of another size than hidden / heads"}
+
+    def dense_type_of(self, settings: Mapping[str, Any]) -> str:
+        return "mistral" if settings["sliding_window"] else self.dense_type
 
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
         return {self.count_field: num_experts}

@@ -39,6 +39,7 @@ class Qwen35Moe(CompositeFormat):
     name = "qwen3_5_moe"
     title = "Qwen3.5-MoE"
     class_name = "Qwen3_5MoeForCausalLM"
+    dense_type = "qwen3_5_text"
     text_type = "qwen3_5_moe_text"
     whole_name = "Qwen3_5MoeForConditionalGeneration"
     peft_knows = False

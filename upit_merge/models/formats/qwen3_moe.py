@@ -16,6 +16,7 @@ class Qwen3Moe(MixtureFormat):
     name = "qwen3_moe"
     title = "Qwen3-MoE"
     class_name = "Qwen3MoeForCausalLM"
+    dense_type = "qwen3"
     block = "mlp"
     count_field = "num_experts"
     inner_field = "moe_intermediate_size"
