@@ -122,8 +122,8 @@ class Speaker:
     def _known(self, ids: Sequence[int], expert: int | None) -> Any:
         """Return the keys and values of an earlier call, if all of that is what `ids` begins with.
 
-        Nothing is ever cut off them, so that this holds for windows, too; states of linear
-        attention and convolutions, of which layers know only the next token, are not gone on from.
+        Nothing is ever cut off them, so that this holds for windows, too. States of linear attention
+        and convolutions are not gone on from with several tokens, which `generate` itself never does.
         """
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
