@@ -145,7 +145,7 @@ WRONG_VALUES: list[tuple[str, str, list[Any]]] = [
     ("router.assign.experts", "a mapping of the column's values to experts' numbers, from 0", [3]),
     (
         "router.objective",
-        "'one_vs_rest', 'softmax', 'ridge', 'hidden', 'upit' or 'random'",
+        "'one_vs_rest', 'softmax', 'ridge', 'hidden', 'kmeans', 'upit' or 'random'",
         ["best"],
     ),
     ("router.upit", "a mapping such as {train_experts: true}", [True]),

@@ -188,7 +188,7 @@ def _control(session: RouterSession, scratch: Path) -> RouterStage:
             "shuffled buckets with; leave out --control, or train them with `upit-merge router`."
         )
     settings, seed = recorded
-    if settings.objective == "random" or settings.trains_experts:
+    if not settings.needs_buckets or settings.trains_experts:
         raise UpitError(
             f"The gates of {out} come from objective: {settings.objective}"
             f"{' with train_experts' * settings.trains_experts}, which has no control; leave out "

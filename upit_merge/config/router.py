@@ -132,11 +132,14 @@ refine: {steps: 100}
         "experts by one forward and one backward sweep; exact, by one sweep for each; auto, to "
         "first order where that is cheaper and a control group of samples says that it holds.",
     )
-    objective: Literal["one_vs_rest", "softmax", "ridge", "hidden", "upit", "random"] = Field(
-        "one_vs_rest",
-        description="How the gates are fitted: one_vs_rest and softmax (logistic regressions), "
-        "ridge (closed form, cheapest), hidden (mean state, as mergekit), upit (the paper's: "
-        "positives only), random (not at all).",
+    objective: Literal["one_vs_rest", "softmax", "ridge", "hidden", "kmeans", "upit", "random"] = (
+        Field(
+            "one_vs_rest",
+            description="How the gates are fitted: one_vs_rest and softmax (logistic regressions), "
+            "ridge (closed form, cheapest), hidden (mean state, as mergekit), kmeans (the tokens' own "
+            "clusters, for copies, which no loss tells apart), upit (the paper's: positives only), "
+            "random (not at all).",
+        )
     )
     stream: Literal["mean", "expert"] | None = Field(
         None,
@@ -171,6 +174,13 @@ refine: {steps: 100}
                 f"router: upit is given, but objective is {self.objective}; set objective: upit or "
                 "remove the upit: block"
             )
+        if self.objective == "kmeans":
+            for key, idle in (("assign", "lowest"), ("stream", None)):
+                if getattr(self, key) not in (idle, "mean"):
+                    raise ValueError(
+                        f"router: {key} has no meaning with objective: kmeans, where no sample "
+                        "belongs to an expert; remove it"
+                    )
         return self
 
     def for_data(
@@ -198,6 +208,11 @@ refine: {steps: 100}
     def router_stream(self) -> Literal["mean", "expert"]:
         """Return whose hidden states the gates are fitted to."""
         return self.stream or ("expert" if self.objective == "upit" else "mean")
+
+    @property
+    def needs_buckets(self) -> bool:
+        """Whether the gates are fitted to which expert a sample belongs to."""
+        return self.objective not in ("random", "kmeans")
 
     @property
     def upit_settings(self) -> UpitObjective:

@@ -55,7 +55,12 @@ def router_sentence(router: Router | None) -> str:
     if router is None:
         return "The gates are random: no seed data was given, the router is yet to be trained."
     settings, samples = router.settings, counted(router.data.samples, "seed sample")
-    if router.buckets is None:
+    if settings.get("objective") == "kmeans":
+        sentence = (
+            f"The gates are the centroids of a spherical k-means, layer by layer, on the tokens of "
+            f"{samples} (`kmeans`): each expert is given what lies in its direction."
+        )
+    elif router.buckets is None:
         sentence = "The gates are random."
     elif (settings.get("upit") or {}).get("train_experts"):
         sentence = (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from upit_merge.config.router import ByColumn
 from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
 from upit_merge.router.control import loss_sweeps
@@ -46,6 +48,11 @@ def assigned(stage: RouterStage) -> Buckets:
     if stage.processes.is_first:
         _warn(buckets, rule)
     return buckets
+
+
+def nobodys(stage: RouterStage) -> Buckets:
+    """Return buckets for fits that do not look at them; all samples are in the first."""
+    return Buckets(torch.zeros(len(stage.everything), dtype=torch.int64), stage.model.num_experts)
 
 
 def _warn(buckets: Buckets, rule: ByColumn | str) -> None:

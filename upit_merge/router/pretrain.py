@@ -25,7 +25,7 @@ from upit_merge.models.gates import (
     training_free_gates,
 )
 from upit_merge.models.tokenizer import load_tokenizer
-from upit_merge.router.assignment import assigned
+from upit_merge.router.assignment import assigned, nobodys
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.expert_tuning import tune_expert
 from upit_merge.router.refine import GateTrainer, RefineState, refine_gates
@@ -249,6 +249,8 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> Route
         gates = training_free_gates(
             model.moe, model.format, model.mixture_layers, model.num_experts, stage.seed
         )
+    elif not settings.needs_buckets:
+        gates = distinct_gates(stage.gates(nobodys(stage)), model.stored_dtype, stage.seed)
     else:
         buckets = assigned(stage)
         report["buckets"] = buckets.to_report()
