@@ -74,6 +74,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             cannot be written.
     """
     check_output_exists(out)
+    assert settings.data is not None
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UpitError(f"The folder of {path} does not exist; create it first.")

@@ -17,6 +17,7 @@ from upit_merge.commands.options import MixtureOptions, ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.explain import explain
+from upit_merge.config.prompts import load_prompts
 from upit_merge.config.router import NO_MATTER, RouterSettings
 from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.errors import UpitError
@@ -48,15 +49,25 @@ def parse_settings(values: Mapping[str, Any]) -> RouterSettings:
     for key, value in values.items():
         if value is None or value is False:  # an option, or a flag, that was not given
             continue
+        if key == "prompts":
+            nested[key] = load_prompts(Path(value))
+            continue
         block, _, inner = key.partition("_")
         if block in _BLOCKS:
             nested.setdefault(block, {})[inner] = _number(value)
         else:
             nested[key] = value if key in _TEXTS else _number(value)
+    if not {"data", "prompts"} & {*nested}:
+        raise UpitError(
+            "--data is missing; name the seed data with it, or with --prompts a file of a few "
+            "lines for each expert."
+        )
     try:
         return RouterSettings.model_validate(nested)
     except ValidationError as error:
         told = explain(error, nested, {"": RouterSettings})
+        if told.startswith("router.prompts"):
+            raise UpitError(f"{values['prompts']}: {told.removeprefix('router.')}.") from None
         key, _, rest = told.partition(" ")
         if key.partition(".")[0] not in RouterSettings.model_fields:
             raise UpitError(f"{told[0].upper()}{told[1:]}.") from None

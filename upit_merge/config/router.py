@@ -17,12 +17,13 @@ from pydantic import (
 )
 
 from upit_merge.config.fields import Name, NotNegative, Number, PositiveNumber, Strict, as_number
+from upit_merge.config.prompts import Prompts
 from upit_merge.errors import UpitError
 
 # Router settings that decide how much is computed at a time, but not what.
 NO_MATTER = ("batch_tokens", "memory_gb")
 # Router settings that 0.5.0 did not have yet.
-CHOSEN_SINCE = ("losses", "compute")
+CHOSEN_SINCE = ("losses", "compute", "prompts")
 # They belong together: which part of other data is meant, the settings for these do not say.
 OF_DATA = ("data", "subset", "split")
 
@@ -99,11 +100,18 @@ objective: softmax
 refine: {steps: 100}
 """
 
-    data: Name = Field(
+    data: Name | None = Field(
+        None,
         description="Seed samples: jsonl, parquet, csv or tsv with columns text, or messages, or "
         "prompt and completion, or ShareGPT's conversations, or instruction (or question, query) "
         "and its answer; txt (blank lines separate samples; without any, every line is one); a "
-        "folder of them; or a dataset id."
+        "folder of them; or a dataset id.",
+    )
+    prompts: Prompts | None = Field(
+        None,
+        description="Instead of data, one of which must be given: a few lines for each expert, by "
+        "its number, such as {0: [Write a function], 1: [What is 7 times 8?]}; a text each, or a "
+        "list of messages.",
     )
     subset: Name | None = Field(None, description="Configuration name of a dataset id.")
     split: Name = Field("train", description="Split of a dataset id.")
@@ -169,6 +177,13 @@ refine: {steps: 100}
 
     @model_validator(mode="after")
     def _expressible(self) -> RouterSettings:
+        if self.prompts is None and self.data is None:
+            raise ValueError(
+                "router: neither data nor prompts is given; add data: FILE, or prompts: {0: [...], "
+                "1: [...]} with a few lines for each expert"
+            )
+        if self.prompts is not None:
+            self._check_prompts()
         if self.upit is not None and self.objective != "upit":
             raise ValueError(
                 f"router: upit is given, but objective is {self.objective}; set objective: upit or "
@@ -182,6 +197,21 @@ refine: {steps: 100}
                         "belongs to an expert; remove it"
                     )
         return self
+
+    def _check_prompts(self) -> None:
+        """Refuse what is of data, where there is none."""
+        if self.data is not None:
+            raise ValueError("router: data and prompts are both given; remove one of them")
+        for key in ("subset", "split", "sample", "assign"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"router: {key} has no meaning with prompts, which are all used, each for its "
+                    "expert; remove it"
+                )
+        if self.objective == "kmeans":
+            raise ValueError(
+                "router: objective: kmeans does not ask whose a prompt is; use another, or data"
+            )
 
     def for_data(
         self, data: str, *, subset: str | None = None, split: str | None = None
@@ -197,12 +227,17 @@ refine: {steps: 100}
         named = {"data": data, "subset": subset, "split": split}
         given = {key: value for key, value in named.items() if value is not None}
         defaults = {key: fields[key].default for key in ("subset", "split")}
-        return self.model_copy(update={**defaults, **kept, **given})
+        return self.model_copy(update={**defaults, "prompts": None, **kept, **given})
 
     @property
     def column(self) -> str | None:
         """Return the column of the data that assigns its samples, if one does."""
         return self.assign.column if isinstance(self.assign, ByColumn) else None
+
+    @property
+    def names_experts(self) -> bool:
+        """Whether the samples come with their experts, so that no losses need be computed."""
+        return self.column is not None or (self.prompts is not None and self.assign != "shuffled")
 
     @property
     def router_stream(self) -> Literal["mean", "expert"]:

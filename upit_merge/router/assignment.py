@@ -7,7 +7,7 @@ import logging
 import torch
 
 from upit_merge.config.router import ByColumn
-from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
+from upit_merge.router.buckets import Buckets, assign_by_loss, named, shuffled
 from upit_merge.router.control import loss_sweeps
 from upit_merge.router.first_order import checked_losses
 from upit_merge.router.router_gain import SampleLosses, measure_router_gain
@@ -39,11 +39,12 @@ def assigned(stage: RouterStage) -> Buckets:
     """
     rule = stage.settings.assign
     experts = stage.model.num_experts
-    if isinstance(rule, ByColumn):
-        buckets = Buckets(by_column(stage.seeds.samples, rule, experts), experts)
-    elif rule == "shuffled":
+    if rule == "shuffled":
         buckets = Buckets(shuffled(len(stage.everything), experts, stage.seed), experts)
+    elif stage.settings.names_experts:
+        buckets = Buckets(named(stage.seeds.samples, stage.settings, experts), experts)
     else:
+        assert not isinstance(rule, ByColumn)
         buckets = assign_by_loss(sample_losses(stage, keep_inputs=True), rule)
     if stage.processes.is_first:
         _warn(buckets, rule)

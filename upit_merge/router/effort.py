@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from upit_merge.config.router import ByColumn, RouterSettings
+from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.hidden_states import MEAN, Batch, token_batches
 from upit_merge.engine.layerwise import LayerwiseMixture
@@ -120,7 +120,7 @@ def stage_sweeps(settings: RouterSettings, num_experts: int, lengths: Sequence[i
     if settings.objective == "random" or alone:
         losses, gates, fits = 0.0, 0.0, False
     else:
-        named = isinstance(settings.assign, ByColumn) or settings.assign == "shuffled"
+        named = settings.names_experts or settings.assign == "shuffled"
         losses = (
             0.0
             if named or not settings.needs_buckets
