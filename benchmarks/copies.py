@@ -32,6 +32,7 @@ from upit_merge.demo.training import train_demo_models
 from upit_merge.training.finetune import finetune
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sparse-upcycling.yml"
+HELD_OUT = 24  # rows of 128 tokens, per kind of text
 DOCUMENTS = 960  # per kind of text
 GATES: dict[str, dict[str, Any] | None] = {"random": None, "kmeans": {"objective": "kmeans"}}
 TRAINING = {
@@ -95,7 +96,7 @@ def trained(model: Path, folder: Path, seed: int, steps: int) -> Path:
 
 def held_out(model: Path, texts: dict[str, torch.Tensor]) -> float:
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return perplexity(loaded.eval(), texts)
+    return perplexity(loaded.eval(), {name: rows[:HELD_OUT] for name, rows in texts.items()})
 
 
 def main() -> None:
