@@ -40,10 +40,19 @@ class ByColumn(Strict):
 
 
 def _assignment(value: Any) -> Any:
-    """Accept `column: NAME` as one text too, as on the command line."""
-    if isinstance(value, str) and (match := re.fullmatch(r"column:\s*(\S.*)", value.strip())):
+    """Accept `column: NAME` and `column:NAME:code=0,math=1` as one text, as on the command line."""
+    if not (isinstance(value, str) and (match := re.fullmatch(r"column:\s*(\S.*)", value.strip()))):
+        return value
+    pairs = re.fullmatch(r"(.*\S)\s*:((?:[^=,:]+=\s*\d+\s*(?:,|$))+)", match[1])
+    if pairs is None:
         return {"column": match[1]}
-    return value
+    experts: dict[str, int] = {}
+    for pair in pairs[2].strip().strip(",").split(","):
+        label, _, number = pair.partition("=")
+        if label.strip() in experts:
+            raise ValueError(f"assign names {label.strip()} twice; give each label one expert")
+        experts[label.strip()] = int(number)
+    return {"column": pairs[1], "experts": experts}
 
 
 class UpitObjective(Strict):
@@ -132,7 +141,7 @@ refine: {steps: 100}
         "lowest",
         description="Who gets a sample: the expert with the lowest loss (paper); balanced, in "
         "equal buckets of least loss, so that no expert is left out; column:NAME, as the data "
-        "says; or shuffled, a control.",
+        "says (column:NAME:code=0,math=1 where it does not number the experts); or shuffled, a control.",
     )
     losses: Literal["auto", "first_order", "exact"] = Field(
         "auto",
