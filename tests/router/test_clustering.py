@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from tests.router.test_objectives import CPU, labelled_inputs, shares, together
 from tests.support.commands import done, refused
+from tests.support.gate_data import CPU, labelled_inputs, shares, together
 from tests.support.naive import load_model
 from upit_merge.router.clustering import kmeans
 from upit_merge.router.objectives import GateData
