@@ -140,6 +140,11 @@ def test_experts_of_another_vocabulary_lend_their_ffns(tmp_path, monkeypatch, ca
     assert all(torch.equal(t, ours[n]) for n, t in theirs.items() if not is_gate(n))
     assert "BioMistral-7B-DARE has vocab_size 320" in caplog.text
     done("verify", "ours", "--gates")
+    recipe = yaml.safe_load(Path("ours/mergekit_config.yml").read_text())
+    for parameters in ({"backbone": "average"}, {"expansion": "genetic"}):
+        changed = {**recipe, "parameters": {**recipe["parameters"], **parameters}}
+        Path("other.yml").write_text(yaml.safe_dump(changed))
+        assert "has vocab_size 3" in refused("run", "other.yml", "other")
 
 
 def test_what_its_hidden_gates_are_beside_ours(tmp_path, monkeypatch) -> None:

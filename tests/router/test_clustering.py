@@ -144,3 +144,22 @@ def test_what_needs_experts_samples_is_refused(family, merge, option, value) -> 
     out = merge(family.recipe())
     words = ("--data", family.seed_file(), "--objective", "kmeans", f"--{option}", value)
     assert f"{option} has no meaning with objective: kmeans" in refused("router", out, *words)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "objective", "told"),
+    [
+        (COPIES, "one_vs_rest", True),
+        (COPIES, "kmeans", False),
+        (COPIES, "random", False),
+        ({**COPIES, "noise": 0.1}, "one_vs_rest", False),
+    ],
+)
+def test_a_note_says_that_no_loss_tells_copies_apart(
+    family, merge, caplog, parameters, objective, told
+) -> None:
+    router = {"data": str(family.seed_file()), "objective": objective}
+    with caplog.at_level("INFO"):
+        merge(family.recipe(models=[str(family.base)], parameters=parameters, router=router))
+    note = "4 experts are copies of 1 model, and no loss tells copies apart; objective: kmeans"
+    assert (note in caplog.text) == told

@@ -16,6 +16,7 @@ from tests.support.naive import load_model
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.prompts import prompt_examples
 from upit_merge.errors import UpitError
+from upit_merge.pipeline.config import load_pipeline
 
 CHAT = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}]
 PROMPTS = {0: ["Write a function", "def f(x):"], 1: ["Hello there"], 2: ["7 times 8", "1 + 1 ="]}
@@ -175,3 +176,21 @@ def test_neither_or_both_of_data_and_prompts(family) -> None:
     assert "data and prompts are both given; remove one of them" in both
     missing = refused("router", family.root, "--prompts", path.with_name("none.json"))
     assert "none.json does not exist" in missing
+
+
+def test_a_pipeline_may_have_prompts(family) -> None:
+    """With data for its trainings or without; that is then not the router's."""
+    path = family.root / "pipeline.yml"
+    document = {
+        "base_model": str(family.base),
+        "output": str(family.root / "run"),
+        "checkpoints": str(family.root / "sft" / "checkpoint-*"),
+        "router": {"prompts": PROMPTS},
+    }
+    for extra in ({}, {"data": str(family.seed_file())}):
+        path.write_text(yaml.safe_dump({**document, **extra}))
+        router = load_pipeline(path).parsed_recipe().router
+        assert router is not None
+        assert (router.prompts, router.data) == (PROMPTS, None)
+    done("pipeline", path, "--quiet")
+    assert report_of(load_pipeline(path).merged)["data"]["samples"] == 5
