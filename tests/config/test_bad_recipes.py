@@ -134,6 +134,7 @@ WRONG_VALUES: list[tuple[str, str, list[Any]]] = [
     ("parameters.seed", f"a number below {2**63}", [2**63]),
     ("router.data", TEXT, [3]),
     ("router.data", NOT_EMPTY, [""]),
+    ("router.prompts", "a mapping of experts' numbers to lists of prompts", [3, ["a"]]),
     ("router.subset", TEXT, [3]),
     ("router.split", TEXT, [None]),
     ("router.sample", SAMPLE, [0, -5, 0.0, 1.5, True, "all", "1e3"]),
@@ -145,7 +146,7 @@ WRONG_VALUES: list[tuple[str, str, list[Any]]] = [
     ("router.assign.experts", "a mapping of the column's values to experts' numbers, from 0", [3]),
     (
         "router.objective",
-        "'one_vs_rest', 'softmax', 'ridge', 'hidden', 'upit' or 'random'",
+        "'one_vs_rest', 'softmax', 'ridge', 'hidden', 'kmeans', 'upit' or 'random'",
         ["best"],
     ),
     ("router.upit", "a mapping such as {train_experts: true}", [True]),
@@ -215,7 +216,7 @@ UNKNOWN_KEYS = {
     "dense_layers": "it belongs under parameters:",
     "parameters.dtype": "it belongs at the top level",
     "flavour": "known here: architecture, base_model, chat_template, dtype, merge_method, models, out_dtype, parameters, router, tokenizer_source",
-    "router.learning rate": "known here: assign, batch_tokens, compute, data, losses, max_length, memory_gb, objective, refine, sample, split, stream, subset, temperature, upit",
+    "router.learning rate": "known here: assign, batch_tokens, compute, data, losses, max_length, memory_gb, objective, prompts, refine, sample, split, stream, subset, temperature, upit",
 }
 
 
@@ -238,7 +239,33 @@ OTHERWISE_WRONG = [
     ({"merge_method": "upit", "models": [{"model": "one"}]}, "r: base_model is missing; add it."),
     ({"merge_method": "upit", "base_model": "base"}, "r: models is missing; add it."),
     (document(models=[{}]), "r: models.0.model is missing; add it."),
-    (document(router={}), "r: router.data is missing; add it."),
+    (
+        document(router={}),
+        "r: router: neither data nor prompts is given; add data: FILE, or prompts: {0: [...], 1: "
+        "[...]} with a few lines for each expert.",
+    ),
+    (
+        router(prompts={0: ["a"]}),
+        "r: router: data and prompts are both given; remove one of them.",
+    ),
+    (
+        document(router={"prompts": {0: ["a"]}, "sample": 3}),
+        "r: router: sample has no meaning with prompts, which are all used, each for its expert; "
+        "remove it.",
+    ),
+    (
+        document(router={"prompts": {0: ["a"]}, "objective": "kmeans"}),
+        "r: router: objective: kmeans does not ask whose a prompt is; use another, or data.",
+    ),
+    (
+        document(router={"prompts": {"-1": ["a"]}}),
+        "r: router.prompts has the key '-1', expected an expert's number, from 0.",
+    ),
+    (
+        router(objective="kmeans", assign="balanced"),
+        "r: router: assign has no meaning with objective: kmeans, where no sample belongs to an "
+        "expert; remove it.",
+    ),
     (
         document() | {7: 1},
         "r: the key 7 is not a text; remove it or put it in quotes.",

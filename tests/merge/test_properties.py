@@ -295,7 +295,8 @@ recipes = mappings(
             lora_rank=st.none() | st.integers(1, 64),
         ),
         **router_settings,
-    ),
+    )
+    | mappings({"prompts": st.dictionaries(st.integers(0, 9), st.just(["a", "b"]), min_size=1)}),
 )
 
 recipes = recipes.filter(lambda document: not _has_idle_density(document))
@@ -330,7 +331,7 @@ def test_the_strategy_knows_every_key() -> None:
     """A key that is added to the recipe must be added to the strategy."""
     keys = {"": set[str](), "parameters": set[str](), "router": set[str]()}
 
-    @examples(200)
+    @examples(400)
     @given(recipes)
     def collect(document: Document) -> None:
         for block, found in keys.items():

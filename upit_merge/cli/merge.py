@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from upit_merge.cli.options import PATH, command, merge_options, parse_merge_opt
 _WRITING = ("copy_tokenizer", "write_model_card", "safe_serialization")
 
 
+def _teller(quiet: bool) -> Callable[[str], None]:
+    return (lambda _line: None) if quiet else click.echo
+
+
 @command(merge_options=merge_options, epilog="upit-merge run recipes/upit-8x.yml out/ --cuda")
 @click.argument("recipe", type=PATH)
 @click.argument("out", type=PATH)
@@ -24,8 +29,8 @@ def run(recipe: Path, out: Path, overwrite: bool, **values: Any) -> None:
     from upit_merge.config.recipe import load_recipe
     from upit_merge.plugin.method import run_options
 
-    parsed, source = load_recipe(recipe)
     options = run_options(parse_merge_options(values), overwrite=overwrite)
+    parsed, source = load_recipe(recipe, _teller(options.quiet))
     run_recipe(parsed, source, out, options)
 
 
@@ -55,8 +60,8 @@ def plan(
     from upit_merge.config.recipe import load_recipe
     from upit_merge.plugin.method import run_options
 
-    parsed, _source = load_recipe(recipe)
     options = run_options(parse_merge_options(values))
+    parsed, _source = load_recipe(recipe, _teller(options.quiet))
     plan_recipe(parsed, options, out, data, subset=subset, split=split)
 
 

@@ -141,18 +141,25 @@ def setting_options(keys: Collection[str] | None = None) -> list[click.Option]:
 
 
 def data_options() -> list[click.Option]:
-    """Make options of the settings that say which data, and how it is computed."""
+    """Make options of the settings that say which data, which must be given, and how it is computed."""
     from upit_merge.config.router import DATA_SETTINGS
 
-    return setting_options(DATA_SETTINGS)
+    options = setting_options(DATA_SETTINGS)
+    for option in options:
+        option.required = option.name == "data"
+    return options
 
 
 def gate_options() -> list[click.Option]:
     """Make options of the settings that say how gates are fitted; no data need be given."""
     options = [o for o in setting_options() if not str(o.name).startswith("upit_train")]
-    for option in options:
-        option.required = False
-    return options
+    return [option for option in options if option.name != "prompts"]
+
+
+def _metavar(name: str, field: Any) -> str | None:
+    if name == "prompts":
+        return "FILE"
+    return None if field.annotation in (str, str | None) and name == "data" else "VALUE"
 
 
 def _router_option(name: str, field: Any, *, optional: bool = False) -> click.Option:
@@ -170,12 +177,17 @@ def _router_option(name: str, field: Any, *, optional: bool = False) -> click.Op
     if optional and not field.is_required() and field.default not in (None, False):
         text += f"  [default: {field.default}]"
     flag = field.annotation is bool
+    if name == "prompts":
+        text = (
+            "Instead of --data: a YAML or JSON file with a few lines for each expert, such as "
+            '{"0": ["Write a function"], "1": ["What is 7 times 8?"]}.'
+        )
     return click.Option(
         [f"--{name.replace('_', '-')}"],
         required=field.is_required() and not optional,
         type=bool if flag else click.Choice(choices) if choices else str,
         is_flag=flag,
-        metavar=None if flag or choices or field.annotation is str else "VALUE",
+        metavar=_metavar(name, field) if not (flag or choices) else None,
         default=default,
         show_default=default is not None,
         help=text,

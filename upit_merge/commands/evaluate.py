@@ -78,6 +78,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             cannot be written.
     """
     check_output_exists(out)
+    assert settings.data is not None
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UpitError(f"The folder of {path} does not exist; create it first.")
@@ -116,7 +117,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
 def _next_steps(
     out: Path, evaluation: Evaluation, settings: RouterSettings, options: EvaluateOptions
 ) -> Iterator[tuple[str, str]]:
-    folder, data = argument(out), argument(settings.data)
+    folder, data = argument(out), argument(settings.data or "")
     if not options.against:
         command = f"upit-merge evaluate {folder} --data {data} --against MODEL"
         yield command, "measure a dense model beside it, which is measured once"
@@ -226,7 +227,7 @@ def _control(session: RouterSession, scratch: Path) -> RouterStage:
             "shuffled buckets with; leave out --control, or train them with `upit-merge router`."
         )
     settings, seed = recorded
-    if settings.objective == "random" or settings.trains_experts:
+    if not settings.needs_buckets or settings.trains_experts:
         raise UpitError(
             f"The gates of {out} come from objective: {settings.objective}"
             f"{' with train_experts' * settings.trains_experts}, which has no control; leave out "

@@ -59,6 +59,11 @@ def with_recorded_data(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
     check_data_is_named(values)
     router = read_report(out).router
     told = router.settings if router else {}
+    if told.get("prompts") is not None:
+        raise UpitError(
+            f"The gates of {out} were fitted to prompts, none of which is the new expert's; give "
+            "data with --data."
+        )
     if not isinstance(told.get("data"), str):
         raise UpitError(
             f"The data the gates of {out} were trained on is not known (its {REPORT} has none); "

@@ -52,7 +52,7 @@ def _without_sizes(recipe: dict[str, Any]) -> dict[str, Any]:
     # Runs that were begun before there was a choice go on: the merge does not depend on it.
     for name in CHOSEN_SINCE:
         if router.get(name) == RouterSettings.model_fields[name].default:
-            router.pop(name)
+            router.pop(name, None)
     return recipe
 
 

@@ -108,7 +108,7 @@ def inspect_output(out: Path, settings: RouterSettings, options: InspectOptions)
             with explained_failures(options.json):
                 write_json(options.json, document)
     if not options.quiet:
-        _tell(out, settings.data, document, options)
+        _tell(out, settings.data or "", document, options)
     return document
 
 
@@ -181,7 +181,7 @@ def _document(
     layers, experts = list(model.mixture_layers), model.num_experts
     counts = seen.routing.counts(stage.everything)
     top_k = model.format.chosen(model.architecture.config)
-    data = stage.settings.data
+    data = stage.settings.data or ""
     document: dict[str, Any] = {
         "model": out.resolve().name,
         "format": model.format.title,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from upit_merge.commands.options import MixtureOptions, ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.explain import explain
-from upit_merge.config.router import NO_MATTER, RouterSettings
+from upit_merge.config.prompts import load_prompts
+from upit_merge.config.router import NO_MATTER, ByColumn, RouterSettings
 from upit_merge.engine.arithmetic import has_fast_bfloat16
-from upit_merge.errors import UpitError
+from upit_merge.errors import UpitError, one_line, shown
 from upit_merge.io.text_file import write_json
 from upit_merge.io.untrusted import read_json
 from upit_merge.models.formats import MixtureFormat
@@ -32,6 +34,7 @@ from upit_merge.output.patch import PatchedCopies
 from upit_merge.output.staging import scratch_folder
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
+from upit_merge.report.expert_names import expert_names
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.rewriting import PublishedCopies
@@ -50,15 +53,25 @@ def parse_settings(values: Mapping[str, Any]) -> RouterSettings:
     for key, value in values.items():
         if value is None or value is False:  # an option, or a flag, that was not given
             continue
+        if key == "prompts":
+            nested[key] = load_prompts(Path(value))
+            continue
         block, _, inner = key.partition("_")
         if block in _BLOCKS:
             nested.setdefault(block, {})[inner] = _number(value)
         else:
             nested[key] = value if key in _TEXTS else _number(value)
+    if not {"data", "prompts"} & {*nested}:
+        raise UpitError(
+            "--data is missing; name the seed data with it, or with --prompts a file of a few "
+            "lines for each expert."
+        )
     try:
         return RouterSettings.model_validate(nested)
     except ValidationError as error:
         told = explain(error, nested, {"": RouterSettings})
+        if told.startswith("router.prompts"):
+            raise UpitError(f"{values['prompts']}: {told.removeprefix('router.')}.") from None
         key, _, rest = told.partition(" ")
         if key.partition(".")[0] not in RouterSettings.model_fields:
             raise UpitError(f"{told[0].upper()}{told[1:]}.") from None
@@ -98,7 +111,7 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
         quick = all(processes.gather(has_fast_bfloat16()))
         with processes.together():
             before = read_report(out)
-            stage = session.stage(settings, scratch, quick=quick)
+            stage = _with_named_experts(session.stage(settings, scratch, quick=quick), before, out)
             check_router_memory(stage.model, stage.lengths, settings, out)
         identity = router_identity(stage)
         if edit.was_finished(identity):
@@ -139,6 +152,42 @@ def _is_there(out: Path, report: AnyReport, digest: str) -> bool:
 def _next_steps(out: Path) -> Iterator[tuple[str, str]]:
     yield f"upit-merge evaluate {argument(out)} --data held-out.jsonl", "measure it"
     yield f"upit-merge chat {argument(out)}", "talk to it"
+
+
+def _with_named_experts(stage: RouterStage, report: AnyReport, out: Path) -> RouterStage:
+    """Return the stage with an expert for each label, where the labels are names of models.
+
+    Raises:
+        UpitError: a label is neither a number nor the name of an expert's model.
+    """
+    rule, samples = stage.settings.assign, stage.seeds.samples
+    if not isinstance(rule, ByColumn) or rule.experts is not None:
+        return stage
+    labels = dict.fromkeys(str(sample.label).strip() for sample in samples)
+    if all(label.isdecimal() for label in labels):
+        return stage
+    names, experts = expert_names(report), dict[str | int, int]()
+    for label in labels:
+        number = int(label) if label.isdecimal() else names.get(label.casefold())
+        if number is None:
+            source = next(s.source for s in samples if str(s.label).strip() == label)
+            raise UpitError(
+                f"{source} has {shown(label)} in the column `{rule.column}`, which is no expert's "
+                f"number and no name of a model that {out} was made from; say which expert each "
+                f"label means: --assign {_example(rule.column, labels)}."
+            )
+        experts[label] = number
+    if stage.processes.is_first and not stage.quiet:
+        told = ", ".join(f"{one_line(str(label))} is {n}" for label, n in experts.items())
+        print(f"Experts by the names of their models: {told}.")
+    by_name = rule.model_copy(update={"experts": experts})
+    return replace(stage, settings=stage.settings.model_copy(update={"assign": by_name}))
+
+
+def _example(column: str, labels: Iterable[str]) -> str:
+    """Return an example of an assignment, of a few labels."""
+    few = [f"{one_line(label)}={number}" for number, label in zip(range(3), labels, strict=False)]
+    return f"column:{column}:{','.join(few)}"
 
 
 def router_identity(stage: RouterStage) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from upit_merge.commands.next_steps import argument, tell_next
 from upit_merge.commands.options import CommandOptions
 from upit_merge.commands.preflight import needs
 from upit_merge.config.recipe import Recipe
-from upit_merge.config.router import ByColumn
+from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import SeedSet
 from upit_merge.engine.arithmetic import has_fast_bfloat16
+from upit_merge.errors import counted
 from upit_merge.io.checkpoint import WEIGHT_INDEX
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.shards import Shard, shard_index
@@ -51,7 +52,7 @@ from upit_merge.report.document import describe
 from upit_merge.report.record import merge_record, mixture_record
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import RECIPE_COPY, write_card
-from upit_merge.router.buckets import by_column
+from upit_merge.router.buckets import named
 from upit_merge.router.pretrain import (
     RouterResult,
     computed_mixture,
@@ -330,9 +331,23 @@ def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
         vocab_size=inputs.architecture.settings["vocab_size"],
         seed=inputs.recipe.seed,
     )
-    if isinstance(settings.assign, ByColumn):
-        by_column(seeds.samples, settings.assign, inputs.num_experts)
+    if settings.names_experts:
+        named(seeds.samples, settings, inputs.num_experts)
+    _tell_of_equal_copies(inputs, settings)
     return seeds
+
+
+def _tell_of_equal_copies(inputs: Inputs, settings: RouterSettings) -> None:
+    """Say what gates of copies can be fitted to, where it is asked which of them is better."""
+    parameters, copied = inputs.recipe.parameters, len(inputs.checkpoints)
+    alike = parameters.expansion == "copy" and not (parameters.noise or parameters.reinitialise)
+    if alike and copied < inputs.num_experts and settings.needs_buckets:
+        LOG.info(
+            "%s experts are copies of %s, and no loss tells copies apart; objective: kmeans gives "
+            "each expert tokens of its own instead.",
+            inputs.num_experts,
+            counted(copied, "model"),
+        )
 
 
 def output_config(inputs: Inputs) -> dict[str, Any]:

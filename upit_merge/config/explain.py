@@ -98,6 +98,7 @@ _EXPECTED = {
     "models": "a list of `- model: FOLDER` entries, at least one",
     "parameters": "a mapping of parameter names to values",
     "router": "a mapping with at least data: FILE",
+    "prompts": "a mapping of experts' numbers to lists of prompts",
     "assign": "lowest, balanced, shuffled, or column: NAME",
     "upit": "a mapping such as {train_experts: true}",
     "refine": "a mapping such as {steps: 100}",

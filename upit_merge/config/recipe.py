@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,6 +22,7 @@ from pydantic import (
 from upit_merge.config.card import CardSettings
 from upit_merge.config.explain import check_yaml_size, explain
 from upit_merge.config.fields import Name, NotNegative, Number, Strict, as_number
+from upit_merge.config.mergekit_moe import is_mergekit_moe, recipe_text, translated
 from upit_merge.config.router import ByColumn, Refinement, RouterSettings, UpitObjective
 from upit_merge.config.yaml_file import parse_yaml, read_yaml_text
 from upit_merge.errors import UpitError, shown
@@ -353,14 +354,29 @@ def parse_recipe(document: Any, source: str = "the recipe") -> Recipe:
         raise UpitError(f"{source}: {explain(error, document, _BLOCKS)}.") from None
 
 
-def load_recipe(path: Path) -> tuple[Recipe, str]:
+def load_recipe(path: Path, tell: Callable[[str], None] = lambda _line: None) -> tuple[Recipe, str]:
     """Read and validate a recipe file; return it with its source text.
+
+    A configuration of `mergekit-moe` is translated, and what became of it is told; the text is then
+    that of the recipe which it has become.
+
+    Args:
+        tell: Takes a line on each of its keys that is called otherwise here.
 
     Raises:
         UpitError: the file cannot be read, is not YAML, or is not a valid recipe.
     """
     text = read_yaml_text(path, "recipe")
-    return parse_recipe_text(text, str(path)), text
+    lines: list[str] = []
+    document = parse_yaml(text, str(path))
+    if is_mergekit_moe(document):
+        check_yaml_size(document, str(path))
+        document = translated(document, str(path), lines.append)
+        text = recipe_text(document, path.name)
+    recipe = parse_recipe(document, str(path))
+    for line in lines:
+        tell(line)
+    return recipe, text
 
 
 def parse_recipe_text(text: str, source: str = "the recipe") -> Recipe:

@@ -17,12 +17,13 @@ from pydantic import (
 )
 
 from upit_merge.config.fields import Name, NotNegative, Number, PositiveNumber, Strict, as_number
+from upit_merge.config.prompts import Prompts
 from upit_merge.errors import UpitError
 
 # Router settings that decide how much is computed at a time, but not what.
 NO_MATTER = ("batch_tokens", "memory_gb")
 # Router settings that 0.5.0 did not have yet.
-CHOSEN_SINCE = ("losses", "compute")
+CHOSEN_SINCE = ("losses", "compute", "prompts")
 # They belong together: which part of other data is meant, the settings for these do not say.
 OF_DATA = ("data", "subset", "split")
 # Those, and how it is computed.
@@ -44,10 +45,19 @@ class ByColumn(Strict):
 
 
 def _assignment(value: Any) -> Any:
-    """Accept `column: NAME` as one text too, as on the command line."""
-    if isinstance(value, str) and (match := re.fullmatch(r"column:\s*(\S.*)", value.strip())):
+    """Accept `column: NAME` and `column:NAME:code=0,math=1` as one text, as on the command line."""
+    if not (isinstance(value, str) and (match := re.fullmatch(r"column:\s*(\S.*)", value.strip()))):
+        return value
+    pairs = re.fullmatch(r"(.*\S)\s*:((?:[^=,:]+=\s*\d+\s*(?:,|$))+)", match[1])
+    if pairs is None:
         return {"column": match[1]}
-    return value
+    experts: dict[str, int] = {}
+    for pair in pairs[2].strip().strip(",").split(","):
+        label, _, number = pair.partition("=")
+        if label.strip() in experts:
+            raise ValueError(f"assign names {label.strip()} twice; give each label one expert")
+        experts[label.strip()] = int(number)
+    return {"column": pairs[1], "experts": experts}
 
 
 class UpitObjective(Strict):
@@ -104,11 +114,18 @@ objective: softmax
 refine: {steps: 100}
 """
 
-    data: Name = Field(
+    data: Name | None = Field(
+        None,
         description="Seed samples: jsonl, parquet, csv or tsv with columns text, or messages, or "
         "prompt and completion, or ShareGPT's conversations, or instruction (or question, query) "
         "and its answer; txt (blank lines separate samples; without any, every line is one); a "
-        "folder of them; or a dataset id."
+        "folder of them; or a dataset id.",
+    )
+    prompts: Prompts | None = Field(
+        None,
+        description="Instead of data, one of which must be given: a few lines for each expert, by "
+        "its number, such as {0: [Write a function], 1: [What is 7 times 8?]}; a text each, or a "
+        "list of messages.",
     )
     subset: Name | None = Field(None, description="Configuration name of a dataset id.")
     split: Name = Field("train", description="Split of a dataset id.")
@@ -129,7 +146,7 @@ refine: {steps: 100}
         "lowest",
         description="Who gets a sample: the expert with the lowest loss (paper); balanced, in "
         "equal buckets of least loss, so that no expert is left out; column:NAME, as the data "
-        "says; or shuffled, a control.",
+        "says (column:NAME:code=0,math=1 where it does not number the experts); or shuffled, a control.",
     )
     losses: Literal["auto", "first_order", "exact"] = Field(
         "auto",
@@ -137,11 +154,14 @@ refine: {steps: 100}
         "experts by one forward and one backward sweep; exact, by one sweep for each; auto, to "
         "first order where that is cheaper and a control group of samples says that it holds.",
     )
-    objective: Literal["one_vs_rest", "softmax", "ridge", "hidden", "upit", "random"] = Field(
-        "one_vs_rest",
-        description="How the gates are fitted: one_vs_rest and softmax (logistic regressions), "
-        "ridge (closed form, cheapest), hidden (mean state, as mergekit), upit (the paper's: "
-        "positives only), random (not at all).",
+    objective: Literal["one_vs_rest", "softmax", "ridge", "hidden", "kmeans", "upit", "random"] = (
+        Field(
+            "one_vs_rest",
+            description="How the gates are fitted: one_vs_rest and softmax (logistic regressions), "
+            "ridge (closed form, cheapest), hidden (mean state, as mergekit), kmeans (the tokens' own "
+            "clusters, for copies, which no loss tells apart), upit (the paper's: positives only), "
+            "random (not at all).",
+        )
     )
     stream: Literal["mean", "expert"] | None = Field(
         None,
@@ -171,12 +191,41 @@ refine: {steps: 100}
 
     @model_validator(mode="after")
     def _expressible(self) -> RouterSettings:
+        if self.prompts is None and self.data is None:
+            raise ValueError(
+                "router: neither data nor prompts is given; add data: FILE, or prompts: {0: [...], "
+                "1: [...]} with a few lines for each expert"
+            )
+        if self.prompts is not None:
+            self._check_prompts()
         if self.upit is not None and self.objective != "upit":
             raise ValueError(
                 f"router: upit is given, but objective is {self.objective}; set objective: upit or "
                 "remove the upit: block"
             )
+        if self.objective == "kmeans":
+            for key, idle in (("assign", "lowest"), ("stream", None)):
+                if getattr(self, key) not in (idle, "mean"):
+                    raise ValueError(
+                        f"router: {key} has no meaning with objective: kmeans, where no sample "
+                        "belongs to an expert; remove it"
+                    )
         return self
+
+    def _check_prompts(self) -> None:
+        """Refuse what is of data, where there is none."""
+        if self.data is not None:
+            raise ValueError("router: data and prompts are both given; remove one of them")
+        for key in ("subset", "split", "sample", "assign"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"router: {key} has no meaning with prompts, which are all used, each for its "
+                    "expert; remove it"
+                )
+        if self.objective == "kmeans":
+            raise ValueError(
+                "router: objective: kmeans does not ask whose a prompt is; use another, or data"
+            )
 
     def for_data(
         self, data: str, *, subset: str | None = None, split: str | None = None
@@ -192,7 +241,7 @@ refine: {steps: 100}
         named = {"data": data, "subset": subset, "split": split}
         given = {key: value for key, value in named.items() if value is not None}
         defaults = {key: fields[key].default for key in ("subset", "split")}
-        return self.model_copy(update={**defaults, **kept, **given})
+        return self.model_copy(update={**defaults, "prompts": None, **kept, **given})
 
     @property
     def column(self) -> str | None:
@@ -200,9 +249,19 @@ refine: {steps: 100}
         return self.assign.column if isinstance(self.assign, ByColumn) else None
 
     @property
+    def names_experts(self) -> bool:
+        """Whether the samples come with their experts, so that no losses need be computed."""
+        return self.column is not None or (self.prompts is not None and self.assign != "shuffled")
+
+    @property
     def router_stream(self) -> Literal["mean", "expert"]:
         """Return whose hidden states the gates are fitted to."""
         return self.stream or ("expert" if self.objective == "upit" else "mean")
+
+    @property
+    def needs_buckets(self) -> bool:
+        """Whether the gates are fitted to which expert a sample belongs to."""
+        return self.objective not in ("random", "kmeans")
 
     @property
     def upit_settings(self) -> UpitObjective:

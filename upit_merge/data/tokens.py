@@ -108,12 +108,14 @@ def tokenize_seed_data(
     max_length: int,
     context: int,
     vocab_size: int,
+    shortest: int = 2,
 ) -> SeedSet:
     """Turn examples into token ids of at most `min(max_length, context)` tokens; cuts the end.
 
     Args:
         context: the model's own limit (`max_position_embeddings`).
         vocab_size: rows of the model's embedding; every token id must be below it.
+        shortest: tokens that a sample must have: one alone has nothing to predict.
 
     Raises:
         UpitError: a conversation without (or against) the chat template, a token id that the
@@ -128,7 +130,7 @@ def tokenize_seed_data(
     truncated = tokens_cut = too_short = prompt_too_long = 0
     for example in with_known_calls(examples, tokenizer):
         input_ids, loss_start = _encode(example, tokenizer)
-        if len(input_ids) <= loss_start:
+        if len(input_ids) < loss_start + shortest - 1:
             too_short += 1
             continue
         if loss_start >= max_length:

@@ -12,6 +12,8 @@ which names of files and tensors are taken. What only one reader needs stays bes
 * `io/hub.py`: which files are downloaded: code and pickles only if the user allows them;
 * `config/yaml_file.py`, `config/explain.py`: YAML without tags that run code, aliases and merge
   keys that grow without end, keys given twice, numbers too long to print;
+* `config/prompts.py`, `config/mergekit_moe.py`: prompts and settings of the wrong kind, read as the
+  YAML and JSON above;
 * `config/fields.py`: names without control characters;
 * `models/dense.py`: `check_counts`: counts that a `config.json` promises and the tensors do not keep;
 * `models/published.py`: fused tensors of shapes that are no experts';

@@ -123,7 +123,11 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
         parameters = recipe.parameters
         backbone = _donors(parameters.backbone, "parameters.backbone", base, checkpoints)
         own = {"shared": parameters.shared, "dense_layers": parameters.dense_layers}
-        architecture = inspect_models(base, checkpoints, backbone, recipe.architecture, own)
+        # Of copies nothing but the FFNs is read, but for those the rest is taken from.
+        only_ffn = parameters.expansion == "copy" and parameters.backbone != "average"
+        architecture = inspect_models(
+            base, checkpoints, backbone, recipe.architecture, own, only_ffn=only_ffn
+        )
         shared_from = parameters.shared_from or "average"
         shared = _donors(shared_from, "parameters.shared_from", base, checkpoints)
         base = split_ffn(base, architecture.settings)

@@ -33,6 +33,8 @@ def inspect_models(
     backbone: Sequence[DenseModel],
     wanted: str = "auto",
     own: Mapping[str, Any] = PLAIN,
+    *,
+    only_ffn: bool = False,
 ) -> DenseArchitecture:
     """Check that the models fit together and can become one mixture.
 
@@ -46,6 +48,8 @@ def inspect_models(
         wanted: The recipe's `architecture`: the name of a format, or `auto`.
         own: The mixture's own settings, `shared` (`auto` is what the format has by default) and
             `dense_layers`.
+        only_ffn: Checkpoints that the backbone does not come from lend nothing but their FFNs; in
+            what is beside these they may differ, and it is said.
 
     Raises:
         UpitError: naming the checkpoint and the field or tensor that does not fit.
@@ -64,6 +68,9 @@ def inspect_models(
         for field, value in theirs.items():
             other, expected = (donor, settings) if field in BESIDES_FFN else (base, of_base)
             if not same_setting(field, value, expected[field]):
+                if only_ffn and field in BESIDES_FFN:
+                    _warn_of_other_surroundings(checkpoint, field, value, other, expected[field])
+                    continue
                 raise _misfit(checkpoint, field, value, other, expected[field], other is base)
     if donor is not base:
         _tell_of_other_base(base, of_base, settings)
@@ -80,9 +87,11 @@ def inspect_models(
     _check_complete(base, f"The base {base.label}", dict(form.dense_shapes(of_base)))
     shapes = dict(form.dense_shapes(whole))
     for checkpoint in checkpoints:
-        _check_complete(checkpoint, f"Checkpoint {checkpoint.label}", shapes)
-    for model in (base, *checkpoints):
-        _check_unknown_tensors(model, form, shapes)
+        lent = only_ffn and checkpoint not in backbone
+        own_shapes = dict(form.dense_shapes(dense_settings(checkpoint))) if lent else shapes
+        _check_complete(checkpoint, f"Checkpoint {checkpoint.label}", own_shapes)
+        _check_unknown_tensors(checkpoint, form, own_shapes)
+    _check_unknown_tensors(base, form, shapes)
     specs = split_ffn(donor, settings).specs
     return DenseArchitecture(
         form, settings, {name: specs[name] for name, _shape in form.dense_shapes(settings)}
@@ -173,6 +182,22 @@ def _tell_of_other_base(
             of_base[field],
             settings[field],
         )
+
+
+def _warn_of_other_surroundings(
+    checkpoint: DenseModel, field: str, value: Any, donor: DenseModel, expected: Any
+) -> None:
+    if field == "tie_word_embeddings":  # how the donor stores its own is all that matters
+        return
+    LOG.warning(
+        "Checkpoint %s has %s %s, %s, which the backbone comes from, has %s: its FFN has learned "
+        "beside another one than it will work with.",
+        checkpoint.label,
+        field,
+        value,
+        donor.label,
+        expected,
+    )
 
 
 def _check_complete(model: DenseModel, who: str, shapes: Mapping[str, tuple[int, ...]]) -> None:

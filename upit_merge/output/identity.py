@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
-def file_states(files: Iterable[Path], seed_data: str) -> dict[str, str]:
+def file_states(files: Iterable[Path], seed_data: str | None) -> dict[str, str]:
     """Return size and time of change of files, and of the seed data's unless it is a Hub id."""
     paths = {path.resolve() for path in files}
-    seeds = Path(os.path.expanduser(seed_data))
+    seeds = Path(os.path.expanduser(seed_data or ""))
     if seed_data and seeds.is_dir():
         paths |= {path for path in seeds.resolve().rglob("*") if path.is_file()}
     elif seed_data and seeds.is_file():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.config.references import expand_models
-from upit_merge.config.router import ByColumn
 from upit_merge.data.examples import read_seed_data
 from upit_merge.errors import UpitError, shown
 from upit_merge.io.checkpoint import (
@@ -50,8 +49,8 @@ def check_pipeline(pipeline: Pipeline) -> None:
     resolve_devices(config.device)
     configurations, ffn = _check_base(pipeline)
     router = pipeline.parsed_recipe().router
-    if router is not None:
-        column = router.assign.column if isinstance(router.assign, ByColumn) else None
+    if router is not None and router.data is not None:
+        column = router.column
         read_seed_data(router.data, split=router.split, config=router.subset, column=column)
     if config.evaluate is not None:
         read_seed_data(config.evaluate.data, column=config.evaluate.group_by)

@@ -211,7 +211,8 @@ class Pipeline:
             "parameters": parameters,
         }
         if self.config.router is not None:
-            document["router"] = {"data": self.config.data, **self.config.router}
+            given = {} if "prompts" in self.config.router else {"data": self.config.data}
+            document["router"] = {**given, **self.config.router}
         return document
 
     def parsed_recipe(self) -> Recipe:
@@ -264,7 +265,7 @@ def load_pipeline(path: Path) -> Pipeline:
     pipeline = Pipeline(config, path)
     if trains and config.data is None and not _name_their_data(pipeline):
         raise UpitError(f"{path}: data is missing; add the file with the training data.")
-    if config.router is not None and not (config.data or config.router.get("data")):
+    if config.router is not None and not config.data and not {"data", "prompts"} & {*config.router}:
         raise UpitError(f"{path}: router.data is missing; add the file with its samples.")
     if config.device not in ("cpu", "auto") and not config.device.startswith("cuda"):
         raise UpitError(f"{path}: device is {shown(config.device)}, expected cpu, cuda or auto.")

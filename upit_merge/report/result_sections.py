@@ -61,18 +61,26 @@ def router_sentence(router: Router | None) -> str:
     """Say how the gates were made, from the router's part of the report."""
     if router is None:
         return "The gates are random: no seed data was given, the router is yet to be trained."
-    settings, samples = router.settings, counted(router.data.samples, "seed sample")
-    if router.buckets is None:
+    settings = router.settings
+    prompted = settings.get("prompts") is not None
+    samples = counted(router.data.samples, "prompt" if prompted else "seed sample")
+    assigned = "each written for its expert" if prompted else _assigned(settings.get("assign"))
+    if settings.get("objective") == "kmeans":
+        sentence = (
+            f"The gates are the centroids of a spherical k-means, layer by layer, on the tokens of "
+            f"{samples} (`kmeans`): each expert is given what lies in its direction."
+        )
+    elif router.buckets is None:
         sentence = "The gates are random."
     elif (settings.get("upit") or {}).get("train_experts"):
         sentence = (
             f"Every expert was trained together with its routing vectors on its own part of "
-            f"{samples}, {_assigned(settings.get('assign'))}."
+            f"{samples}, {assigned}."
         )
     else:
         sentence = (
             f"The gates were pre-trained layer by layer on {samples} "
-            f"({code(str(settings.get('objective')))}), {_assigned(settings.get('assign'))}."
+            f"({code(str(settings.get('objective')))}), {assigned}."
         )
     if router.refined is not None:
         steps = (settings.get("refine") or {}).get("steps")

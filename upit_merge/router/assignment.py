@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from upit_merge.config.router import ByColumn
-from upit_merge.router.buckets import Buckets, assign_by_loss, by_column, shuffled
+from upit_merge.router.buckets import Buckets, assign_by_loss, named, shuffled
 from upit_merge.router.control import loss_sweeps
 from upit_merge.router.first_order import checked_losses
 from upit_merge.router.router_gain import SampleLosses, measure_router_gain
@@ -37,15 +39,21 @@ def assigned(stage: RouterStage) -> Buckets:
     """
     rule = stage.settings.assign
     experts = stage.model.num_experts
-    if isinstance(rule, ByColumn):
-        buckets = Buckets(by_column(stage.seeds.samples, rule, experts), experts)
-    elif rule == "shuffled":
+    if rule == "shuffled":
         buckets = Buckets(shuffled(len(stage.everything), experts, stage.seed), experts)
+    elif stage.settings.names_experts:
+        buckets = Buckets(named(stage.seeds.samples, stage.settings, experts), experts)
     else:
+        assert not isinstance(rule, ByColumn)
         buckets = assign_by_loss(sample_losses(stage, keep_inputs=True), rule)
     if stage.processes.is_first:
         _warn(buckets, rule, with_verdict=stage.quiet)  # else it ends the command's own words
     return buckets
+
+
+def nobodys(stage: RouterStage) -> Buckets:
+    """Return buckets for fits that do not look at them; all samples are in the first."""
+    return Buckets(torch.zeros(len(stage.everything), dtype=torch.int64), stage.model.num_experts)
 
 
 def _warn(buckets: Buckets, rule: ByColumn | str, *, with_verdict: bool) -> None:

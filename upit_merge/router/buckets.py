@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upit_merge.config.router import ByColumn
+from upit_merge.config.prompts import check_every_expert
+from upit_merge.config.router import ByColumn, RouterSettings
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.errors import UpitError
 from upit_merge.router.router_gain import SampleLosses, measure_router_gain
@@ -113,6 +114,28 @@ def by_column(samples: Sequence[TokenizedSample], rule: ByColumn, num_experts: i
             )
         found.append(number)
     return torch.tensor(found, dtype=torch.int64)
+
+
+def by_prompts(samples: Sequence[TokenizedSample], num_experts: int) -> Tensor:
+    """Return the experts that prompts were written for, int64, (num_samples,).
+
+    Raises:
+        UpitError: an expert has none, or there is no such expert.
+    """
+    found = [int(sample.label or 0) for sample in samples]
+    check_every_expert(dict.fromkeys(found), num_experts)
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def named(samples: Sequence[TokenizedSample], settings: RouterSettings, num_experts: int) -> Tensor:
+    """Return the experts that samples come with, see `RouterSettings.names_experts`.
+
+    Raises:
+        UpitError: as `by_column` and `by_prompts`.
+    """
+    if isinstance(settings.assign, ByColumn):
+        return by_column(samples, settings.assign, num_experts)
+    return by_prompts(samples, num_experts)
 
 
 @dataclass(frozen=True)

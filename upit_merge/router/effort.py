@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from upit_merge.config.router import ByColumn, RouterSettings
+from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.hidden_states import MEAN, Batch, token_batches
 from upit_merge.engine.layerwise import LayerwiseMixture
@@ -21,6 +21,7 @@ from upit_merge.router.memory import FITTED_TOKENS, ModelShape, shape_of_model
 _FIT_STEPS = 15
 _FIT_READING = 50  # per hidden unit of a token
 _FIT_SUMS = 90  # sums per class, and the scale of the gate, whatever the objective
+_KMEANS_ROUNDS = 20
 _FIT_SOLVING = 11  # per cubed hidden unit: factorisations in float64
 # A layer is timed on about so many tokens: more would not be faster, per token.
 _TIMED_TOKENS = 2048
@@ -61,6 +62,9 @@ class Effort:
             )
         if settings.objective in ("one_vs_rest", "softmax"):
             fit += _FIT_STEPS * (_FIT_READING + 2 * shape.num_experts) * width
+        if settings.objective == "kmeans":
+            rounds = _KMEANS_ROUNDS + shape.num_experts
+            fit += rounds * (_FIT_READING + 2 * shape.num_experts) * width
         if settings.objective == "upit":
             fit += settings.upit_settings.epochs * _FIT_READING * width
         fit /= fitted_every(num_tokens)
@@ -116,8 +120,12 @@ def stage_sweeps(settings: RouterSettings, num_experts: int, lengths: Sequence[i
     if settings.objective == "random" or alone:
         losses, gates, fits = 0.0, 0.0, False
     else:
-        named = isinstance(settings.assign, ByColumn) or settings.assign == "shuffled"
-        losses = 0.0 if named else loss_sweeps(settings, num_experts, len(lengths))
+        named = settings.names_experts or settings.assign == "shuffled"
+        losses = (
+            0.0
+            if named or not settings.needs_buckets
+            else loss_sweeps(settings, num_experts, len(lengths))
+        )
         # What the gates see is kept on the way of losses to first order.
         seen = settings.router_stream == "mean" and 0 < losses < num_experts
         gates = 0.0 if settings.trains_experts or seen else 1.0

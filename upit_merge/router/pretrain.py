@@ -12,6 +12,7 @@ from torch import Tensor
 
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.examples import read_seed_data, sample_examples
+from upit_merge.data.prompts import prompt_examples
 from upit_merge.data.tokens import SeedSet, tokenize_seed_data
 from upit_merge.engine.arithmetic import Arithmetic
 from upit_merge.engine.layerwise import LayerwiseMixture
@@ -25,7 +26,7 @@ from upit_merge.models.gates import (
     training_free_gates,
 )
 from upit_merge.models.tokenizer import load_tokenizer
-from upit_merge.router.assignment import assigned
+from upit_merge.router.assignment import assigned, nobodys
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.expert_tuning import tune_expert
 from upit_merge.router.refine import GateTrainer, RefineState, refine_gates
@@ -71,15 +72,22 @@ def load_seed_set(
     Raises:
         UpitError: the data cannot be read, is empty or malformed, or does not fit the model.
     """
-    examples = read_seed_data(
-        settings.data,
-        split=settings.split,
-        config=settings.subset,
-        column=column or settings.column,
-    )
+    if settings.prompts is not None:
+        chosen = prompt_examples(settings.prompts)
+    else:
+        assert settings.data is not None
+        examples = read_seed_data(
+            settings.data,
+            split=settings.split,
+            config=settings.subset,
+            column=column or settings.column,
+        )
+        chosen = sample_examples(examples, settings.sample, seed)
     return tokenize_seed_data(
-        sample_examples(examples, settings.sample, seed),
+        chosen,
         tokenizer,
+        # A gate learns from a single word, which predicts nothing.
+        shortest=1 if settings.prompts is not None and settings.refine is None else 2,
         max_length=settings.max_length,
         context=context,
         vocab_size=vocab_size,
@@ -249,6 +257,8 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> Route
         gates = training_free_gates(
             model.moe, model.format, model.mixture_layers, model.num_experts, stage.seed
         )
+    elif not settings.needs_buckets:
+        gates = distinct_gates(stage.gates(nobodys(stage)), model.stored_dtype, stage.seed)
     else:
         buckets = assigned(stage)
         report["buckets"] = buckets.to_report()

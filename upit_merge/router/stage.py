@@ -27,6 +27,7 @@ from upit_merge.io.disk import free_bytes
 from upit_merge.io.tensor_file import all_finite
 from upit_merge.router import objectives
 from upit_merge.router.buckets import Buckets
+from upit_merge.router.clustering import kmeans
 from upit_merge.router.control import Pair, PairLosses
 from upit_merge.router.effort import Effort, fitted_every
 from upit_merge.router.objectives import GateData, Objective
@@ -387,6 +388,8 @@ class RouterStage:
                 batch_size=upit.batch_size,
                 seed=self.seed,
             )
+        if self.settings.objective == "kmeans":
+            return partial(kmeans, seed=self.seed)
         return OBJECTIVES[self.settings.objective]
 
 
