@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -37,8 +36,6 @@ from upit_merge.runtime.clock import Clock
 from upit_merge.runtime.processes import ALONE, Processes
 from upit_merge.runtime.work_bar import WorkBar
 
-LOG = logging.getLogger(__name__)
-
 OBJECTIVES: dict[str, Objective] = {
     "one_vs_rest": objectives.one_vs_rest,
     "softmax": objectives.softmax,
@@ -65,7 +62,7 @@ class RouterStage:
         progress: What a killed run has done already.
         quiet: No progress bars.
         clock: Measures the parts of the stage.
-        label: What the progress bars say instead of what is computed: which model it is.
+        label: What progress bars say instead of what is computed.
     """
 
     model: LayerwiseMixture
@@ -90,8 +87,8 @@ class RouterStage:
 
     def stream(self, expert: int, samples: Sequence[int]) -> Stream:
         """This process's share of samples that go through an expert."""
-        batches = token_batches(samples, self.lengths, self.settings.batch_tokens)
-        return Stream(expert, tuple(batches)).share(self.processes)
+        batches = tuple(token_batches(samples, self.lengths, self.settings.batch_tokens))
+        return Stream(expert, batches).share(self.processes)
 
     def lengths_of(self, streams: Sequence[Stream]) -> list[int]:
         """Return the tokens of every sample, 0 for those that are in none of the streams."""
@@ -126,9 +123,9 @@ class RouterStage:
             work: This process's, in whatever measure the bar is told of what is done.
             units: What users see; if not given, all samples.
         """
+        shown = len(self.everything) if units is None else units
         quiet = self.quiet or not self.processes.is_first
-        units = len(self.everything) if units is None else units
-        return WorkBar(units, work, self.label or description, quiet=quiet, unit=unit)
+        return WorkBar(shown, work, self.label or description, quiet=quiet, unit=unit)
 
     @cached_property
     def effort(self) -> Effort:
