@@ -180,11 +180,19 @@ def evaluate(
     evaluate_output(out, parse_settings(settings), options)
 
 
-@command(epilog="upit-merge page out/")
+@command(epilog='upit-merge page out/ --recipe recipe.yml --sample "Why is the sky blue?"')
 @click.argument("out", type=PATH)
 @click.option("--force", is_flag=True, help="Replace a card that was edited by hand, too.")
-def page(out: Path, force: bool) -> None:
+@click.option("--recipe", type=PATH, help="Take the card: block of this recipe.")
+@click.option(
+    "--sample",
+    "prompts",
+    multiple=True,
+    metavar="PROMPT",
+    help="Let the model answer, and show it; repeatable. It is loaded whole for that.",
+)
+def page(out: Path, force: bool, recipe: Path | None, prompts: tuple[str, ...]) -> None:
     """Write README.md of the MoE in the folder OUT, and its pictures, anew from its report."""
     from upit_merge.commands.page import refresh_card
 
-    refresh_card(out, replace_edited=force)
+    refresh_card(out, replace_edited=force, recipe=recipe, prompts=prompts)
