@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import unicodedata
 
 import click
@@ -75,3 +77,12 @@ def counted(number: int, what: str) -> str:
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def argument(value: object) -> str:
+    """Return a path or another word as it is typed in a command, in any shell if that is possible."""
+    text = str(value)
+    if re.fullmatch(r"[\w@%+=:,./\\~-]+", text):
+        return text
+    # In double quotes bash and zsh would expand these; cmd takes no other quotes.
+    return shlex.quote(text) if set(text) & set('$`!"\\') else f'"{text}"'

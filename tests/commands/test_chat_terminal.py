@@ -133,5 +133,5 @@ def test_ctrl_c_stops_a_long_answer(tmp_path: Path, terminal: Callable[..., Term
     one.until("stopped")
     one.until("> ")
     one.type("/quit\n")
-    one.until("Next: ")
+    one.until("Next:")
     assert one.process.wait(PATIENCE) == 0

@@ -37,8 +37,8 @@ def test_a_run_beside_its_base_and_data(here: Path) -> None:
     assert "upit-merge split ./seed.jsonl" in output
     assert output.splitlines()[-3:] == [
         "Next:",
-        "  upit-merge plan recipe.yml out/",
-        "  upit-merge run recipe.yml out/",
+        "  see what it makes and needs  upit-merge plan recipe.yml out/",
+        "  make it                      upit-merge run recipe.yml out/",
     ]
 
 

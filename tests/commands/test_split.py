@@ -70,8 +70,8 @@ def test_every_row_is_in_one_file_with_all_columns_in_its_order(data: Path) -> N
     assert sorted(row["id"] for rows in found.values() for row in rows) == [*range(100)]
     assert [path.name for path in Path("split").iterdir() if path.name.startswith(".")] == []
     assert output.splitlines()[-2:] == [
-        "  upit-merge init . --data split/seed.jsonl",
-        "  upit-merge evaluate out/ --data split/held-out.jsonl",
+        "  then, a recipe   upit-merge init . --data split/seed.jsonl",
+        "  after the merge  upit-merge evaluate out/ --data split/held-out.jsonl",
     ]
 
 

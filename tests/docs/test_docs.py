@@ -202,7 +202,7 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 
 def test_the_readme_is_a_page() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 152
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 172
 
 
 # ---- quoted messages, YAML, code ---------------------------------------------------------------

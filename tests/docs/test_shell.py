@@ -11,7 +11,12 @@ from tests.support.source_messages import source_messages
 
 ROOT = Path(__file__).parents[2]
 # For who uses the program; CONTRIBUTING.md and benchmarks/ are for a developer's bash.
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name for name in ("recipes/README.md", "README.md")),
+]
+# Making an environment is each system's own.
+ENVIRONMENT = {"python3 -m venv .venv", "source .venv/bin/activate", ".venv\\Scripts\\activate"}
 _BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`((?:pip|upit-merge|mergekit-yaml|hf|lm_eval|accelerate|torchrun) [^`]+)`")
 # What is said in one of these shells, and not in the others.
@@ -33,11 +38,14 @@ def problems(line: str) -> list[str]:
 def commands(page: Path) -> list[str]:
     """Lines of blocks that are no program's output, and commands within the text."""
     text = page.read_text(encoding="utf-8")
-    shell = ("", "bash", "sh", "console")
+    shell = ("", "bash", "sh")
     blocks = [block for _indent, language, block in _BLOCK.findall(text) if language in shell]
     lines = [line.strip() for block in blocks for line in block.splitlines()]
+    sessions = [block for _indent, language, block in _BLOCK.findall(text) if language == "console"]
+    lines += re.findall(r"^\$ (.*)$", "".join(sessions), re.MULTILINE)
     inline = [re.sub(r"\s+", " ", found) for found in _INLINE.findall(_BLOCK.sub("", text))]
-    return [line for line in [*lines, *inline] if line and "Error" not in line]
+    found = [line for line in [*lines, *inline] if line and "Error" not in line]
+    return [line for line in found if line not in ENVIRONMENT]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

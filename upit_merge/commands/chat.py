@@ -11,10 +11,11 @@ from typing import Any
 
 from upit_merge.commands.compare import Rival
 from upit_merge.commands.conversation import Conversation, check_system
+from upit_merge.commands.next_steps import next_lines
 from upit_merge.commands.voices import Voice, VoiceOptions, check_expert, load_voices
 from upit_merge.engine.generation import Answer
 from upit_merge.engine.routed import Choices
-from upit_merge.errors import UpitError, first_line, one_line, shown
+from upit_merge.errors import UpitError, argument, first_line, one_line, shown
 from upit_merge.report.spoken import Screen
 from upit_merge.runtime.interrupt import ends_at_once
 
@@ -114,7 +115,8 @@ def chat(
     if not prompts and lines is None:
         session.talk(read)
         if not options.quiet and session.has_spoken:
-            screen.line(_next(reference, voices[0]))
+            for line in next_lines(*_next_steps(reference, voices[0])):
+                screen.line(line)
         return
     for prompt in prompts:
         session.say(prompt)
@@ -127,14 +129,13 @@ def chat(
         )
 
 
-def _next(reference: str, voice: Voice) -> str:
-    """Return what to do next, for somebody who has talked to a model."""
+def _next_steps(reference: str, voice: Voice) -> Iterator[tuple[str, str]]:
+    model = argument(reference)
     if voice.num_experts is None:
-        return "Next: `upit-merge plan recipe.yml out/` shows what a mixture with it would be."
-    return (
-        f"Next: `upit-merge evaluate {reference} --data held-out.jsonl` measures what you saw; "
-        f"`upit-merge router {reference} --data seed.jsonl` fits the gates anew."
-    )
+        yield "see what a mixture with it would be", "upit-merge plan recipe.yml out/"
+        return
+    yield "measure what you saw", f"upit-merge evaluate {model} --data held-out.jsonl"
+    yield "fit the gates anew", f"upit-merge router {model} --data seed.jsonl"
 
 
 class Session:

@@ -14,12 +14,12 @@ from rich.text import Text
 from torch import Tensor
 
 from upit_merge.commands.compare import Rival, check_rivals, rival_losses
-from upit_merge.commands.next_steps import argument, tell_next
+from upit_merge.commands.next_steps import tell_next
 from upit_merge.commands.options import MixtureOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.router import RouterSettings
-from upit_merge.errors import UpitError
+from upit_merge.errors import UpitError, argument
 from upit_merge.io.text_file import write_json
 from upit_merge.models.mixture import read_mixture
 from upit_merge.output.edit import Edit
@@ -120,13 +120,13 @@ def _next_steps(
     folder, data = argument(out), argument(settings.data or "")
     if not options.against:
         command = f"upit-merge evaluate {folder} --data {data} --against MODEL"
-        yield command, "measure a dense model beside it, which is measured once"
+        yield "measure a dense model beside it", command
     if evaluation.dead():
-        yield f"upit-merge shrink {folder} --experts N --data {data}", "fewer experts"
+        yield "leave out experts", f"upit-merge shrink {folder} --experts N --data seed.jsonl"
     page = f"upit-merge inspect {folder} --data {data} --html routing.html"
-    yield page, "see where the router sends every token"
+    yield "see where every token goes", page
     if not options.card:
-        yield f"upit-merge evaluate {folder} --data {data} --card", "put this on the model card"
+        yield "put this on the card", f"upit-merge evaluate {folder} --data {data} --card"
 
 
 def _check_report(out: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from upit_merge.commands.next_steps import tell_next
 from upit_merge.commands.options import ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
@@ -18,7 +19,7 @@ from upit_merge.commands.session import router_session
 from upit_merge.config.router import OF_DATA, RouterSettings, check_data_is_named
 from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.engine.layerwise import LayerwiseMixture
-from upit_merge.errors import UpitError
+from upit_merge.errors import UpitError, argument
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.language_part import language_settings
@@ -130,6 +131,8 @@ def extend_output(
         show_buckets(fitted.report)
         others = "All gates are fitted anew." if all_gates else "The other gates are as they were."
         print(f"{dense.label} is expert {extended.expert} of {out}. {others}")
+        measure = f"upit-merge evaluate {argument(out)} --data held-out.jsonl"
+        tell_next(("measure it", measure), ("talk to it", f"upit-merge chat {argument(out)}"))
 
 
 def _warn_of_odd_expert(

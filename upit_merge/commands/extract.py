@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from upit_merge.errors import UpitError, counted
+from upit_merge.commands.next_steps import tell_next
+from upit_merge.errors import UpitError, argument, counted
 from upit_merge.io.checkpoint import WEIGHT_INDEX
 from upit_merge.io.disk import check_space, explained_failures
 from upit_merge.io.shards import Shard, ShardWriter, plan_shards, shard_index
@@ -82,9 +83,13 @@ def extract_expert(
         return
     kind = model.family.title
     print(f"{_told(chosen, architecture.num_experts)} of {out} is in {dense}, a dense {kind}.")
-    print(
-        f"Next: `upit-merge evaluate {out} --data held-out.jsonl --against {dense}` compares the "
-        f"two; `upit-merge extend OTHER --model {dense}` makes it an expert of another mixture."
+    mixture, expert = argument(out), argument(dense)
+    tell_next(
+        (
+            "compare the two",
+            f"upit-merge evaluate {mixture} --data held-out.jsonl --against {expert}",
+        ),
+        ("make it an expert of another mixture", f"upit-merge extend OTHER --model {expert}"),
     )
 
 

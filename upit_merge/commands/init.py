@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +19,12 @@ from upit_merge.commands.choices import (
     nothing_found,
 )
 from upit_merge.commands.draft import Draft
+from upit_merge.commands.next_steps import tell_next
 from upit_merge.commands.survey import FoundModel, survey_folder
 from upit_merge.config.recipe import ModelEntry, parse_recipe_text
 from upit_merge.config.references import expand_models
 from upit_merge.data.examples import iter_examples, local_data
-from upit_merge.errors import UpitError, counted, one_line
+from upit_merge.errors import UpitError, argument, counted, one_line
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.hub import OpenOptions, is_folder, looks_like_path, resolve, split_reference
 from upit_merge.io.text_file import replace_text
@@ -107,7 +107,8 @@ def write_recipe(folder: Path, output: Path, options: InitOptions) -> None:
         dtype=options.dtype or (choices.dtype if not options.models else None),
         data=data,
     )
-    commands = _next_commands(output)
+    steps = _next_steps(output)
+    commands = [command for _purpose, command in steps]
     text = draft.text(commands, commands[0].rpartition(" ")[2])
     recipe = parse_recipe_text(text, str(output))
     if is_folder(base):  # what the Hub has, `plan` downloads
@@ -118,7 +119,7 @@ def write_recipe(folder: Path, output: Path, options: InitOptions) -> None:
     with explained_failures(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         replace_text(output, text)
-    _tell(output, data, choices, commands, options)
+    _tell(output, data, choices, steps, options)
 
 
 def is_terminal() -> bool:
@@ -260,19 +261,22 @@ def _table(folder: Path, choices: RecipeChoices, options: InitOptions) -> Table:
     return table
 
 
-def _next_commands(output: Path) -> list[str]:
+def _next_steps(output: Path) -> list[tuple[str, str]]:
     """Return the two commands that take the recipe."""
     names = ("out", *(f"out-{number}" for number in range(2, 1000)))
     out = next(name for name in names if not os.path.lexists(name))
-    recipe = shlex.quote(output.as_posix())
-    return [f"upit-merge plan {recipe} {out}/", f"upit-merge run {recipe} {out}/"]
+    recipe = argument(output.as_posix())
+    return [
+        ("see what it makes and needs", f"upit-merge plan {recipe} {out}/"),
+        ("make it", f"upit-merge run {recipe} {out}/"),
+    ]
 
 
 def _tell(
     output: Path,
     data: str | None,
     choices: RecipeChoices,
-    commands: Sequence[str],
+    steps: Sequence[tuple[str, str]],
     options: InitOptions,
 ) -> None:
     if not options.quiet:
@@ -285,8 +289,6 @@ def _tell(
         elif choices.held_out is None and local_data(data) is not None:
             print(
                 f"The router takes {data}. To keep a part of it for measuring, from the model and "
-                f"the router alike: `upit-merge split {shlex.quote(data)}`, before the fine-tuning."
+                f"the router alike: `upit-merge split {argument(data)}`, before the fine-tuning."
             )
-    print("Next:")
-    for command in commands:
-        print(f"  {command}")
+    tell_next(*steps)

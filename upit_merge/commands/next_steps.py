@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 
 def tell_next(*steps: tuple[str, str]) -> None:
-    """Print commands to go on with, and what each is for.
+    """Print commands to go on with.
 
     Args:
-        steps: A command line, and its purpose in a few words.
+        steps: What each is for, in a few words, and its command line.
     """
-    width = max(len(command) for command, _ in steps)
-    print("Next:")
-    for command, purpose in steps:
-        print(f"  {command:{width}}  # {purpose}")
+    for line in next_lines(*steps):
+        print(line)
 
 
-def argument(path: Path | str) -> str:
-    """Return a path as it can be typed in any shell."""
-    text = str(path)
-    return f'"{text}"' if not text or set(text) & set(" '()[]{}&;|<>*?!$`#~^%\t") else text
+def next_lines(*steps: tuple[str, str]) -> list[str]:
+    """Return what `tell_next` prints."""
+    width = max(len(purpose) for purpose, _ in steps)
+    # The purpose is not behind a `#`: in cmd, and in zsh as it comes, that would be an argument.
+    return ["Next:", *(f"  {purpose:{width}}  {command}" for purpose, command in steps)]

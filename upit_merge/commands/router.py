@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from upit_merge import __version__
 from upit_merge.commands.finished import is_as_reported, result_digest
 from upit_merge.commands.foretell import tell_router_time
-from upit_merge.commands.next_steps import argument, tell_next
+from upit_merge.commands.next_steps import tell_next
 from upit_merge.commands.options import MixtureOptions, ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
@@ -23,7 +23,7 @@ from upit_merge.config.explain import explain
 from upit_merge.config.prompts import load_prompts
 from upit_merge.config.router import NO_MATTER, ByColumn, RouterSettings
 from upit_merge.engine.arithmetic import has_fast_bfloat16
-from upit_merge.errors import UpitError, one_line, shown
+from upit_merge.errors import UpitError, argument, one_line, shown
 from upit_merge.io.text_file import write_json
 from upit_merge.io.untrusted import read_json
 from upit_merge.models.formats import MixtureFormat
@@ -150,8 +150,8 @@ def _is_there(out: Path, report: AnyReport, digest: str) -> bool:
 
 
 def _next_steps(out: Path) -> Iterator[tuple[str, str]]:
-    yield f"upit-merge evaluate {argument(out)} --data held-out.jsonl", "measure it"
-    yield f"upit-merge chat {argument(out)}", "talk to it"
+    yield "measure it", f"upit-merge evaluate {argument(out)} --data held-out.jsonl"
+    yield "talk to it", f"upit-merge chat {argument(out)}"
 
 
 def _with_named_experts(stage: RouterStage, report: AnyReport, out: Path) -> RouterStage:

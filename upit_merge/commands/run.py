@@ -13,14 +13,14 @@ import torch
 
 from upit_merge.commands.finished import is_finished_run, result_digest, run_identity
 from upit_merge.commands.foretell import tell_router_time
-from upit_merge.commands.next_steps import argument, tell_next
+from upit_merge.commands.next_steps import tell_next
 from upit_merge.commands.options import CommandOptions
 from upit_merge.commands.preflight import needs
 from upit_merge.config.recipe import Recipe
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import SeedSet
 from upit_merge.engine.arithmetic import has_fast_bfloat16
-from upit_merge.errors import counted
+from upit_merge.errors import argument, counted
 from upit_merge.io.checkpoint import WEIGHT_INDEX
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.shards import Shard, shard_index
@@ -156,9 +156,9 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
 def _next_steps(out: Path, *, has_router: bool) -> Iterator[tuple[str, str]]:
     folder = argument(out)
     if not has_router:
-        yield f"upit-merge router {folder} --data seed.jsonl", "train the gates, which are random"
-    yield f"upit-merge evaluate {folder} --data held-out.jsonl", "measure it"
-    yield f"upit-merge chat {folder}", "talk to it"
+        yield "train the gates, which are random", f"upit-merge router {folder} --data seed.jsonl"
+    yield "measure it", f"upit-merge evaluate {folder} --data held-out.jsonl"
+    yield "talk to it", f"upit-merge chat {folder}"
 
 
 def _prepared(

@@ -14,13 +14,14 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from upit_merge.commands.next_steps import tell_next
 from upit_merge.commands.options import ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
 from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.router import DATA_SETTINGS, RouterSettings
 from upit_merge.engine.layerwise import LayerwiseMixture
-from upit_merge.errors import UpitError
+from upit_merge.errors import UpitError, argument
 from upit_merge.io.checkpoint import Checkpoint
 from upit_merge.models.gates import distinct_gates, gates_digest, named_gates
 from upit_merge.models.mixture import MixtureArchitecture
@@ -137,7 +138,11 @@ def shrink_output(
         print(stage.seeds.summary())
         show(_table(smaller))
         print(f"{out} has {num_experts} experts per layer instead of {model.num_experts}.")
-        print(_next(out, how, refit=refit))
+        print(_gates_in_words(how, refit=refit))
+        folder = argument(out)
+        fit = ("fit the gates anew", f"upit-merge router {folder} --data seed.jsonl")
+        measure = ("measure it", f"upit-merge evaluate {folder} --data held-out.jsonl")
+        tell_next(*([measure] if refit else [fit, measure]))
 
 
 def _identity(
@@ -151,12 +156,10 @@ def _identity(
     return identity
 
 
-def _next(out: Path, how: How, *, refit: bool) -> str:
-    measure = f"`upit-merge evaluate {out} --data held-out.jsonl` tells what it is worth."
+def _gates_in_words(how: How, *, refit: bool) -> str:
     if refit:
-        return f"Its gates are fitted anew. Next: {measure}"
-    were = "means of the old ones" if how == "merge" else "rows of the old ones"
-    return f"Its gates are {were}; `upit-merge router {out}` fits them anew. Next: {measure}"
+        return "Its gates are fitted anew."
+    return f"Its gates are {'means' if how == 'merge' else 'rows'} of the old ones."
 
 
 def _merged(session: RouterSession, stage: RouterStage, num_experts: int) -> _Smaller:

@@ -6,14 +6,14 @@ import logging
 import math
 import os
 import re
-import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
+from upit_merge.commands.next_steps import tell_next
 from upit_merge.data.examples import local_data
 from upit_merge.data.partition import (
     HELD_OUT,
@@ -26,7 +26,7 @@ from upit_merge.data.partition import (
     read_samples,
     write_parts,
 )
-from upit_merge.errors import UpitError, counted, shown
+from upit_merge.errors import UpitError, argument, counted, shown
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.text_file import sync_file
 from upit_merge.report.tables import show
@@ -114,8 +114,7 @@ def split_data(source: DataSource, out: Path, options: SplitOptions) -> None:
             f"{counted(samples.repeats, 'row')} say the same as an earlier one, and are in the "
             "same file."
         )
-    for line in _next_steps(files):
-        print(line)
+    tell_next(*_next_steps(files))
 
 
 def _check_free(source: DataSource, out: Path, files: Mapping[str, Path], *, force: bool) -> None:
@@ -170,11 +169,11 @@ def _table(part_of: Sequence[str], files: Mapping[str, Path]) -> Table:
     return table
 
 
-def _next_steps(files: Mapping[str, Path]) -> list[str]:
-    """Say what each file is given to."""
-    lines = [f"Next: fine-tune on it (data: {files[TRAIN].as_posix()}), then"]
+def _next_steps(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
+    """Yield what each file is given to."""
+    yield "fine-tune on it", f"data: {files[TRAIN].as_posix()}"
     if seeds := files.get(SEED):
-        lines.append(f"  upit-merge init . --data {shlex.quote(seeds.as_posix())}")
+        yield "then, a recipe", f"upit-merge init . --data {argument(seeds.as_posix())}"
     if held_out := files.get(HELD_OUT):
-        lines.append(f"  upit-merge evaluate out/ --data {shlex.quote(held_out.as_posix())}")
-    return lines if len(lines) > 1 else [f"Next: fine-tune on {files[TRAIN].as_posix()}."]
+        data = argument(held_out.as_posix())
+        yield "after the merge", f"upit-merge evaluate out/ --data {data}"

@@ -18,13 +18,13 @@ from rich.table import Table
 from torch import Tensor
 
 from upit_merge.commands.compare import Rival, rival_losses
-from upit_merge.commands.next_steps import argument, tell_next
+from upit_merge.commands.next_steps import tell_next
 from upit_merge.config.router import RouterSettings
 from upit_merge.demo.corpus import Domain, load_domains, write_texts
 from upit_merge.demo.progress import open_demo
 from upit_merge.demo.training import DemoModels, TrainingBudget, train_demo_models
 from upit_merge.engine.layerwise import LayerwiseMixture
-from upit_merge.errors import UpitError
+from upit_merge.errors import UpitError, argument
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.text_file import read_record, write_json, write_unless_there
 from upit_merge.models.gates import training_free_gates
@@ -130,11 +130,11 @@ def _tell(folder: Path, results: Mapping[str, Any]) -> None:
     moe, data = argument(folder / "moe"), argument(folder / "held-out.jsonl")
     tell_next(
         (
-            f"upit-merge inspect {moe} --data {data} --html routing.html",
             "see which expert reads what",
+            f"upit-merge inspect {moe} --data {data} --html routing.html",
         ),
-        (f'upit-merge chat {moe} --prompt "def main():"', "let it write"),
-        ("upit-merge init FOLDER", "begin with models of your own"),
+        ("let it write", f'upit-merge chat {moe} --show-experts --prompt "def main"'),
+        ("begin with models of your own", "upit-merge init FOLDER"),
     )
 
 
