@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from upit_merge.cli.options import PATH, command, merge_options, parse_merge_options
+from upit_merge.errors import argument
 
 # Of mergekit's options, what `plan` and `verify` have no use for, as they write nothing.
 _WRITING = ("copy_tokenizer", "write_model_card", "safe_serialization")
@@ -59,10 +60,14 @@ def plan(
     from upit_merge.commands.plan import plan_recipe
     from upit_merge.config.recipe import load_recipe
     from upit_merge.plugin.method import run_options
+    from upit_merge.report.next_steps import tell_next
 
     options = run_options(parse_merge_options(values))
     parsed, _source = load_recipe(recipe, _teller(options.quiet))
     plan_recipe(parsed, options, out, data, subset=subset, split=split)
+    if not options.quiet:
+        words = ["upit-merge run", argument(recipe), argument(out or "out/")]
+        tell_next(("make it", " ".join(words)))
 
 
 @command(

@@ -14,7 +14,6 @@ from rich.text import Text
 from torch import Tensor
 
 from upit_merge.commands.compare import Rival, check_rivals, rival_losses
-from upit_merge.commands.next_steps import tell_next
 from upit_merge.commands.options import MixtureOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
@@ -27,6 +26,7 @@ from upit_merge.output.staging import REPORT, check_output_exists
 from upit_merge.report.document import Evaluation as Record
 from upit_merge.report.document import read_report
 from upit_merge.report.heatmap import check_format, draw_routing
+from upit_merge.report.next_steps import tell_next
 from upit_merge.report.tables import best_in_bold, show
 from upit_merge.report.verdict import evaluation_verdict
 from upit_merge.report.write import write_report_and_card

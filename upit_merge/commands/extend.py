@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from upit_merge.commands.next_steps import tell_next
 from upit_merge.commands.options import ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
@@ -34,6 +33,7 @@ from upit_merge.output.identity import file_states
 from upit_merge.output.staging import REPORT, check_output_exists, scratch_folder
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
+from upit_merge.report.next_steps import tell_next
 from upit_merge.report.sources import describe_sources, is_same_model
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card

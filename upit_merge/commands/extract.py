@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from upit_merge.commands.next_steps import tell_next
 from upit_merge.errors import UpitError, argument, counted
 from upit_merge.io.checkpoint import WEIGHT_INDEX
 from upit_merge.io.disk import check_space, explained_failures
@@ -28,6 +27,7 @@ from upit_merge.output.staging import (
 )
 from upit_merge.report.document import read_report
 from upit_merge.report.expert_card import expert_card
+from upit_merge.report.next_steps import tell_next
 from upit_merge.resizing.extracting import ExtractedModel
 from upit_merge.runtime.parallel import map_in_order, progress_bar
 

@@ -19,7 +19,6 @@ from upit_merge.commands.choices import (
     nothing_found,
 )
 from upit_merge.commands.draft import Draft
-from upit_merge.commands.next_steps import tell_next
 from upit_merge.commands.survey import FoundModel, survey_folder
 from upit_merge.config.recipe import ModelEntry, parse_recipe_text
 from upit_merge.config.references import expand_models
@@ -29,6 +28,7 @@ from upit_merge.io.disk import explained_failures
 from upit_merge.io.hub import OpenOptions, is_folder, looks_like_path, resolve, split_reference
 from upit_merge.io.text_file import replace_text
 from upit_merge.merge.inputs import opened
+from upit_merge.report.next_steps import tell_next
 from upit_merge.report.tables import show
 
 _NONE = "-"  # the answer that there is none

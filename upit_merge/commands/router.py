@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from upit_merge import __version__
 from upit_merge.commands.finished import is_as_reported, result_digest
 from upit_merge.commands.foretell import tell_router_time
-from upit_merge.commands.next_steps import tell_next
 from upit_merge.commands.options import MixtureOptions, ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
@@ -35,6 +34,7 @@ from upit_merge.output.staging import scratch_folder
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
 from upit_merge.report.expert_names import expert_names
+from upit_merge.report.next_steps import tell_next
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.rewriting import PublishedCopies

@@ -13,7 +13,6 @@ import torch
 
 from upit_merge.commands.finished import is_finished_run, result_digest, run_identity
 from upit_merge.commands.foretell import tell_router_time
-from upit_merge.commands.next_steps import tell_next
 from upit_merge.commands.options import CommandOptions
 from upit_merge.commands.preflight import needs
 from upit_merge.config.recipe import Recipe
@@ -49,6 +48,7 @@ from upit_merge.output.staging import (
     staged_output,
 )
 from upit_merge.report.document import describe
+from upit_merge.report.next_steps import tell_next
 from upit_merge.report.record import merge_record, mixture_record
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import RECIPE_COPY, write_card

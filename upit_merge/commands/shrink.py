@@ -14,7 +14,6 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from upit_merge.commands.next_steps import tell_next
 from upit_merge.commands.options import ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
@@ -28,6 +27,7 @@ from upit_merge.models.mixture import MixtureArchitecture
 from upit_merge.output.staging import scratch_folder
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
+from upit_merge.report.next_steps import tell_next
 from upit_merge.report.tables import show
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.grouping import group_experts, routing_statistics

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from rich.table import Table
 
-from upit_merge.commands.next_steps import tell_next
 from upit_merge.data.examples import local_data
 from upit_merge.data.partition import (
     HELD_OUT,
@@ -29,6 +28,7 @@ from upit_merge.data.partition import (
 from upit_merge.errors import UpitError, argument, counted, shown
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.text_file import sync_file
+from upit_merge.report.next_steps import tell_next
 from upit_merge.report.tables import show
 
 LOG = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ from rich.table import Table
 from torch import Tensor
 
 from upit_merge.commands.compare import Rival, rival_losses
-from upit_merge.commands.next_steps import tell_next
 from upit_merge.config.router import RouterSettings
 from upit_merge.demo.corpus import Domain, load_domains, write_texts
 from upit_merge.demo.progress import open_demo
@@ -30,6 +29,7 @@ from upit_merge.io.text_file import read_record, write_json, write_unless_there
 from upit_merge.models.gates import training_free_gates
 from upit_merge.models.mixture import opened_mixture
 from upit_merge.models.tokenizer import load_tokenizer
+from upit_merge.report.next_steps import only_steps, tell_next
 from upit_merge.report.tables import best_in_bold, show
 from upit_merge.router.evaluation import Evaluation, Groups, run_mixture
 from upit_merge.router.pretrain import load_seed_set
@@ -107,7 +107,8 @@ def run_demo(
         write_texts(folder / "seed.jsonl", domains, _seed_texts(domains, seed))
         write_texts(folder / "held-out.jsonl", domains, [domain.heldout for domain in domains])
         write_unless_there(folder / "demo.yml", RECIPE)
-        _merge(folder, seed, quiet=quiet)
+        with only_steps():
+            _merge(folder, seed, quiet=quiet)
         rows = _measure(folder, models, domains, quiet=quiet)
 
         found = {

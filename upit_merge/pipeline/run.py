@@ -9,13 +9,14 @@ from pathlib import Path
 
 from rich.table import Table
 
-from upit_merge.errors import UpitError
+from upit_merge.errors import UpitError, argument
 from upit_merge.io.disk import explained_failures
 from upit_merge.output.lock import exclusive
 from upit_merge.pipeline.checks import check_pipeline
 from upit_merge.pipeline.config import load_pipeline
 from upit_merge.pipeline.record import Record
 from upit_merge.pipeline.stages import Stage, stages_of
+from upit_merge.report.next_steps import only_steps, tell_next
 from upit_merge.report.tables import show
 from upit_merge.runtime.processes import check_single_process
 
@@ -53,13 +54,16 @@ def run_pipeline(
                 activity = "done" if done else stage.does
                 print(f"[{number}/{len(stages)}] {stage.name}: {activity}", flush=True)
                 if not done:
-                    _do(stage, record)
+                    with only_steps():
+                        _do(stage, record)
                 if stage.name == until:
                     break
     if not quiet:
         show(_summary(stages, record))
     if until in (None, stages[-1].name):
         print(f"The model is in {pipeline.result}.")
+    if until in (None, stages[-1].name) and not quiet:
+        tell_next(("talk to it", f"upit-merge chat {argument(pipeline.result)}"))
 
 
 def _do(stage: Stage, record: Record) -> None:

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from upit_merge import __version__
 from upit_merge.data.examples import local_data
 from upit_merge.data.training_set import tokenized_set, training_set
-from upit_merge.errors import UpitError, first_line, one_line
+from upit_merge.errors import UpitError, argument, first_line, one_line
 from upit_merge.io.checkpoint import SAFE_WEIGHTS, check_not_compiled, has_any
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.hub import OpenOptions, resolve
@@ -24,6 +24,7 @@ from upit_merge.models.formats import found_format
 from upit_merge.output.identity import file_states
 from upit_merge.output.lock import exclusive, release
 from upit_merge.output.staging import REPORT, check_not_half_edited, remove_if_empty
+from upit_merge.report.next_steps import tell_next
 from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.runtime.processes import Processes, joined
 from upit_merge.training.alone import load_alone
@@ -325,8 +326,11 @@ def _train(
 def _tell(out: Path, seconds: float, *, is_mixture: bool) -> None:
     if is_mixture:
         print(f"Trained in {seconds / 60:.1f} minutes; the model is in {out}.")
+        measure = f"upit-merge evaluate {argument(out)} --data held-out.jsonl"
+        tell_next(("measure it", measure), ("talk to it", f"upit-merge chat {argument(out)}"))
         return
     count = len(list(out.glob("checkpoint-*")))
     subject = "1 checkpoint is" if count == 1 else f"{count} checkpoints are"
     minutes = seconds / 60
     print(f"Trained in {minutes:.1f} minutes; {subject} in {out}, {out}/checkpoint-* in a recipe.")
+    tell_next(("write that recipe", f"upit-merge init {argument(out)}"))
