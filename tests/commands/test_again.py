@@ -89,6 +89,20 @@ def test_the_same_gates_are_not_fitted_twice(family, recipe) -> None:
     assert "are replaced" in invoke(*words).output
 
 
+def test_the_same_experts_go_and_come_once(family, recipe) -> None:
+    out, seeds = family.root / "out", family.root / "seed.jsonl"
+    assert invoke("run", recipe, out).exit_code == 0
+    extend = ["extend", out, "--model", family.base, "--data", seeds]
+    shrink = ["shrink", out, "--experts", 3, "--data", seeds]
+    for words in (extend, shrink):
+        assert "nothing was computed" not in invoke(*words).output
+        before = state_of(out)
+        again = invoke(*words)
+        assert again.exit_code == 0, again.output
+        assert "nothing was computed" in again.output
+        assert state_of(out) == before
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_verdict_appears_once(family, recipe, caplog, quiet: bool) -> None:
     result = invoke("run", recipe, family.root / "out", *["--quiet"] * quiet)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from upit_merge.commands.finished import is_repeated, result_digest
 from upit_merge.commands.options import ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
@@ -109,7 +110,8 @@ def extend_output(
         check_router_memory(model, stage.lengths, settings, out)
         added = {"model": file_states(dense.files(), ""), "all gates": all_gates}
         identity = {**router_identity(stage), **added}
-        if edit.was_finished(identity):
+        digest = result_digest(identity)
+        if edit.was_finished(identity) or is_repeated(out, before, digest):
             return
         stage = session.resumed(stage, identity)
         with edit.interruptible("the model is as it was"):
@@ -124,7 +126,7 @@ def extend_output(
             named = named_gates(model.architecture.gate_names(), fitted.gates)
             write_model(edit.emptied(), layout, extended, named, quiet=options.quiet)
             changes = _report(before, fitted, extended, dense, model, all_gates=all_gates)
-            obsolete = write_report_and_card(edit, before, changes, layout.obsolete)
+            obsolete = write_report_and_card(edit, before, changes, layout.obsolete, digest=digest)
             edit.put_into_place(identity, obsolete)
     if not options.quiet:
         print(stage.seeds.summary())

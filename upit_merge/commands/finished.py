@@ -15,6 +15,7 @@ from upit_merge.errors import UpitError
 from upit_merge.io.sources import DenseModel
 from upit_merge.output.identity import file_states
 from upit_merge.output.staging import REPORT, check_output_is_free
+from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
 
 
@@ -65,6 +66,19 @@ def is_as_reported(out: Path) -> bool:
     """Return whether no weights of a model were written after its report, which comes last."""
     reported = (out / REPORT).stat().st_mtime_ns
     return all(path.stat().st_mtime_ns <= reported for path in out.glob("*.safetensors"))
+
+
+def is_repeated(out: Path, report: AnyReport, digest: str) -> bool:
+    """Return whether the last change of a model was this very call; says so.
+
+    Args:
+        digest: Of what decides its result, see `result_digest`.
+    """
+    steps = report.document.get("history") or [{}]
+    same = steps[-1].get("run_sha256") == digest and is_as_reported(out)
+    if same:
+        print(f"This very command was the last that changed {out}: nothing was computed.")
+    return bool(same)
 
 
 def is_finished_run(out: Path, identity: Mapping[str, Any]) -> bool:

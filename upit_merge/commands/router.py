@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from upit_merge import __version__
-from upit_merge.commands.finished import is_as_reported, result_digest
+from upit_merge.commands.finished import is_repeated, result_digest
 from upit_merge.commands.foretell import tell_router_time
 from upit_merge.commands.options import MixtureOptions, ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
@@ -116,10 +116,8 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
         identity = router_identity(stage)
         if edit.was_finished(identity):
             return
-        if _is_there(out, before, result_digest(identity)):
-            if processes.is_first and not options.quiet:
-                print(f"This command has made the gates of {out} already: nothing was computed.")
-                tell_next(*_next_steps(out))
+        digest = result_digest(identity)
+        if processes.gather(processes.is_first and is_repeated(out, before, digest))[0]:
             return
         stage = session.resumed(stage, identity)
         copies = _copies(session, stage)
@@ -131,7 +129,6 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
             if processes.is_first:
                 copies.write(named_gates(stage.model.architecture.gate_names(), result.gates))
                 form = stage.model.format
-                digest = result_digest(identity)
                 obsolete = _write_report_and_card(edit, result, before, copies, form, digest)
                 edit.put_into_place(identity, obsolete)
         if processes.is_first and not options.quiet:
@@ -139,14 +136,6 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
             show_buckets(result.report)
             print(f"The gates in {out} are replaced.")
             tell_next(*_next_steps(out))
-
-
-def _is_there(out: Path, report: AnyReport, digest: str) -> bool:
-    """Return whether the last change of the model was this very call."""
-    router = report.document.get("router") or {}
-    steps = report.document.get("history") or [{}]
-    is_last = steps[-1].get("command") == "router"
-    return is_last and router.get("run_sha256") == digest and is_as_reported(out)
 
 
 def _next_steps(out: Path) -> Iterator[tuple[str, str]]:
@@ -243,8 +232,8 @@ def _write_report_and_card(
     # Experts that were trained before are so still.
     earlier = before.router and before.router.experts_sha256
     kept = {"experts_sha256": earlier} if earlier else {}
-    changes = {"router": {**kept, **result.report, "run_sha256": digest}}
-    obsolete = write_report_and_card(edit, before, changes, copies.obsolete)
+    changes = {"router": {**kept, **result.report}}
+    obsolete = write_report_and_card(edit, before, changes, copies.obsolete, digest=digest)
     config, complete = edit.model / "config.json", complete_config(copies.config, form)
     if complete != read_json(edit.out / "config.json", "the mixture"):
         write_json(config, complete)

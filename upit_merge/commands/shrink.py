@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from upit_merge.commands.finished import is_repeated, result_digest
 from upit_merge.commands.options import ResizeOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
@@ -105,7 +106,8 @@ def shrink_output(
         model = stage.model
         fitting = refit_settings(before, settings) if refit else None
         identity = _identity(stage, num_experts, how, fitting)
-        if edit.was_finished(identity):
+        digest = result_digest(identity)
+        if edit.was_finished(identity) or is_repeated(out, before, digest):
             return
         _check_number(out, model, num_experts)
         check_router_memory(model, stage.lengths, settings, out, evaluated=True)
@@ -129,10 +131,10 @@ def shrink_output(
             if fitted is not None:
                 changes["router"] = fitted.report
             elif router := before.document.get("router"):
-                digest = gates_digest(gates, model.stored_dtype)
+                gates_sha256 = gates_digest(gates, model.stored_dtype)
                 kept = {key: value for key, value in router.items() if key != "experts_sha256"}
-                changes["router"] = {**kept, "gates_sha256": digest}
-            obsolete = write_report_and_card(edit, before, changes, layout.obsolete)
+                changes["router"] = {**kept, "gates_sha256": gates_sha256}
+            obsolete = write_report_and_card(edit, before, changes, layout.obsolete, digest=digest)
             edit.put_into_place(identity, obsolete)
     if not options.quiet:
         print(stage.seeds.summary())

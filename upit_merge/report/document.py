@@ -376,12 +376,18 @@ def read_report(out: Path) -> AnyReport:
         ) from None
 
 
-def after(before: AnyReport, command: str, changes: Mapping[str, Any]) -> AnyReport:
+def after(
+    before: AnyReport, command: str, changes: Mapping[str, Any], digest: str | None = None
+) -> AnyReport:
     """Return the report of the model that a command made of the one `before` speaks of.
 
     What was evaluated, and what wrote, was the model before: that goes, unless `changes` has new.
+
+    Args:
+        digest: By which the same call is known.
     """
-    history = [*before.document.get("history", []), {"command": command}]
+    step = {"command": command, **({"run_sha256": digest} if digest else {})}
+    history = [*before.document.get("history", []), step]
     document = {**before.document, **changes, "history": history}
     for key in ("evaluation", "samples"):
         if key not in changes:

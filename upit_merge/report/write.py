@@ -50,6 +50,7 @@ def write_report_and_card(
     *,
     same_model: bool = False,
     replace_card: bool = False,
+    digest: str | None = None,
 ) -> list[str]:
     """Prepare report and card of a model that an edit changes; to be called when all else is.
 
@@ -59,6 +60,7 @@ def write_report_and_card(
         obsolete: Names of the model's files that go.
         same_model: Only what is told of the model changes.
         replace_card: Write the card whatever is there.
+        digest: By which the same call is known when it is given again.
 
     Returns:
         `obsolete`, with the pictures that are not shown any more.
@@ -70,7 +72,7 @@ def write_report_and_card(
     if same_model:
         report = describe({**before.document, **changes})
     else:
-        report = after(before, edit.command, changes)
+        report = after(before, edit.command, changes, digest)
     if "evaluation" in before.document and "evaluation" not in report.document:
         LOG.warning("The evaluation in the report was of the model before and is removed.")
     document = dict(report.document)
