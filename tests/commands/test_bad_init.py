@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.support.commands import done, refused
 from tests.support.folders import models, write_data, written
 from tests.support.spoilt import snapshot
-from upit_merge.commands import survey
+from upit_merge.commands.first_recipe import survey
 
 # ---- what is refused ---------------------------------------------------------------------------
 

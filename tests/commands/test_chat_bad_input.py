@@ -19,7 +19,7 @@ from tests.conftest import Family
 from tests.support.commands import refused
 from tests.support.spoilt import assert_sentence, refusal, snapshot
 from tests.support.talk import family_that_talks, session, typed
-from upit_merge.commands import voices
+from upit_merge.commands.dialogue import voices
 from upit_merge.errors import printable
 from upit_merge.runtime.device import resolve_chat_device, resolve_device
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import build_family
 from tests.support.families import COHERE2, GEMMA4, LFM2, QWEN35
-from upit_merge.commands.voices import load_voice
+from upit_merge.commands.dialogue.voices import load_voice
 from upit_merge.engine.generation import Answer, Speaker
 from upit_merge.models.formats import FORMATS, MixtureFormat, found_format
 

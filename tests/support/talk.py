@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import Family, build_family
 from tests.support.tokenizers import CHATML, add_chat_tokens
 from upit_merge.commands.chat import ChatOptions, Session
-from upit_merge.commands.voices import load_voices
+from upit_merge.commands.dialogue.voices import load_voices
 from upit_merge.report.spoken import Screen
 
 TEMPLATE = f"{CHATML}{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"

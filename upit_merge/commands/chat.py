@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from upit_merge.commands.compare import Rival
-from upit_merge.commands.conversation import Conversation, check_system
-from upit_merge.commands.voices import Voice, VoiceOptions, check_expert, load_voices
+from upit_merge.commands.dialogue.conversation import Conversation, check_system
+from upit_merge.commands.dialogue.voices import Voice, VoiceOptions, check_expert, load_voices
 from upit_merge.engine.generation import Answer
 from upit_merge.engine.routed import Choices
 from upit_merge.errors import UpitError, argument, first_line, one_line, shown

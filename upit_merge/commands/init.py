@@ -11,15 +11,15 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from upit_merge.commands.choices import (
+from upit_merge.commands.first_recipe.choices import (
     RecipeChoices,
     choose,
     experts_for,
     is_named_base,
     nothing_found,
 )
-from upit_merge.commands.draft import Draft
-from upit_merge.commands.survey import FoundModel, survey_folder
+from upit_merge.commands.first_recipe.draft import Draft
+from upit_merge.commands.first_recipe.survey import FoundModel, survey_folder
 from upit_merge.config.recipe import ModelEntry, parse_recipe_text
 from upit_merge.config.references import expand_models
 from upit_merge.data.examples import iter_examples, local_data

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from upit_merge.commands.conversation import Conversation
-from upit_merge.commands.voices import VoiceOptions, load_voice
+from upit_merge.commands.dialogue.conversation import Conversation
+from upit_merge.commands.dialogue.voices import VoiceOptions, load_voice
 from upit_merge.config.recipe import load_recipe
 from upit_merge.errors import UpitError, printable
 from upit_merge.io.disk import explained_failures

@@ -20,11 +20,11 @@ which names of files and tensors are taken. What only one reader needs stays bes
 * `models/lora/config.py`: patterns that would take for ever to match;
 * `models/tokenizer.py`: `load_tokenizer`: a tokenizer's code only if the user allows it;
 * `errors.py`: `printable`, `report/spoken.py`: what a model says, on the terminal;
-* `commands/voices.py`: a model's code only if the user allows it, and all of its weights;
+* `commands/dialogue/voices.py`: a model's code only if the user allows it, and all of its weights;
 * `models/chat_template.py`: `chat_templates`, `template_files`: names that are files in one folder;
 * `data/examples.py`, `data/records.py`, `data/conversations.py`: records of the wrong kind, text
   that is no Unicode, settings that are not the data's business;
-* `commands/survey.py`: folders without end, links out of them, hints of the wrong kind;
+* `commands/first_recipe/survey.py`: folders without end, links out of them, hints of the wrong kind;
 * `output/staging.py`, `output/lock.py`: what an earlier report, or a run that was cut off, wants
   removed, and links among our hidden files;
 * `report/document.py`, `report/sources.py`, `report/markdown.py`: reports of the wrong kind, cards of

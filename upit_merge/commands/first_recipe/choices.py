@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from upit_merge.commands.survey import FoundModel, Survey
+from upit_merge.commands.first_recipe.survey import FoundModel, Survey
 from upit_merge.config.recipe import ModelEntry
 from upit_merge.config.references import expand_models
 from upit_merge.errors import UpitError, counted, one_line

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from upit_merge.commands.voices import Voice
+from upit_merge.commands.dialogue.voices import Voice
 from upit_merge.errors import UpitError, counted, first_line, one_line
 
 LOG = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Models to talk to, and what is said: of `chat`, and of the samples on a card."""
