@@ -183,7 +183,7 @@ def test_a_mixture_is_no_checkpoint(here: Path) -> None:
     done("init", ".", "--quiet")
     done("run", "recipe.yml", "out", "--quiet")
     output = done("init", ".", "--force").output
-    assert output.splitlines()[-1] == "  upit-merge run recipe.yml out-2/"
+    assert output.splitlines()[-1] == "  make it                      upit-merge run recipe.yml out-2/"
     assert "out is a mixture that upit-merge made" in output
     assert models(yaml.safe_load(Path("recipe.yml").read_text())) == ["./sft/checkpoint-*"]
     assert refused("init", "out", "--force").endswith(
