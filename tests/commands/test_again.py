@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.support.commands import invoke
 
@@ -39,8 +41,18 @@ def test_how_much_is_computed_at_a_time_makes_no_other_run(family) -> None:
     assert "nothing was computed" in invoke("run", second, out).output
 
 
-@pytest.mark.parametrize("change", ["seed", "seed data", "checkpoint", "no tokenizer"])
-def test_another_run_is_refused_as_ever(family, recipe, change: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ("seed", "differs in the recipe;"),
+        ("seed data", "differs in the seed data and a file of a model or of the data"),
+        ("checkpoint", "differs in a file of a model or of the data, or its time of change;"),
+        ("no tokenizer", "differs in --copy-tokenizer;"),
+    ],
+)
+def test_another_run_is_refused_and_what_differs_is_told(
+    family, recipe, change: str, differs: str
+) -> None:
     out = family.root / "out"
     assert invoke("run", recipe, out).exit_code == 0
     words = []
@@ -58,7 +70,51 @@ def test_another_run_is_refused_as_ever(family, recipe, change: str) -> None:
     result = invoke("run", recipe, out, *words)
     assert result.exit_code == 1
     assert "is not empty" in result.stderr
+    assert differs in result.stderr
     assert state_of(out) == before
+
+
+def gates_of_zeros(out: Path) -> None:
+    weights = next(out.glob("*.safetensors"))
+    tensors = load_file(weights)
+    gates = {name: t.zero_() for name, t in tensors.items() if name.endswith("gate.weight")}
+    assert gates
+    save_file(tensors, weights, {"format": "pt"})
+
+
+@pytest.mark.parametrize("between", [None, "page", "evaluate"])
+def test_weights_written_by_anybody_else_are_noticed(family, recipe, between) -> None:
+    """Also if a command of ours has written the report again, which says nothing of weights."""
+    out = family.root / "out"
+    assert invoke("run", recipe, out).exit_code == 0
+    gates_of_zeros(out)
+    if between == "page":
+        assert invoke("page", out).exit_code == 0
+    elif between == "evaluate":
+        data = family.root / "seed.jsonl"
+        assert invoke("evaluate", out, "--data", data, "--card", "--quiet").exit_code == 0
+    result = invoke("run", recipe, out)
+    assert result.exit_code == 1
+    assert "model.safetensors was written since" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_other_files_that_were_written_since_are_noticed(family, recipe, name: str) -> None:
+    out = family.root / "out"
+    assert invoke("run", recipe, out).exit_code == 0
+    time.sleep(0.02)
+    (out / name).write_text("{}")
+    result = invoke("run", recipe, out)
+    assert result.exit_code == 1
+    assert f"{name} was written since" in result.stderr
+
+
+def test_another_card_block_is_told(family, recipe, caplog) -> None:
+    out, seeds = family.root / "out", {"data": str(family.root / "seed.jsonl")}
+    assert invoke("run", recipe, out).exit_code == 0
+    other = family.write_recipe(family.recipe(router=seeds, card={"name": "Ada"}))
+    assert "nothing was computed" in invoke("run", other, out).output
+    assert "--recipe RECIPE` applies it" in caplog.text
 
 
 def test_an_output_that_was_changed_since_is_not_this_run(family, recipe) -> None:
@@ -68,7 +124,7 @@ def test_an_output_that_was_changed_since_is_not_this_run(family, recipe) -> Non
     assert invoke("router", out, "--data", seeds, "--objective", "ridge").exit_code == 0
     result = invoke("run", recipe, out)
     assert result.exit_code == 1
-    assert "is not empty" in result.stderr
+    assert "changed since by `upit-merge router`" in result.stderr
 
 
 def test_the_same_gates_are_not_fitted_twice(family, recipe) -> None:
@@ -124,15 +180,32 @@ def test_a_file_that_is_gone_is_named(family, recipe) -> None:
 def test_the_report_tells_nothing_of_the_disk(family, recipe) -> None:
     out = family.root / "out"
     assert invoke("run", recipe, out).exit_code == 0
-    digest = json.loads((out / "upit_report.json").read_text())["run_sha256"]
-    assert len(digest) == 64
+    digests = json.loads((out / "upit_report.json").read_text())["run"]
+    assert {len(digest) for digest in digests.values()} == {64}
 
 
 def test_a_report_by_anybody_else_is_no_finished_run(family, recipe) -> None:
     out = family.root / "out"
     assert invoke("run", recipe, out).exit_code == 0
     report = json.loads((out / "upit_report.json").read_text())
-    (out / "upit_report.json").write_text(json.dumps({**report, "run_sha256": 7}))
+    (out / "upit_report.json").write_text(json.dumps({**report, "run": 7}))
     result = invoke("run", recipe, out)
     assert result.exit_code == 1
     assert "is not empty" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "evaluate"])
+def test_results_are_not_written_over_the_data(family, recipe, command: str) -> None:
+    out, data = family.root / "out", family.root / "seed.jsonl"
+    assert invoke("run", recipe, out).exit_code == 0
+    other = family.root / "mine.json"
+    other.write_text("[1, 2]")
+    before = data.read_bytes()
+    for target, words in ((data, "written over the data"), (other, "is no file of results")):
+        result = invoke(command, out, "--data", data, "--json", target)
+        assert result.exit_code == 1
+        assert words in result.stderr
+    assert (data.read_bytes(), other.read_text()) == (before, "[1, 2]")
+    results = family.root / "results.json"
+    for _again in range(2):
+        assert invoke(command, out, "--data", data, "--json", results, "--quiet").exit_code == 0

@@ -145,7 +145,7 @@ SENTENCES: dict[str, tuple[Any, tuple[object, ...], str]] = {
     "data that is not there": (
         lambda here: None,
         (".", "--data", "no.jsonl"),
-        "There is no seed data at 'no.jsonl'; give the path of a .jsonl, .json, .parquet, .csv, "
+        "There is no data at 'no.jsonl'; give the path of a .jsonl, .json, .parquet, .csv, "
         ".tsv or .txt file or of a folder of them, or a dataset id.",
     ),
     "too many experts for a token": (
@@ -183,7 +183,9 @@ def test_a_mixture_is_no_checkpoint(here: Path) -> None:
     done("init", ".", "--quiet")
     done("run", "recipe.yml", "out", "--quiet")
     output = done("init", ".", "--force").output
-    assert output.splitlines()[-1] == "  make it                      upit-merge run recipe.yml out-2/"
+    assert (
+        output.splitlines()[-1] == "  make it                      upit-merge run recipe.yml out-2/"
+    )
     assert "out is a mixture that upit-merge made" in output
     assert models(yaml.safe_load(Path("recipe.yml").read_text())) == ["./sft/checkpoint-*"]
     assert refused("init", "out", "--force").endswith(

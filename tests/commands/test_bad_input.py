@@ -112,7 +112,7 @@ TOKENIZERS = [
 SEED_CASES = {
     "no such file": Case(
         seed_data(None),
-        "There is no seed data at 'seed.jsonl'; give the path of a .jsonl, …",
+        "There is no data at 'seed.jsonl'; give the path of a .jsonl, …",
     ),
     "malformed line": Case(
         seed_data('{"text": "one"}\n{"text": '),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import build_family, byte_tokenizer
+from tests.support.cards import report_of
 from tests.support.commands import done, extend, refused, shrink
 from tests.support.crash import crash
 from tests.support.families import FORMAT_KINDS as KINDS
@@ -143,6 +144,15 @@ def test_merged_ones_are_refitted_with_what_is_recorded(four, moe, tmp_path) -> 
     done("router", later, *words)
     fitted, expected = load_model(moe), load_model(later)
     assert all(torch.equal(fitted[name], expected[name]) for name in expected)
+
+
+def test_gates_fitted_to_prompts_are_refitted_to_the_data(four, moe, tmp_path) -> None:
+    prompts = tmp_path / "prompts.yml"
+    prompts.write_text("".join(f"{expert}: [sample {expert}]\n" for expert in range(4)))
+    done("router", moe, "--prompts", prompts, "--quiet")
+    done(*shrink(moe, four, 2, *DROP, "--refit"))
+    settings = report_of(moe)["router"]["settings"]
+    assert (settings["prompts"], settings["data"]) == (None, str(four.seed_file()))
 
 
 def test_what_others_make_of_it(four, moe) -> None:

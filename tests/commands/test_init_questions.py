@@ -69,7 +69,7 @@ def test_a_wrong_answer_is_told_and_asked_again(here: Path) -> None:
     result = typed("./nowhere", "", "no.jsonl", "-", "none", "3")
     assert result.exit_code == 0, result.output
     assert "The base_model ./nowhere does not exist" in result.output
-    assert "There is no seed data at 'no.jsonl'" in result.output
+    assert "There is no data at 'no.jsonl'" in result.output
     assert "router" not in recipe()
 
 

@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused(four, moe, tmp_path, monkeypatch) -> None:
             "objective: softmax is for all gates; add --all-gates.",
         ),
         (extend(moe, four, "--refine-steps", "2"), "refine changes all gates; add --all-gates."),
-        (extend(moe, four, "--data", "none.jsonl"), "There is no seed data at 'none.jsonl'"),
+        (extend(moe, four, "--data", "none.jsonl"), "There is no data at 'none.jsonl'"),
         (shrink(moe, four, 4), "has 4 experts per layer, which cannot become 4; give a"),
         (shrink(moe, four, 1), "routes a token to 2 experts, so that 1 would be too few; give "),
         (shrink(four.base, four, 2), "the router needs a Mixtral, Qwen3-MoE, "),

@@ -255,7 +255,7 @@ def test_bad_data_is_told_and_nothing_written(data: Path) -> None:
         "data.jsonl line 101 has `other` and no usable"
     )
     assert snapshot(data.parent) == before
-    assert refused("split", "nowhere.jsonl").startswith("There is no seed data at 'nowhere.jsonl'")
+    assert refused("split", "nowhere.jsonl").startswith("There is no data at 'nowhere.jsonl'")
     Path("empty").mkdir()
     assert refused("split", "empty").endswith("put the seed data there.")
 

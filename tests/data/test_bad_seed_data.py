@@ -173,7 +173,7 @@ def test_truncated_parquet(tmp_path: Path) -> None:
 )
 def test_nothing_there(source: str) -> None:
     assert refusal(read_seed_data, source) == (
-        f"There is no seed data at {source!r}; give the path of a {FILES} file or of a folder of "
+        f"There is no data at {source!r}; give the path of a {FILES} file or of a folder of "
         "them, or a dataset id."
     )
 

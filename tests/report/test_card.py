@@ -175,14 +175,39 @@ def test_the_experts_alone_have_a_table() -> None:
             "(1), 11.1% lower than with a shuffled router. Whether it is worth its size, only "
             "other models on the same text can tell",
         ),
-        (4.0, {"dense": 5.0}, "On this text it is the best of the models compared."),
-        (4.0, {"dense": 5.0, "average": 3.2}, "25.0% HIGHER than that of average"),
-        (4.0, {"dense": 5.0, "average": 3.2}, "On this text average is the better model."),
-        (4.0, {"twin": 4.001}, "as high as that of twin. On this text twin is as good."),
+        (4.0, {"dense": 5.0}, "Over all of this text it is the best of the models compared."),
+        (4.0, {"dense": 5.0, "average": 3.2}, '25.0% HIGHER than that of "average"'),
+        (
+            4.0,
+            {"dense": 5.0, "average": 3.2},
+            'Over all of this text "average" is the better model.',
+        ),
+        (
+            4.0,
+            {"twin": 4.001},
+            'as high as that of "twin". Over all of this text "twin" is as good.',
+        ),
     ],
 )
 def test_the_verdict_is_in_words(perplexity: float, others: dict, words: str) -> None:
     assert words in evaluated(perplexity, **others)
+
+
+def test_a_kind_on_which_another_is_better_is_named() -> None:
+    found = evaluation(2)
+    found["groups"]["letters"]["experts_alone"] = [3.0, 5.0]
+    found["others"] = [{"model": "dense", "perplexity": 9.0, "groups": {"digits": 2.0}}]
+    text = render(model(2, 2, evaluation=found), "")
+    assert 'By kind: on letters expert 0 alone is better, on digits "dense" is better.' in text
+
+
+def test_a_bound_is_no_model_and_never_bold() -> None:
+    found = evaluation(2)
+    for group in found["groups"].values():
+        group["best_expert_per_sample"] = 1.0
+    text = render(model(2, 2, evaluation=found), "")
+    assert "| the best expert of each sample | 1.00 | 1.00 | 1.00 |" in text
+    assert "| this mixture | **4.00** |" in text
 
 
 def test_no_path_of_anybodys_disk_is_shown() -> None:

@@ -11,7 +11,10 @@ import click
 from upit_merge.cli.options import command
 
 
-@command(epilog="upit-merge chat out/ --show-experts\nupit-merge chat out/ --against base/")
+@command(
+    short_help="Talk to a mixture, or to one of its experts.",
+    epilog="upit-merge chat out/ --show-experts\nupit-merge chat out/ --against base/",
+)
 @click.argument("out")
 @click.option("--system", metavar="TEXT", help="A system message, for the chat template.")
 @click.option(

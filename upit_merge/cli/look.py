@@ -11,6 +11,7 @@ from upit_merge.cli.options import FILE, PATH, command, common_options, data_opt
 
 
 @command(
+    short_help="Show where the router sends every token.",
     setting_options=data_options,
     epilog="upit-merge inspect out/ --data held-out.jsonl --group-by domain --html routing.html",
 )

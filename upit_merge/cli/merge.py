@@ -20,7 +20,11 @@ def _teller(quiet: bool) -> Callable[[str], None]:
     return (lambda _line: None) if quiet else click.echo
 
 
-@command(merge_options=merge_options, epilog="upit-merge run recipes/upit-8x.yml out/ --cuda")
+@command(
+    short_help="Make the mixture that a recipe describes.",
+    merge_options=merge_options,
+    epilog="upit-merge run recipes/upit-8x.yml out/ --cuda",
+)
 @click.argument("recipe", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of upit-merge.")
@@ -36,6 +40,7 @@ def run(recipe: Path, out: Path, overwrite: bool, **values: Any) -> None:
 
 
 @command(
+    short_help="Check a recipe; show its experts and what it needs.",
     merge_options=partial(merge_options, unused=_WRITING),
     epilog="upit-merge plan recipes/upit-8x.yml out/ --data seed.jsonl",
 )
@@ -71,6 +76,7 @@ def plan(
 
 
 @command(
+    short_help="Compute a mixture again and compare every byte.",
     merge_options=partial(merge_options, unused=(*_WRITING, "out_shard_size", "random_seed")),
     epilog="upit-merge verify out/",
 )

@@ -20,6 +20,7 @@ from upit_merge.cli.options import (
 
 
 @command(
+    short_help="Train the gates of a mixture anew.",
     setting_options=setting_options,
     epilog="upit-merge router out/ --data seed.jsonl --objective ridge",
 )
@@ -34,6 +35,7 @@ def router(out: Path, common: dict[str, Any], **settings: Any) -> None:
 
 
 @command(
+    short_help="Add a dense model as one more expert.",
     setting_options=gate_options,
     epilog="upit-merge extend out/ --model sft-law/checkpoint-900 --data law.jsonl",
 )
@@ -61,6 +63,7 @@ def extend(out: Path, model: str, all_gates: bool, common: dict[str, Any], **set
 
 
 @command(
+    short_help="Merge or drop experts until few are left.",
     setting_options=data_options,
     epilog="upit-merge shrink out/ --experts 4 --data seed.jsonl\n"
     "upit-merge shrink out/ --experts 6 --how drop --refit --data seed.jsonl",
@@ -97,6 +100,7 @@ def shrink(
 
 
 @command(
+    short_help="Write experts as a dense model.",
     epilog="upit-merge extract out/ --expert 2 expert-2/\n"
     "upit-merge extract out/ --average --expert 0 --expert 3 mean/",
 )
@@ -129,6 +133,7 @@ def extract(
 
 
 @command(
+    short_help="Measure a mixture on held-out data.",
     setting_options=data_options,
     epilog="upit-merge evaluate out/ --data held-out.jsonl --group-by domain --plot routing.png",
 )
@@ -180,7 +185,10 @@ def evaluate(
     evaluate_output(out, parse_settings(settings), options)
 
 
-@command(epilog='upit-merge page out/ --recipe recipe.yml --sample "Why is the sky blue?"')
+@command(
+    short_help="Write the model card anew, with samples.",
+    epilog='upit-merge page out/ --recipe recipe.yml --sample "Why is the sky blue?"',
+)
 @click.argument("out", type=PATH)
 @click.option("--force", is_flag=True, help="Replace a card that was edited by hand, too.")
 @click.option("--recipe", type=PATH, help="Take the card: block of this recipe.")

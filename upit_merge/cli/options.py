@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -239,4 +240,7 @@ def parse_merge_options(values: dict[str, Any]) -> Any:
             raise UpitError(f"--{option} is {value}; it must be from {least} to {most}.")
     options = MergeOptions(**values)
     options.apply_global_options()
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:  # mergekit's, which begins with a module's name
+            handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     return options

@@ -10,7 +10,10 @@ import click
 from upit_merge.cli.options import PATH, command
 
 
-@command(epilog="upit-merge init sft/\nupit-merge init . --base ./base --data seed.jsonl --yes")
+@command(
+    short_help="Write a recipe for what lies in a folder.",
+    epilog="upit-merge init sft/\nupit-merge init . --base ./base --data seed.jsonl --yes",
+)
 @click.argument("folder", type=PATH)
 @click.option(
     "--output",
@@ -29,7 +32,7 @@ from upit_merge.cli.options import PATH, command
 )
 @click.option("--data", help="What the router is fitted to: a file, a folder or a dataset id.")
 @click.option("--no-data", is_flag=True, help="Leave the router out, whatever data there is.")
-@click.option("--experts", type=click.IntRange(1), help="Experts per layer.")
+@click.option("--experts", type=click.IntRange(1, 1024), help="Experts per layer.")
 @click.option("--experts-per-token", type=click.IntRange(1), help="Experts a token is routed to.")
 @click.option(
     "--dtype",
@@ -55,7 +58,10 @@ def init(folder: Path, output: Path, allow_pickle: bool, **values: Any) -> None:
     write_recipe(folder, output, options)
 
 
-@command(epilog="upit-merge split data.jsonl --out split/ --held-out 500 --group-by domain")
+@command(
+    short_help="Divide data into train, seed and held-out files.",
+    epilog="upit-merge split data.jsonl --out split/ --held-out 500 --group-by domain",
+)
 @click.argument("data", metavar="FILE")
 @click.option(
     "--out", type=PATH, default="split", show_default=True, help="The folder of the files."

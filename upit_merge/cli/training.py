@@ -10,6 +10,7 @@ from upit_merge.cli.options import FILE, PATH, command
 
 
 @command(
+    short_help="Train a dense model, or a finished mixture.",
     epilog="upit-merge finetune prepare.yml\naccelerate launch -m upit_merge finetune post-train.yml",
     context_settings={"ignore_unknown_options": True},
 )
@@ -35,7 +36,10 @@ def finetune(config: Path, overrides: tuple[str, ...], quiet: bool) -> None:
     training.finetune(config, overrides, quiet=quiet)
 
 
-@command(epilog="upit-merge pipeline pipeline.yml")
+@command(
+    short_help="All stages, from a dense model to a trained mixture.",
+    epilog="upit-merge pipeline pipeline.yml",
+)
 @click.argument("config", type=FILE)
 @click.option("--redo", metavar="STAGE", help="Do this stage, and what follows it, again.")
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
@@ -53,7 +57,9 @@ def pipeline(config: Path, redo: str | None, until: str | None, quiet: bool) -> 
     run_pipeline(config, redo=redo, until=until, quiet=quiet)
 
 
-@command(epilog="upit-merge demo demo/")
+@command(
+    short_help="Small models, trained, merged and measured here.", epilog="upit-merge demo demo/"
+)
 @click.argument("folder", type=PATH)
 @click.option("--all-stages", is_flag=True, help="With training before and after the merge.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)

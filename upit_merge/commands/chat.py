@@ -15,7 +15,7 @@ from upit_merge.commands.dialogue.voices import Voice, VoiceOptions, check_exper
 from upit_merge.engine.generation import Answer
 from upit_merge.engine.routed import Choices
 from upit_merge.errors import UpitError, argument, first_line, one_line, shown
-from upit_merge.report.next_steps import next_lines
+from upit_merge.report.next_steps import HELD_OUT, SEED, next_lines
 from upit_merge.report.spoken import Screen
 from upit_merge.runtime.interrupt import ends_at_once
 
@@ -134,8 +134,8 @@ def _next_steps(reference: str, voice: Voice) -> Iterator[tuple[str, str]]:
     if voice.num_experts is None:
         yield "see what a mixture with it would be", "upit-merge plan recipe.yml out/"
         return
-    yield "measure what you saw", f"upit-merge evaluate {model} --data held-out.jsonl"
-    yield "fit the gates anew", f"upit-merge router {model} --data seed.jsonl"
+    yield "measure what you saw", f"upit-merge evaluate {model} --data {HELD_OUT}"
+    yield "fit the gates anew", f"upit-merge router {model} --data {SEED}"
 
 
 class Session:

@@ -19,6 +19,7 @@ from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.router import RouterSettings
 from upit_merge.errors import UpitError, argument
+from upit_merge.io.results import check_is_not_data
 from upit_merge.io.text_file import write_json
 from upit_merge.models.mixture import read_mixture
 from upit_merge.output.edit import Edit
@@ -26,7 +27,7 @@ from upit_merge.output.staging import REPORT, check_output_exists
 from upit_merge.report.document import Evaluation as Record
 from upit_merge.report.document import read_report
 from upit_merge.report.heatmap import check_format, draw_routing
-from upit_merge.report.next_steps import tell_next
+from upit_merge.report.next_steps import SEED, tell_next
 from upit_merge.report.tables import best_in_bold, show
 from upit_merge.report.verdict import evaluation_verdict
 from upit_merge.report.write import write_report_and_card
@@ -82,6 +83,8 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UpitError(f"The folder of {path} does not exist; create it first.")
+        if path is not None:
+            check_is_not_data(path, settings.data or "")
     if options.plot is not None:
         check_format(options.plot)
     with (
@@ -106,10 +109,11 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
         if processes.is_first:
             _tell(evaluation, options)
             record = condensed(evaluation, settings.data, samples)
+            if not options.quiet:
+                print(evaluation_verdict(Record.model_validate(record)))
             if options.card:
                 _keep(edit, record, quiet=options.quiet)
             if not options.quiet:
-                print(evaluation_verdict(Record.model_validate(record)))
                 tell_next(*_next_steps(out, evaluation, settings, options))
     return evaluation
 
@@ -118,11 +122,16 @@ def _next_steps(
     out: Path, evaluation: Evaluation, settings: RouterSettings, options: EvaluateOptions
 ) -> Iterator[tuple[str, str]]:
     folder, data = argument(out), argument(settings.data or "")
+    if options.group_by:
+        data = f"{data} --group-by {argument(options.group_by)}"
     if not options.against:
-        command = f"upit-merge evaluate {folder} --data {data} --against MODEL"
-        yield "measure a dense model beside it", command
+        yield "write the average of its experts", f"upit-merge extract {folder} --average mean/"
+        yield (
+            "measure that beside it",
+            f"upit-merge evaluate {folder} --data {data} --against mean/",
+        )
     if evaluation.dead():
-        yield "leave out experts", f"upit-merge shrink {folder} --experts N --data seed.jsonl"
+        yield "leave out experts", f"upit-merge shrink {folder} --experts N --data {SEED}"
     page = f"upit-merge inspect {folder} --data {data} --html routing.html"
     yield "see where every token goes", page
     if not options.card:
@@ -149,7 +158,7 @@ def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
     gone = write_report_and_card(edit, before, {"evaluation": record}, same_model=True)
     edit.put_into_place({}, gone)
     if not quiet:
-        print(f"The results are in the report of {edit.out}.")
+        print(f"The results are in the report of {edit.out} and on its card.")
 
 
 def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from upit_merge.output.staging import (
 )
 from upit_merge.report.document import read_report
 from upit_merge.report.expert_card import expert_card
-from upit_merge.report.next_steps import tell_next
+from upit_merge.report.next_steps import HELD_OUT, tell_next
 from upit_merge.resizing.extracting import ExtractedModel
 from upit_merge.runtime.parallel import map_in_order, progress_bar
 
@@ -87,7 +87,7 @@ def extract_expert(
     tell_next(
         (
             "compare the two",
-            f"upit-merge evaluate {mixture} --data held-out.jsonl --against {expert}",
+            f"upit-merge evaluate {mixture} --data {HELD_OUT} --against {expert}",
         ),
         ("make it an expert of another mixture", f"upit-merge extend OTHER --model {expert}"),
     )

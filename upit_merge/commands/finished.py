@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from upit_merge.config.recipe import PARAMETERS_SINCE, Parameters, Recipe
 from upit_merge.config.router import CHOSEN_SINCE, NO_MATTER, RouterSettings
 from upit_merge.errors import UpitError
 from upit_merge.io.sources import DenseModel
+from upit_merge.io.untrusted import read_json
+from upit_merge.models.mixture import inspect_mixture, opened_mixture
 from upit_merge.output.identity import file_states
 from upit_merge.output.staging import REPORT, check_output_is_free
 from upit_merge.report.any_version import AnyReport
@@ -81,25 +84,65 @@ def is_repeated(out: Path, report: AnyReport, digest: str) -> bool:
     return bool(same)
 
 
-def is_finished_run(out: Path, identity: Mapping[str, Any]) -> bool:
+def result_digests(identity: Mapping[str, Any]) -> dict[str, str]:
+    """Return a digest of everything that decides a command's result, by its name."""
+    return {name: result_digest({name: value}) for name, value in identity.items()}
+
+
+_IN_WORDS = {
+    "upit-merge": "the version of upit-merge",
+    "what the tokenizer makes of the seed data": "the seed data",
+    "file": "a file of a model or of the data, or its time of change",
+    "copy_tokenizer": "--copy-tokenizer",
+    "write_card": "--write-model-card",
+    "name": "the name",
+    "recipe": "the recipe",
+}
+# Of the model's page, which is written again later.
+_OF_CARD = re.compile(
+    r"README\.md|upit_\w+\.png|upit_report\.json|mergekit_config\.yml|config\.json"
+)
+
+
+def is_finished_run(out: Path, identity: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     """Return whether a folder holds, whole and unchanged, what a recipe's run makes.
 
     Args:
         out: The output folder, in which there is something.
         identity: Of the run, see `run_identity`, and of what it writes beside the weights.
+        config: What the run writes as `config.json`.
 
     Raises:
         UpitError: naming what is there instead.
     """
     report = read_report(out)
-    same = report.document.get("run_sha256") == result_digest(identity)
-    if not same or report.document.get("history") or not is_as_reported(out):
+    made = report.document.get("run")
+    if not isinstance(made, dict):
         check_output_is_free(out)  # says so of anything that is there
         return False
-    missing = [name for name in report.files if not (out / name).is_file()]
-    if missing:
-        raise UpitError(
-            f"The output folder {out} holds what this recipe makes, but {missing[0]} is gone; put "
-            "it back, or make everything again with `upit-merge run --overwrite`."
-        )
+    now = result_digests(identity)
+    differing = [_IN_WORDS.get(name, name) for name in now if made.get(name) != now[name]]
+    if differing:
+        raise _not_free(out, f"another run's output, which differs in {' and '.join(differing)}")
+    if steps := report.document.get("history"):
+        done = ", then ".join(f"`upit-merge {step.get('command')}`" for step in steps)
+        raise _not_free(out, f"this run's output, changed since by {done}")
+    reported = (out / REPORT).stat().st_mtime_ns
+    for name in report.files:
+        path = out / name
+        if not path.is_file():
+            raise _not_free(out, f"this run's output, but {name} is gone")
+        if not _OF_CARD.fullmatch(name) and path.stat().st_mtime_ns > reported:
+            raise _not_free(out, f"this run's output, but {name} was written since")
+    if read_json(out / "config.json", "the output") != json.loads(json.dumps(config)):
+        raise _not_free(out, "this run's output, but config.json was written since")
+    with opened_mixture(out, str(out)) as moe:
+        inspect_mixture(moe)
     return True
+
+
+def _not_free(out: Path, what: str) -> UpitError:
+    return UpitError(
+        f"The output folder {out} is not empty: it holds {what}; choose a new folder, or replace it "
+        "with `upit-merge run --overwrite`."
+    )

@@ -87,7 +87,7 @@ def _sentences(
     num_processes: int = 1,
 ) -> Iterator[str]:
     seconds = foretold_seconds(timed, effort, sweeps, samples, num_layers)
-    counted = f"{len(samples) * num_processes:,} samples, {sweeps.total:.3g} sweeps"
+    counted = f"{len(samples) * num_processes:,} samples, {sweeps.total:.3g} sweep{'s' * (sweeps.total != 1)}"
     shared = f", {num_processes} processes" if num_processes > 1 else ""
     yield f"Router: about {told_duration(seconds)} on this machine ({counted}{shared})."
     if seconds > _SLOW and sweeps.losses:

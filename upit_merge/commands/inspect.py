@@ -20,6 +20,7 @@ from upit_merge.config.router import RouterSettings
 from upit_merge.data.pieces import text_pieces
 from upit_merge.errors import UpitError, counted, one_line
 from upit_merge.io.disk import explained_failures
+from upit_merge.io.results import check_is_not_data
 from upit_merge.io.text_file import replace_text, write_json
 from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.output.staging import check_output_exists
@@ -87,7 +88,7 @@ def inspect_output(out: Path, settings: RouterSettings, options: InspectOptions)
     """
     check_single_process("inspect")
     check_output_exists(out)
-    _check_files(out, options)
+    _check_files(out, settings.data or "", options)
     with (
         ends_at_once(lambda: "Interrupted; nothing was written."),
         router_session(out, "inspect", options, changes=False) as session,
@@ -112,7 +113,7 @@ def inspect_output(out: Path, settings: RouterSettings, options: InspectOptions)
     return document
 
 
-def _check_files(out: Path, options: InspectOptions) -> None:
+def _check_files(out: Path, data: str, options: InspectOptions) -> None:
     """Refuse files that cannot be written, or should not be, before anything is computed."""
     for path in (options.html, options.json):
         if path is None:
@@ -122,6 +123,7 @@ def _check_files(out: Path, options: InspectOptions) -> None:
             raise UpitError(f"The folder of {path} does not exist; create it first.")
         if not os.access(folder, os.W_OK):
             raise UpitError(f"The folder of {path} cannot be written to; choose another.")
+        check_is_not_data(path, data)
         if out.resolve() in (folder.resolve(), *folder.resolve().parents):
             raise UpitError(f"{path} lies in {out}, which is only looked at; choose another place.")
     page = options.html

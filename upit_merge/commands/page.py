@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from upit_merge.commands.dialogue.conversation import Conversation
 from upit_merge.commands.dialogue.voices import VoiceOptions, load_voice
 from upit_merge.config.recipe import load_recipe
-from upit_merge.errors import UpitError, printable
+from upit_merge.errors import UpitError, counted, printable
 from upit_merge.io.disk import explained_failures
 from upit_merge.output.edit import Edit
 from upit_merge.output.staging import REPORT, check_output_exists
 from upit_merge.report.document import Report, read_report
-from upit_merge.report.write import why_kept, write_report_and_card
+from upit_merge.report.write import CARD, why_kept, write_report_and_card
 
 _SAMPLE_TOKENS = 160
 _GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -26,6 +28,7 @@ def refresh_card(
     replace_edited: bool = False,
     recipe: Path | None = None,
     prompts: Sequence[str] = (),
+    quiet: bool = False,
 ) -> None:
     """Render the card of a finished model anew from its report.
 
@@ -46,7 +49,7 @@ def refresh_card(
         card = load_recipe(recipe)[0].card
         changes["card"] = card.model_dump(exclude_none=True) if card else {}
     if prompts:
-        changes["samples"] = _answers(out, prompts)
+        changes["samples"] = _answers(out, prompts, quiet=quiet)
     with explained_failures(out):
         edit = Edit(out, "page")
         with edit.begun(), edit.interruptible("the model card is as it was"):
@@ -54,6 +57,9 @@ def refresh_card(
             edit.emptied()
             gone = write_report_and_card(edit, before, changes, same_model=True, replace_card=True)
             edit.put_into_place({}, gone)
+    if not quiet:
+        told = f", with {counted(len(prompts), 'sample')} of what it writes" if prompts else ""
+        print(f"The model card {out / CARD} is written anew{told}.")
 
 
 def _report(out: Path, *, replace_edited: bool) -> Report:
@@ -68,11 +74,11 @@ def _report(out: Path, *, replace_edited: bool) -> Report:
     return before
 
 
-def _answers(out: Path, prompts: Sequence[str]) -> list[dict[str, str]]:
+def _answers(out: Path, prompts: Sequence[str], *, quiet: bool) -> list[dict[str, str]]:
     """Return what the model says to each prompt, with the likeliest tokens."""
-    voice = load_voice(str(out), VoiceOptions())
+    voice = load_voice(str(out), VoiceOptions(quiet=quiet))
     answers = []
-    for prompt in prompts:
+    for prompt in tqdm(prompts, "answers", unit="sample", disable=quiet):
         ids = Conversation(voice).ids(prompt, _SAMPLE_TOKENS)
         room = _SAMPLE_TOKENS if voice.context is None else voice.context - len(ids)
         answer = voice.speaker.answer(

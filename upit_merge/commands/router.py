@@ -34,7 +34,7 @@ from upit_merge.output.staging import scratch_folder
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
 from upit_merge.report.expert_names import expert_names
-from upit_merge.report.next_steps import tell_next
+from upit_merge.report.next_steps import held_out_beside, tell_next
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.rewriting import PublishedCopies
@@ -135,11 +135,11 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
             print(stage.seeds.summary())
             show_buckets(result.report)
             print(f"The gates in {out} are replaced.")
-            tell_next(*_next_steps(out))
+            tell_next(*_next_steps(out, settings.data))
 
 
-def _next_steps(out: Path) -> Iterator[tuple[str, str]]:
-    yield "measure it", f"upit-merge evaluate {argument(out)} --data held-out.jsonl"
+def _next_steps(out: Path, data: str | None) -> Iterator[tuple[str, str]]:
+    yield "measure it", f"upit-merge evaluate {argument(out)} --data {held_out_beside(data)}"
     yield "talk to it", f"upit-merge chat {argument(out)}"
 
 

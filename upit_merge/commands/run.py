@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from upit_merge.commands.finished import is_finished_run, result_digest, run_identity
+from upit_merge.commands.finished import is_finished_run, result_digests, run_identity
 from upit_merge.commands.foretell import tell_router_time
 from upit_merge.commands.options import CommandOptions
 from upit_merge.commands.preflight import needs
@@ -47,8 +47,8 @@ from upit_merge.output.staging import (
     scratch_folder,
     staged_output,
 )
-from upit_merge.report.document import describe
-from upit_merge.report.next_steps import tell_next
+from upit_merge.report.document import describe, read_report
+from upit_merge.report.next_steps import SEED, held_out_beside, tell_next
 from upit_merge.report.record import merge_record, mixture_record
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import RECIPE_COPY, write_card
@@ -147,17 +147,27 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
     else:
         run.tell(merged.lineage, router)
     if not options.quiet:
+        if finished and _has_another_card(recipe, out):
+            LOG.warning(
+                "Its card: block is another; `upit-merge page %s --recipe RECIPE` applies it.",
+                argument(out),
+            )
         if finished:
             print("This recipe has been run already, on these very files: nothing was computed.")
         print(f"The model is in {out}.")
-        tell_next(*_next_steps(out, has_router=recipe.router is not None))
+        tell_next(*_next_steps(out, recipe.router))
 
 
-def _next_steps(out: Path, *, has_router: bool) -> Iterator[tuple[str, str]]:
-    folder = argument(out)
-    if not has_router:
-        yield "train the gates, which are random", f"upit-merge router {folder} --data seed.jsonl"
-    yield "measure it", f"upit-merge evaluate {folder} --data held-out.jsonl"
+def _has_another_card(recipe: Recipe, out: Path) -> bool:
+    card = recipe.card.model_dump(exclude_none=True) if recipe.card else {}
+    return card != (read_report(out).document.get("card") or {})
+
+
+def _next_steps(out: Path, router: RouterSettings | None) -> Iterator[tuple[str, str]]:
+    folder, held_out = argument(out), held_out_beside(router.data if router else None)
+    if router is None:
+        yield "train the gates, which are random", f"upit-merge router {folder} --data {SEED}"
+    yield "measure it", f"upit-merge evaluate {folder} --data {held_out}"
     yield "talk to it", f"upit-merge chat {folder}"
 
 
@@ -187,7 +197,7 @@ def _prepared(
         samples = seeds.digest() if seeds else None
         identity = run_identity(recipe, inputs.models, options.max_shard_bytes, samples)
         result = {**identity, **options.of_output()}
-        if again and is_finished_run(out, result):
+        if again and is_finished_run(out, result, output_config(inputs)):
             return _Run(inputs, devices, shards, seeds, staging, out, source, options, result, True)
         staging = stack.enter_context(staged_output(out, identity, overwrite=options.overwrite))
         if not staging.is_moving:
@@ -271,7 +281,7 @@ class _Run:
         record["seed_option"] = self.options.seed
         if card := inputs.recipe.card:
             record["card"] = card.model_dump(exclude_none=True)
-        record["run_sha256"] = result_digest(self.identity)
+        record["run"] = result_digests(self.identity)
         record["model"] = mixture_record(
             folder,
             self.options.name or self.out.absolute().name,

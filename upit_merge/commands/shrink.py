@@ -28,7 +28,7 @@ from upit_merge.models.mixture import MixtureArchitecture
 from upit_merge.output.staging import scratch_folder
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
-from upit_merge.report.next_steps import tell_next
+from upit_merge.report.next_steps import held_out_beside, seed_data, tell_next
 from upit_merge.report.tables import show
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.grouping import group_experts, routing_statistics
@@ -142,8 +142,9 @@ def shrink_output(
         print(f"{out} has {num_experts} experts per layer instead of {model.num_experts}.")
         print(_gates_in_words(how, refit=refit))
         folder = argument(out)
-        fit = ("fit the gates anew", f"upit-merge router {folder} --data seed.jsonl")
-        measure = ("measure it", f"upit-merge evaluate {folder} --data held-out.jsonl")
+        seeds, held_out = seed_data(settings.data), held_out_beside(settings.data)
+        fit = ("fit the gates anew", f"upit-merge router {folder} --data {seeds}")
+        measure = ("measure it", f"upit-merge evaluate {folder} --data {held_out}")
         tell_next(*([measure] if refit else [fit, measure]))
 
 
@@ -199,7 +200,8 @@ def refit_settings(before: AnyReport, settings: RouterSettings) -> RouterSetting
     recorded = before.router.fit() if before.router else None
     if recorded is None or recorded[0].objective == "random":
         return settings
-    told = recorded[0]
+    # Prompts were for experts that are not all there any more; the data is given now.
+    told = recorded[0].model_copy(update={"prompts": None})
     changes: dict[str, Any] = {name: getattr(settings, name) for name in DATA_SETTINGS}
     if told.column is not None or told.assign == "shuffled":
         LOG.info(

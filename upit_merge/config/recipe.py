@@ -83,6 +83,7 @@ class Parameters(Strict):
     num_experts: StrictInt | None = Field(
         None,
         ge=1,
+        le=1024,
         description="Experts per layer; the number of checkpoints if not given. More: children are "
         "grown; fewer: see select.",
     )

@@ -92,7 +92,7 @@ def local_data(source: str) -> Path | None:
         return path
     if source[:1] in ("", "/", ".", "~") or path.suffix.lower() in EXTENSIONS:
         raise UpitError(
-            f"There is no seed data at {source!r}; give the path of a {FILES} file or of a "
+            f"There is no data at {source!r}; give the path of a {FILES} file or of a "
             "folder of them, or a dataset id."
         )
     return None

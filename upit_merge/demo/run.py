@@ -90,7 +90,9 @@ def run_demo(
     """
     progress = open_demo(folder, seed=seed, budget=vars(budget or TrainingBudget()))
     results = folder / "results.json"
-    with ends_at_once(lambda: "Interrupted; the same command goes on from there."):
+    with ends_at_once(
+        lambda: "Interrupted; the same command goes on from the last model that was saved."
+    ):
         if results.is_file() and (folder / "moe" / "config.json").is_file():
             print("This demo is finished; nothing was computed.")
             _tell(folder, read_record(results))
@@ -159,7 +161,7 @@ def _merge(folder: Path, seed: int, *, quiet: bool) -> None:
     """Run the recipe as a user would, with stock mergekit."""
     command = [sys.executable, "-m", "mergekit.scripts.run_yaml", "demo.yml", "moe"]
     command += ["--random-seed", str(seed), *(["--quiet"] if quiet else [])]
-    print("$ mergekit-yaml " + " ".join(command[3:]), flush=True)
+    print(f"In {folder}: mergekit-yaml " + " ".join(command[3:]), flush=True)
     if subprocess.run(command, cwd=folder, check=False).returncode:
         raise UpitError(f"mergekit-yaml failed in {folder}; see its message above.")
 

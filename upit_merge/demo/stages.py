@@ -82,7 +82,9 @@ def run_all_stages(
         print("This takes about ten minutes on two CPU cores that have nothing else to do.")
     domains = load_domains()
     base_only = replace(budget or TrainingBudget(), sft_rounds=0)
-    with ends_at_once(lambda: "Interrupted; the same command goes on from there."):
+    with ends_at_once(
+        lambda: "Interrupted; the same command goes on from the last model that was saved."
+    ):
         train_demo_models(
             folder, domains, seed=seed, budget=base_only, quiet=quiet, progress=progress
         )

@@ -103,7 +103,7 @@ def _run_it(report: Report) -> str:
     # A repository's name: a folder's may have spaces, or quotes that would end a string.
     name = f"{_OWNER}/{re.sub(r'[^A-Za-z0-9._-]+', '-', report.name).strip('-.') or 'model'}"
     parts = [
-        f"Write the model's id on the Hub, or its folder, for {code(name)}.",
+        f"Where {code(name)} stands, write the model's id on the Hub, or its folder.",
         "With transformers:",
         fenced(_with_transformers(name, chat=report.model.chat_template), "python"),
     ]

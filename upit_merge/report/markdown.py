@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 _MOST_ROWS = 16  # of a table that is not folded
 _SPECIAL = re.compile(r"([\\`*\[\]<>|~#])|(?<!\w)_|_(?!\w)")
@@ -43,23 +43,27 @@ def without_local_paths(text: str) -> str:
     return _LOCAL.sub(shortened, text)
 
 
-def best_in_bold(rows: Sequence[Sequence[float | None]]) -> list[list[str]]:
+def best_in_bold(
+    rows: Sequence[Sequence[float | None]], but: Collection[int] = ()
+) -> list[list[str]]:
     """Return the cells of a table of perplexities; of every column the least is bold.
 
     Args:
         rows: None where there is no value.
+        but: Numbers of rows that are no model's.
     """
+    models = [row for number, row in enumerate(rows) if number not in but]
     texts = [["" if value is None else f"{value:.2f}" for value in row] for row in rows]
     least = [
         min((v for v in column if v is not None), default=None)
-        for column in zip(*rows, strict=True)
+        for column in zip(*models, strict=True)
     ]
     return [
         [
-            f"**{t}**" if v is not None and v == m else t
+            f"**{t}**" if v is not None and v == m and number not in but else t
             for t, v, m in zip(row, values, least, strict=True)
         ]
-        for row, values in zip(texts, rows, strict=True)
+        for number, (row, values) in enumerate(zip(texts, rows, strict=True))
     ]
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
+
+from upit_merge.errors import argument
 
 # Set where a command is a step of a larger one, which says itself what comes next; a variable of
 # the environment, because steps may be processes of their own.
 _STEP = "UPIT_MERGE_STEP"
+# Stand-ins for data that is not known here.
+HELD_OUT, SEED = "HELD-OUT-DATA", "SEED-DATA"
 
 
 @contextlib.contextmanager
@@ -23,6 +28,20 @@ def only_steps() -> Iterator[None]:
             del os.environ[_STEP]
         else:
             os.environ[_STEP] = before
+
+
+def held_out_beside(data: str | None) -> str:
+    """Return held-out data for a command: what `split` wrote beside the seed data, or a stand-in."""
+    if data is not None:
+        folder = Path(data).expanduser().parent
+        for found in sorted(folder.glob("held-out.*")) if folder.is_dir() else ():
+            return argument(found.as_posix())
+    return HELD_OUT
+
+
+def seed_data(data: str | None) -> str:
+    """Return seed data for a command: what was used before, or a stand-in."""
+    return SEED if data is None else argument(data)
 
 
 def tell_next(*steps: tuple[str, str]) -> None:

@@ -20,6 +20,8 @@ from upit_merge.report.markdown import amount, best_in_bold, code, escaped, pict
 from upit_merge.report.plots import POST_TRAINING, ROUTING
 from upit_merge.report.verdict import evaluation_verdict
 
+# A bound, and no model.
+_ORACLE = "the best expert of each sample"
 _TRAINED = {
     "all": "with all its weights",
     "ffn": "in its experts and gates",
@@ -212,7 +214,8 @@ def _columns(found: Evaluation) -> list[str]:
 def _perplexity_table(
     title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]]
 ) -> str:
-    cells = best_in_bold([values for _name, values in rows])
+    no_models = [number for number, (name, _) in enumerate(rows) if name.startswith(_ORACLE)]
+    cells = best_in_bold([values for _name, values in rows], no_models)
     lines = [[name, *row] for (name, _values), row in zip(rows, cells, strict=True)]
     return table([title, *(f">{escaped(name)}" for name in names)], lines)
 
@@ -251,7 +254,7 @@ def _compared(
         yield f"expert {best} alone, the best of them{how}", cells
     if any(group.best_expert_per_sample is not None for group in members):
         cells = [g.best_expert_per_sample for g in members]
-        yield f"the best expert of each sample{how}", cells
+        yield f"{_ORACLE}{how}", cells
 
 
 def _routing_in_words(found: Evaluation) -> str:

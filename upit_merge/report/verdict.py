@@ -23,13 +23,29 @@ def evaluation_verdict(found: Evaluation) -> str:
         )
         return " ".join(sentences)
     best = min(found.others, key=lambda other: other.perplexity)
+    name = f'"{escaped(best.model)}"'
     if whole.perplexity < best.perplexity * (1 - _SAME):
-        sentences.append("On this text it is the best of the models compared.")
+        sentences.append("Over all of this text it is the best of the models compared.")
     elif whole.perplexity > best.perplexity * (1 + _SAME):
-        sentences.append(f"On this text {escaped(best.model)} is the better model.")
+        sentences.append(f"Over all of this text {name} is the better model.")
     else:
-        sentences.append(f"On this text {escaped(best.model)} is as good.")
+        sentences.append(f"Over all of this text {name} is as good.")
+    if better := [*_better_on_a_kind(found)]:
+        sentences.append(f"By kind: {', '.join(better)}.")
     return " ".join(sentences)
+
+
+def _better_on_a_kind(found: Evaluation) -> Iterator[str]:
+    """Yield the kinds of text on which another model is better, and which."""
+    for kind, group in found.kinds.items():
+        if kind == found.whole:
+            continue
+        others = {f'"{escaped(o.model)}"': o.groups[kind] for o in found.others if kind in o.groups}
+        for expert, value in enumerate(group.experts_alone or []):
+            others[f"expert {expert} alone"] = value
+        best = min(others, key=others.__getitem__, default=None)
+        if best is not None and others[best] < group.perplexity * (1 - _SAME):
+            yield f"on {escaped(kind)} {best} is better"
 
 
 def _told(found: Evaluation) -> Iterator[str]:
@@ -42,7 +58,7 @@ def _told(found: Evaluation) -> Iterator[str]:
     if whole.control_perplexity is not None:
         yield f"{_change(whole.perplexity, whole.control_perplexity)} with a shuffled router"
     for other in sorted(found.others, key=lambda other: other.perplexity)[:3]:
-        yield f"{_change(whole.perplexity, other.perplexity)} that of {escaped(other.model)}"
+        yield f'{_change(whole.perplexity, other.perplexity)} that of "{escaped(other.model)}"'
 
 
 def _change(value: float, reference: float) -> str:

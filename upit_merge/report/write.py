@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,12 @@ def write_report_and_card(
         # Of our own names only: a report may come from anywhere, and these files are removed.
         gone += [name for name in NAMES if name in before.pictures and name not in shown]
     files = {*before.files, *(path.name for path in edit.model.iterdir()), REPORT}
-    write_json(edit.model / REPORT, {**document, "files": sorted(files - set(gone))})
+    path = edit.model / REPORT
+    write_json(path, {**document, "files": sorted(files - set(gone))})
+    if same_model and (out / REPORT).is_file():
+        # Its time still says when the model was made: what was written later was by somebody else.
+        made = (out / REPORT).stat().st_mtime_ns
+        os.utime(path, ns=(made, made))
     return gone
 
 

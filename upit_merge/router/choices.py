@@ -40,7 +40,7 @@ class Excerpt:
         groups: Sequence[Sequence[int]],
         num_tokens: int,
     ) -> Excerpt:
-        """Choose about as many tokens of every group, beginning with its first samples.
+        """Choose about as many tokens of every group, of samples from all over it.
 
         Args:
             groups: Indices of samples; each is in one of them.
@@ -51,13 +51,24 @@ class Excerpt:
         small = sorted(groups, key=lambda members: sum(len(samples[i].input_ids) for i in members))
         for number, members in enumerate(small):
             room = left // (len(small) - number)  # what small groups leave is for the larger ones
-            for index in members:
+            for index in _spread(members):
                 taken = min(room, len(samples[index].input_ids))
                 if taken <= 0:
                     break
                 lengths[index] = taken
                 room, left = room - taken, left - taken
         return cls(dict(sorted(lengths.items())))
+
+
+def _spread(members: Sequence[int]) -> list[int]:
+    """Return indices so that the first of them, however many, are from all over the list.
+
+    Data is often in the order of its kinds. By multiples of the golden ratio, the most even way.
+    """
+    ratio = (5**0.5 - 1) / 2
+    places = sorted(range(len(members)), key=lambda number: number * ratio % 1)
+    taken = sorted(range(len(members)), key=places.__getitem__)
+    return [members[number] for number in taken]
 
 
 @dataclass(frozen=True)

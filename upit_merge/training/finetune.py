@@ -24,7 +24,7 @@ from upit_merge.models.formats import found_format
 from upit_merge.output.identity import file_states
 from upit_merge.output.lock import exclusive, release
 from upit_merge.output.staging import REPORT, check_not_half_edited, remove_if_empty
-from upit_merge.report.next_steps import tell_next
+from upit_merge.report.next_steps import HELD_OUT, tell_next
 from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.runtime.processes import Processes, joined
 from upit_merge.training.alone import load_alone
@@ -326,7 +326,7 @@ def _train(
 def _tell(out: Path, seconds: float, *, is_mixture: bool) -> None:
     if is_mixture:
         print(f"Trained in {seconds / 60:.1f} minutes; the model is in {out}.")
-        measure = f"upit-merge evaluate {argument(out)} --data held-out.jsonl"
+        measure = f"upit-merge evaluate {argument(out)} --data {HELD_OUT}"
         tell_next(("measure it", measure), ("talk to it", f"upit-merge chat {argument(out)}"))
         return
     count = len(list(out.glob("checkpoint-*")))
