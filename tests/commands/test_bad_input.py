@@ -212,7 +212,11 @@ def test_cuda_without_a_device(option: str, command: str, family: Family) -> Non
     ("option", "sentence"),
     [
         ("--device=tpu", "The device 'tpu' does not exist; use cpu or cuda."),
-        ("--device=mps", "The device 'mps' is not supported; use cpu or cuda."),
+        (
+            "--device=mps",
+            "Apple's GPU (mps) is for `upit-merge chat`, everything else is computed on the CPU, "
+            "which has the same memory; leave out --device.",
+        ),
         (
             "--no-safe-serialization",
             "upit writes safetensors only; leave out --no-safe-serialization.",

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.recipes import Document, document, parameters, router
 from tests.support.spoilt import assert_sentence, refusal
+from upit_merge.config.card import CardSettings
 from upit_merge.config.recipe import (
     Parameters,
     Recipe,
@@ -26,6 +27,7 @@ from upit_merge.models.formats import FORMATS
 
 BLOCKS = {
     "parameters": Parameters,
+    "card": CardSettings,
     "router": RouterSettings,
     "router.assign": ByColumn,
     "router.upit": UpitObjective,
@@ -87,6 +89,12 @@ WRONG_VALUES: list[tuple[str, str, list[Any]]] = [
     ("tokenizer_source", TEXT, [3]),
     ("chat_template", TEXT, [["x"]]),
     ("parameters", MAPPING, [None, []]),
+    ("card", "a mapping such as {license: apache-2.0}", ["mit", []]),
+    ("card.name", TEXT, [3]),
+    ("card.name", NOT_EMPTY, [""]),
+    ("card.license", TEXT, [["mit"]]),
+    ("card.language", "a code such as en, or a list of them", [3, []]),
+    ("card.tags", "a word, or a list of them", [{"a": 1}, []]),
     ("router", FILE, ["seed.jsonl", []]),
     ("parameters.num_experts", "1 or more", [0]),
     ("parameters.num_experts", WHOLE, [8.0, "8", True]),
@@ -215,7 +223,7 @@ UNKNOWN_KEYS = {
     "parameters.share": "did you mean shared?",
     "dense_layers": "it belongs under parameters:",
     "parameters.dtype": "it belongs at the top level",
-    "flavour": "known here: architecture, base_model, chat_template, dtype, merge_method, models, out_dtype, parameters, router, tokenizer_source",
+    "flavour": "known here: architecture, base_model, card, chat_template, dtype, merge_method, models, out_dtype, parameters, router, tokenizer_source",
     "router.learning rate": "known here: assign, batch_tokens, compute, data, losses, max_length, memory_gb, objective, prompts, refine, sample, split, stream, subset, temperature, upit",
 }
 

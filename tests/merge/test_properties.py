@@ -245,6 +245,7 @@ recipes = mappings(
     out_dtype=dtypes,
     architecture=st.sampled_from(["auto", *FORMATS]),
     tokenizer_source=sources,
+    card=st.none() | st.just({"name": "Ada"}),
     chat_template=st.none() | st.text(st.characters(codec="utf-8"), max_size=12),
     parameters=mappings(
         {},

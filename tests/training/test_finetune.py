@@ -234,5 +234,5 @@ def test_without_trl(
     train: Finetune, four: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(UpitError, match=r"pip install 'upit-merge\[train\]'"):
+    with pytest.raises(UpitError, match=r'pip install "upit-merge\[train\]"'):
         train(four.base)

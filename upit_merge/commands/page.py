@@ -14,7 +14,7 @@ from upit_merge.config.recipe import load_recipe
 from upit_merge.errors import UpitError, counted, printable
 from upit_merge.io.disk import explained_failures
 from upit_merge.output.edit import Edit
-from upit_merge.output.staging import REPORT, check_output_exists
+from upit_merge.output.staging import REPORT, check_not_half_edited, check_output_exists
 from upit_merge.report.document import Report, read_report
 from upit_merge.report.write import CARD, why_kept, write_report_and_card
 
@@ -43,6 +43,7 @@ def refresh_card(
             recipe cannot be read; or the model does not fit into memory.
     """
     check_output_exists(out)
+    check_not_half_edited(out, "page")
     _report(out, replace_edited=replace_edited)
     changes: dict[str, Any] = {}
     if recipe is not None:

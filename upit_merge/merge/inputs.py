@@ -123,8 +123,9 @@ def opened(recipe: Recipe, options: OpenOptions) -> Iterator[Inputs]:
         parameters = recipe.parameters
         backbone = _donors(parameters.backbone, "parameters.backbone", base, checkpoints)
         own = {"shared": parameters.shared, "dense_layers": parameters.dense_layers}
-        # Of copies nothing but the FFNs is read, but for those the rest is taken from.
-        only_ffn = parameters.expansion == "copy" and parameters.backbone != "average"
+        # Of copies around which somebody has put another model, nothing but the FFNs is read.
+        own_backbone = parameters.backbone not in ("average", "last")
+        only_ffn = parameters.expansion == "copy" and own_backbone
         architecture = inspect_models(
             base, checkpoints, backbone, recipe.architecture, own, only_ffn=only_ffn
         )
