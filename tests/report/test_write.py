@@ -56,7 +56,7 @@ def test_an_evaluation_is_kept_until_the_model_changes(four: Family, moe: Path, 
     report["evaluation"]["others"] = [{"model": "the base", "perplexity": 9.0}]
     (moe / REPORT).write_text(json.dumps(report))
     done(*evaluate, "--card", "--no-experts")
-    assert "| the base |   |   | 9.00 |" in card_of(moe)
+    assert "| the base |   |   | **9.00** |" in card_of(moe)
     assert "alone, the best of them" not in card_of(moe)
     done("evaluate", moe, "--data", four.seed_file(), "--card", "--quiet")
     assert "others" not in report_of(moe)["evaluation"]

@@ -78,9 +78,11 @@ def _report(out: Path, *, replace_edited: bool) -> Report:
 def _answers(out: Path, prompts: Sequence[str], *, quiet: bool) -> list[dict[str, str]]:
     """Return what the model says to each prompt, with the likeliest tokens."""
     voice = load_voice(str(out), VoiceOptions(quiet=quiet))
+    # All are read before one is answered: a mistake shows at once.
+    asked = [Conversation(voice).ids(prompt, _SAMPLE_TOKENS) for prompt in prompts]
     answers = []
-    for prompt in tqdm(prompts, "answers", unit="sample", disable=quiet):
-        ids = Conversation(voice).ids(prompt, _SAMPLE_TOKENS)
+    bar = tqdm(asked, "answers", unit="sample", disable=quiet)
+    for prompt, ids in zip(prompts, bar, strict=True):
         room = _SAMPLE_TOKENS if voice.context is None else voice.context - len(ids)
         answer = voice.speaker.answer(
             ids, lambda *_: None, max_new_tokens=min(_SAMPLE_TOKENS, room), **_GREEDY
