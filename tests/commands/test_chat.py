@@ -324,7 +324,7 @@ def test_the_end_of_a_session_says_what_is_next(out: Path) -> None:
     shown = io.StringIO()
     options = ChatOptions(max_new_tokens=3, device="cpu")
     chat(str(out), options, Screen(shown, width=999), read=typed("hello"))
-    assert f"  upit-merge evaluate {out} --data held-out.jsonl" in shown.getvalue()
+    assert f"  upit-merge evaluate {out} --data HELD-OUT-DATA" in shown.getvalue()
 
 
 def test_bytes_that_are_no_text(out: Path) -> None:

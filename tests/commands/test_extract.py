@@ -236,8 +236,8 @@ def test_what_lies_beside_the_weights(four, moe, tmp_path) -> None:
     (moe / "chat_template.jinja").write_text("{{ messages }}")
     dense = tmp_path / "new" / "dense"
     told = done("extract", moe, dense, "--expert", 1, "--out-shard-size", "50000").stdout
-    assert told.splitlines()[-2].endswith(f"Expert 1 of {moe} is in {dense}, a dense Llama.")
-    assert f"  upit-merge evaluate {moe} --data held-out.jsonl --against " in told
+    assert f"Expert 1 of {moe} is in {dense}, a dense Llama.\nNext:\n" in told
+    assert f"  upit-merge evaluate {moe} --data HELD-OUT-DATA --against {dense}\n" in told
     assert len([*dense.glob("model-*.safetensors")]) > 1
     assert (dense / "chat_template.jinja").read_text() == "{{ messages }}"
     for name in ("tokenizer.json", "generation_config.json"):

@@ -102,7 +102,9 @@ def test_it_is_measured_and_its_page_made_anew(made: Path) -> None:
     moe = made / "moe"
     before = (moe / "README.md").read_text(encoding="utf-8")
     succeed("page", moe)
-    assert (moe / "README.md").read_text(encoding="utf-8") == before
+    told = "Write the model's id on the Hub, or its folder, for `your-name/moe`."
+    now = "Where `your-name/moe` stands, write the model's id on the Hub, or its folder."
+    assert (moe / "README.md").read_text(encoding="utf-8") == before.replace(told, now)
     succeed("evaluate", moe, "--data", "seed.jsonl", "--card", "--quiet")
     assert read_report(moe).document["evaluation"]["groups"]["all"]["samples"] == 24
     assert "## Evaluation" in (moe / "README.md").read_text(encoding="utf-8")
