@@ -50,11 +50,28 @@ class Choices:
         """
         if layer is not None:
             return self.chosen[self.layers.index(layer), :, 0]
-        shares = self.weights / self.weights.sum(2, keepdim=True).clamp(min=1e-9)
-        sums = torch.zeros(len(self), num_experts)
-        for chosen, share in zip(self.chosen, shares, strict=True):
-            sums.scatter_add_(1, chosen, share)
-        return sums.argmax(1)
+        return summed_shares(self.chosen, self.weights, num_experts).argmax(1)
+
+
+def summed_shares(chosen: Tensor, weights: Tensor, num_experts: int) -> Tensor:
+    """Return which part of a token's weights each expert has, the mean over the layers.
+
+    Every layer counts alike, whatever its weights sum up to.
+
+    Args:
+        chosen: int64, (layers, tokens, top_k).
+        weights: Of the same shape.
+
+    Returns:
+        float64, (tokens, num_experts).
+    """
+    layers, tokens, _ = chosen.shape
+    shares = weights.double()
+    shares = shares / shares.sum(2, keepdim=True).clamp(min=1e-30)
+    sums = torch.zeros(tokens, num_experts, dtype=torch.float64)
+    for taken, share in zip(chosen, shares, strict=True):
+        sums.scatter_add_(1, taken, share)
+    return sums / layers
 
 
 def has_experts(model: Any, form: MixtureFormat) -> bool:

@@ -43,27 +43,38 @@ def without_local_paths(text: str) -> str:
     return _LOCAL.sub(shortened, text)
 
 
+def are_least(
+    rows: Sequence[Sequence[float | None]], but: Collection[int] = ()
+) -> list[list[bool]]:
+    """Return which values of a table of perplexities are the least of their column.
+
+    Args:
+        rows: None where there is no value.
+        but: Numbers of rows that are no model's, and not compared.
+    """
+    models = [row for number, row in enumerate(rows) if number not in but]
+    least = [
+        min((v for v in column if v is not None), default=None)
+        for column in zip(*models, strict=True)
+    ]
+    return [
+        [v is not None and v == m and number not in but for v, m in zip(row, least, strict=True)]
+        for number, row in enumerate(rows)
+    ]
+
+
 def best_in_bold(
     rows: Sequence[Sequence[float | None]], but: Collection[int] = ()
 ) -> list[list[str]]:
     """Return the cells of a table of perplexities; of every column the least is bold.
 
     Args:
-        rows: None where there is no value.
-        but: Numbers of rows that are no model's.
+        rows, but: See `are_least`.
     """
-    models = [row for number, row in enumerate(rows) if number not in but]
     texts = [["" if value is None else f"{value:.2f}" for value in row] for row in rows]
-    least = [
-        min((v for v in column if v is not None), default=None)
-        for column in zip(*models, strict=True)
-    ]
     return [
-        [
-            f"**{t}**" if v is not None and v == m and number not in but else t
-            for t, v, m in zip(row, values, least, strict=True)
-        ]
-        for number, (row, values) in enumerate(zip(texts, rows, strict=True))
+        [f"**{text}**" if is_best else text for text, is_best in zip(row, best, strict=True)]
+        for row, best in zip(texts, are_least(rows, but), strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from upit_merge.merge.lineage import Lineage
+from upit_merge.report.markdown import are_least
 
 
 def show(table: Table) -> None:
@@ -21,26 +22,19 @@ def show(table: Table) -> None:
     console.print(table)
 
 
-def best_in_bold(rows: Sequence[Sequence[float | None]], digits: str) -> list[list[Text]]:
+def best_in_bold(rows: Sequence[Sequence[float]], digits: str) -> list[list[Text]]:
     """Return the cells of a table of perplexities, the least of every column in bold.
 
     Args:
-        rows: The values; None where there is none.
+        rows: The values.
         digits: Their format, such as `.2f`.
     """
-    least = [
-        min((v for v in column if v is not None), default=None)
-        for column in zip(*rows, strict=True)
-    ]
     return [
         [
-            Text(
-                "" if value is None else format(value, digits),
-                "bold" if value == best and value is not None else "",
-            )
-            for value, best in zip(row, least, strict=True)
+            Text(format(v, digits), "bold" if is_best else "")
+            for v, is_best in zip(row, best, strict=True)
         ]
-        for row in rows
+        for row, best in zip(rows, are_least(rows), strict=True)
     ]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.assembled import Handed
+from upit_merge.engine.routed import summed_shares
 from upit_merge.errors import UpitError
 from upit_merge.router.evaluation import Routing, swept
 from upit_merge.router.stage import RouterStage
@@ -96,12 +97,8 @@ class ExcerptChoices:
         Returns:
             Experts, the first one most, and shares, both (num_tokens, top-k).
         """
-        shares = self.shares.double()
-        layers, tokens, top_k = self.experts.shape
-        total = torch.zeros(tokens, num_experts, dtype=torch.float64)
-        for layer in range(layers):
-            total.scatter_add_(1, self.experts[layer], shares[layer])
-        total /= layers
+        total = summed_shares(self.experts, self.weights, num_experts)
+        top_k = self.experts.shape[2]
         order = total.argsort(dim=1, descending=True, stable=True)[:, :top_k]
         return order, total.gather(1, order)
 
