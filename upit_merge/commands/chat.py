@@ -367,9 +367,14 @@ def _lines(read: Callable[[str], str], screen: Screen) -> Iterator[str]:
     """Yield the lines that are typed; Ctrl-C forgets one, Ctrl-D ends."""
     while True:
         try:
-            yield read("> ")
-        except EOFError:
-            screen.line("")
-            return
-        except KeyboardInterrupt:
+            try:
+                line = read("> ")
+            except EOFError:
+                screen.line("")
+                return
+        except KeyboardInterrupt as interrupt:
+            if isinstance(interrupt.__context__, EOFError):  # both keys in one burst
+                return
             screen.line("\n(/quit or Ctrl-D ends)", "dim")
+            continue
+        yield line
