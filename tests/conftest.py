@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("UPIT_MERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _pictures() -> Iterator[None]:
+    """What every run draws is looked at by the tests of `report` alone."""
+    from tests.support.pictures import kept_blank
+
+    with kept_blank():
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """A float32 Llama and three checkpoints; do not write into it."""
@@ -178,17 +187,22 @@ def family(shared_family: Family, tmp_path: Path) -> Family:
     return Family(root, root / "base", checkpoints)
 
 
-@pytest.fixture
-def merge(tmp_path: Path) -> Callable[..., Path]:
+def run_document(document: dict[str, Any], folder: Path, **options: Any) -> Path:
     """Run a recipe document through our pipeline; returns the output folder."""
     from upit_merge.commands.run import RunOptions, run_recipe
     from upit_merge.config.recipe import parse_recipe
 
+    source = yaml.safe_dump(document, sort_keys=False)
+    run_recipe(parse_recipe(document), source, folder, RunOptions(quiet=True, **options))
+    return folder
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> Callable[..., Path]:
+    """Run a recipe document into a folder of the test's own; returns it."""
+
     def run(document: dict[str, Any], out: str | Path = "out", **options: Any) -> Path:
-        folder = tmp_path / out
-        source = yaml.safe_dump(document, sort_keys=False)
-        run_recipe(parse_recipe(document), source, folder, RunOptions(quiet=True, **options))
-        return folder
+        return run_document(document, tmp_path / out, **options)
 
     return run
 
@@ -199,13 +213,19 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return build_family(tmp_path_factory.mktemp("four"), count=4)
 
 
-@pytest.fixture
-def moe(four: Family, merge: Callable[..., Path]) -> Path:
-    """Four experts of three checkpoints, in several files."""
+@pytest.fixture(scope="session")
+def shared_moe(four: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four experts of three checkpoints, in several files; do not write into it."""
     models = [str(path) for path in four.checkpoints[:3]]
     router = {"data": str(four.seed_file())}
     document = four.recipe(models=models, parameters={"num_experts": 4}, router=router)
-    return merge(document, max_shard_bytes=50_000)
+    return run_document(document, tmp_path_factory.mktemp("moe") / "out", max_shard_bytes=50_000)
+
+
+@pytest.fixture
+def moe(shared_moe: Path, tmp_path: Path) -> Path:
+    """The same, in a folder that a test may change."""
+    return Path(shutil.copytree(shared_moe, tmp_path / "out"))
 
 
 @pytest.fixture

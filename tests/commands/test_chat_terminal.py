@@ -81,10 +81,11 @@ class Terminal:
 
 
 def _own_terminal() -> None:
-    """Make standard input the terminal that sends Ctrl-C."""
+    """Make standard input the terminal that sends Ctrl-C, which no parent may have switched off."""
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import Family, byte_tokenizer
 from tests.support.commands import done, invoke, refused
 from tests.support.naive import load_model
+from tests.support.pictures import really_drawn
 from tests.support.seeds import KINDS, held_out
 from upit_merge.commands.evaluate import EvaluateOptions, evaluate_output
 from upit_merge.config.router import RouterSettings
@@ -118,7 +119,8 @@ def test_command_writes_table_json_and_picture(out: Path, tmp_path: Path) -> Non
     data = held_out(tmp_path)
     command = ["evaluate", str(out), "--data", str(data), "--group-by", "kind", "--control"]
     command += ["--json", str(tmp_path / "e.json"), "--plot", str(tmp_path / "e.png")]
-    result = done(*command)
+    with really_drawn():
+        result = done(*command)
     for word in (
         "letters",
         "digits",

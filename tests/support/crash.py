@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from tests.conftest import build_family
+from tests.support.pictures import blank
 from upit_merge.commands.extend import extend_output
 from upit_merge.commands.options import ResizeOptions
 from upit_merge.commands.run import RunOptions, run_recipe
@@ -36,6 +37,7 @@ from upit_merge.config.router import RouterSettings
 from upit_merge.errors import UpitError
 from upit_merge.output import journal as resume
 from upit_merge.output.staging import EDIT_STAGING, STAGING
+from upit_merge.report import figures
 from upit_merge.router import progress
 
 ROOT = Path(__file__).parents[2]
@@ -308,6 +310,7 @@ def main() -> None:
     kind, recipe, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     resume.SAVE_SECONDS = progress.KEEP_SECONDS = 0.0  # as if every tensor and layer took long
     progress._KEEP_SHARE = float("inf")
+    figures._save = blank
     reference_folder = out.with_name("reference")
     run(recipe, reference_folder)  # in this process: what it imports, the children have
     reference = contents(reference_folder)

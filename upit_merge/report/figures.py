@@ -61,13 +61,17 @@ def figure(path: Path, width: float, height: float, dpi: int = _DPI) -> Iterator
         drawn = Figure(figsize=(width, height), layout="constrained", dpi=dpi)
         FigureCanvasAgg(drawn)
         yield drawn
+        _save(drawn, path)
+
+
+def _save(drawn: Any, path: Path) -> None:
+    kind = path.suffix.lower()
+    drawn.savefig(
+        path,
         # A JPEG has no transparent parts, which would be black.
-        opaque = path.suffix.lower() in (".jpg", ".jpeg")
-        drawn.savefig(
-            path,
-            facecolor="white" if opaque else "none",
-            pil_kwargs={"optimize": True} if path.suffix.lower() == ".png" else None,
-        )
+        facecolor="white" if kind in (".jpg", ".jpeg") else "none",
+        pil_kwargs={"optimize": True} if kind == ".png" else None,
+    )
 
 
 def drawable(names: Sequence[str], otherwise: str, length: int = 24) -> list[str]:
