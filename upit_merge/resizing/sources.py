@@ -1,4 +1,8 @@
-"""Mixtures with more or fewer experts than one that is there, before they are written."""
+"""Mixtures with more or fewer experts than one that is there, before they are written.
+
+What a router has one value of for every expert, beside its gate (a bias that only decides who is
+chosen, a factor of what the expert gives), goes with the experts, for training may have moved it.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,14 @@ from upit_merge.models.published import complete_config
 _BLOCK_ELEMENTS = 1 << 18
 
 
+def _mean(values: Tensor, shares: Sequence[float]) -> Tensor:
+    """Return the mean over the first axis, float64: of equal values these, to the bit."""
+    differences = values.double() - values[0].double()
+    return values[0] + torch.tensordot(torch.tensor(shares, dtype=torch.float64), differences, 1)
+
+
 class ResizedMixture:
-    """A mixture with another number of experts; what is not an expert is the model's own.
+    """A mixture with another number of experts; what is not of these is the model's own.
 
     Args:
         moe: The model.
@@ -48,19 +58,39 @@ class ResizedMixture:
             name: TensorSpec(name, shape, moe.specs[name].dtype if name in moe.specs else dtype)
             for name, shape in architecture.shapes(num_experts)
         }
-        constants = form.constants(architecture.dense_settings(), num_experts)
-        self._constants = {
-            constant.name: constant
-            for constant in constants
-            if constant.name not in moe.specs or moe.specs[constant.name].shape != constant.shape
+        # What routers have of every expert, beside the gates, and in which mixture.
+        beside = {*architecture.of_gates()} - {*architecture.gate_names()}
+        self._of_routers = {
+            name: number
+            for number, layer in enumerate(self._layers)
+            for name in beside
+            if name.startswith(form.layer_prefix(layer))
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) of a tensor, in its dtype, on the CPU."""
-        if constant := self._constants.get(name):
-            shape = (stop - start, *constant.shape[1:])
-            return torch.full(shape, constant.value, dtype=self.specs[name].dtype)
+        if name in self._of_routers:
+            return self._by_experts(name, self._of_routers[name])[start:stop]
         return self._moe.rows(name, start, stop)
+
+    def _by_experts(self, name: str, mixture: int) -> Tensor:
+        """Return a tensor along one axis of which the experts are, whichever that is."""
+        values = self._moe.tensor(name)
+        shapes = zip(self._moe.specs[name].shape, self.specs[name].shape, strict=True)
+        axis = next((axis for axis, (old, new) in enumerate(shapes) if old != new), None)
+        if axis is None:
+            return values
+        changed = self._of_experts(values.movedim(axis, 0), mixture)
+        return changed.to(values.dtype).movedim(0, axis).contiguous()
+
+    def _of_experts(self, values: Tensor, mixture: int) -> Tensor:
+        """Return what the experts that there are to be have of something, of what the old ones had.
+
+        Args:
+            values: (num_experts, …).
+            mixture: The number of theirs.
+        """
+        raise NotImplementedError
 
     def tensor(self, name: str) -> Tensor:
         """Return a whole tensor in its dtype, on the CPU."""
@@ -70,7 +100,9 @@ class ResizedMixture:
 class ExtendedMixture(ResizedMixture):
     """A mixture with the FFN of a dense model as one more expert, the last.
 
-    Of its gates only the shape is known.
+    Of its gates only the shape is known. What else its routers have of every expert, the new one
+    has of the mean of the others. A bias counts by how far it is from those of the others; and what
+    experts give is added up, so that with the mean factor the new one adds as much as they do.
     """
 
     def __init__(
@@ -101,6 +133,10 @@ class ExtendedMixture(ResizedMixture):
                 f"overflow {self.label}'s dtype; use another checkpoint."
             )
         return values
+
+    def _of_experts(self, values: Tensor, mixture: int) -> Tensor:
+        new = _mean(values, [1 / len(values)] * len(values))
+        return torch.cat([values, new.to(values.dtype).unsqueeze(0)])
 
     def twin(self) -> int | None:
         """Return which expert that is there has the new one's very values; None if none has."""
@@ -138,6 +174,8 @@ Groups = Sequence[Sequence[Group]]
 class ShrunkMixture(ResizedMixture):
     """A mixture whose experts are means of groups of another's; groups of one are untouched.
 
+    So is whatever else a router has one of for every expert.
+
     Args:
         groups: By mixture; of each as many.
         gates: By mixture, float32, (num_groups, hidden_size).
@@ -152,6 +190,7 @@ class ShrunkMixture(ResizedMixture):
     ) -> None:
         super().__init__(moe, architecture, len(groups[0]))
         form = self._form
+        self._groups = groups
         self._gates = dict(zip(architecture.gate_names(), gates, strict=True))
         self._parts = {
             form.expert_tensor(layer, index, p): [
@@ -177,6 +216,15 @@ class ShrunkMixture(ResizedMixture):
             total = total + self._moe.rows(member, start, stop).float() * share
         return total.to(self.specs[name].dtype)
 
+    def _of_experts(self, values: Tensor, mixture: int) -> Tensor:
+        means = [
+            values[group.members[0]]
+            if len(group.members) == 1
+            else _mean(values[list(group.members)], group.shares).to(values.dtype)
+            for group in self._groups[mixture]
+        ]
+        return torch.stack(means)
+
 
 class PrunedMixture(ResizedMixture):
     """A mixture without some of another's experts; those that are left keep every byte.
@@ -191,24 +239,21 @@ class PrunedMixture(ResizedMixture):
         self, moe: Checkpoint, architecture: MixtureArchitecture, kept: Sequence[Sequence[int]]
     ) -> None:
         super().__init__(moe, architecture, len(kept[0]))
-        form, gates = self._form, architecture.of_gates()
+        form = self._form
+        self._kept = [torch.tensor(row) for row in kept]
+        self._gates = {name: number for number, name in enumerate(architecture.gate_names())}
         self._old = {
             form.expert_tensor(layer, index, p): form.expert_tensor(layer, number, p)
             for layer, row in zip(self._layers, kept, strict=True)
             for index, number in enumerate(row)
             for p in PROJECTIONS
         }
-        self._gates = {
-            name: torch.tensor(row)
-            for layer, row in zip(self._layers, kept, strict=True)
-            for name in gates
-            if name.startswith(form.layer_prefix(layer))
-        }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) of a tensor, in its dtype, on the CPU."""
         if name in self._gates:
-            shapes = zip(self._moe.specs[name].shape, self.specs[name].shape, strict=True)
-            axis = next(axis for axis, (old, new) in enumerate(shapes) if old != new)
-            return self._moe.tensor(name).index_select(axis, self._gates[name])[start:stop]
+            return self._by_experts(name, self._gates[name])[start:stop]
         return super().rows(self._old.get(name, name), start, stop)
+
+    def _of_experts(self, values: Tensor, mixture: int) -> Tensor:
+        return values.index_select(0, self._kept[mixture])

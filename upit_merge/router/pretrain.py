@@ -29,6 +29,7 @@ from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.router.assignment import assigned, nobodys
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.expert_tuning import tune_expert
+from upit_merge.router.leads import warn_of_biases
 from upit_merge.router.refine import GateTrainer, RefineState, refine_gates
 from upit_merge.router.stage import RouterStage
 
@@ -276,5 +277,7 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> Route
         exact = computed_mixture(source, model.device, settings)
         gates, report["refined"] = refined_gates(stage, gates, exact)
         gates = distinct_gates(gates, model.stored_dtype, stage.seed)
+    elif settings.objective != "random" and stage.processes.is_first:
+        warn_of_biases(model)
     report["gates_sha256"] = gates_digest(gates, model.stored_dtype)
     return RouterResult(gates, report | {"seconds": stage.clock.seconds})
