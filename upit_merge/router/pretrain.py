@@ -74,7 +74,7 @@ def load_seed_set(
         UpitError: the data cannot be read, is empty or malformed, or does not fit the model.
     """
     if settings.prompts is not None:
-        chosen = prompt_examples(settings.prompts)
+        chosen = prompt_examples(settings.prompts, settings.prompts_source)
     else:
         assert settings.data is not None
         examples = read_seed_data(
@@ -92,6 +92,7 @@ def load_seed_set(
         max_length=settings.max_length,
         context=context,
         vocab_size=vocab_size,
+        prompts=None if settings.prompts is None else str(settings.prompts_source),
     )
 
 
