@@ -23,12 +23,6 @@ from upit_merge.models.published import complete_config
 _BLOCK_ELEMENTS = 1 << 18
 
 
-def _mean(values: Tensor, shares: Sequence[float]) -> Tensor:
-    """Return the mean over the first axis, float64: of equal values these, to the bit."""
-    differences = values.double() - values[0].double()
-    return values[0] + torch.tensordot(torch.tensor(shares, dtype=torch.float64), differences, 1)
-
-
 class ResizedMixture:
     """A mixture with another number of experts; what is not of these is the model's own.
 
@@ -60,7 +54,7 @@ class ResizedMixture:
         }
         # What routers have of every expert, beside the gates, and in which mixture.
         beside = {*architecture.of_gates()} - {*architecture.gate_names()}
-        self._of_routers = {
+        self._mixture_of = {
             name: number
             for number, layer in enumerate(self._layers)
             for name in beside
@@ -69,28 +63,41 @@ class ResizedMixture:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) of a tensor, in its dtype, on the CPU."""
-        if name in self._of_routers:
-            return self._by_experts(name, self._of_routers[name])[start:stop]
+        if name in self._mixture_of:
+            return self._by_experts(name)[start:stop]
         return self._moe.rows(name, start, stop)
 
-    def _by_experts(self, name: str, mixture: int) -> Tensor:
+    def _by_experts(self, name: str) -> Tensor:
         """Return a tensor along one axis of which the experts are, whichever that is."""
         values = self._moe.tensor(name)
         shapes = zip(self._moe.specs[name].shape, self.specs[name].shape, strict=True)
         axis = next((axis for axis, (old, new) in enumerate(shapes) if old != new), None)
         if axis is None:
             return values
-        changed = self._of_experts(values.movedim(axis, 0), mixture)
-        return changed.to(values.dtype).movedim(0, axis).contiguous()
+        return self._of_experts(name, values.movedim(axis, 0)).movedim(0, axis).contiguous()
 
-    def _of_experts(self, values: Tensor, mixture: int) -> Tensor:
-        """Return what the experts that there are to be have of something, of what the old ones had.
+    def _of_experts(self, name: str, values: Tensor) -> Tensor:
+        """Return what the experts that there are to be have of a tensor, in its dtype.
 
         Args:
-            values: (num_experts, …).
-            mixture: The number of theirs.
+            values: What the old ones have, (num_experts, …).
         """
         raise NotImplementedError
+
+    def _mean(self, name: str, values: Tensor, shares: Sequence[float]) -> Tensor:
+        """Return the mean over the first axis, in the dtype: of equal values these, to the bit.
+
+        Raises:
+            UpitError: there is none.
+        """
+        if not all_finite(values):
+            raise UpitError(
+                f"{self.label} has NaN or infinite values in {name}, of which there is no mean; use "
+                "a mixture from before its training diverged."
+            )
+        differences = values.double() - values[0].double()
+        weights = torch.tensor(shares, dtype=torch.float64)
+        return (values[0].double() + torch.tensordot(weights, differences, 1)).to(values.dtype)
 
     def tensor(self, name: str) -> Tensor:
         """Return a whole tensor in its dtype, on the CPU."""
@@ -100,8 +107,8 @@ class ResizedMixture:
 class ExtendedMixture(ResizedMixture):
     """A mixture with the FFN of a dense model as one more expert, the last.
 
-    Of its gates only the shape is known. What else its routers have of every expert, the new one
-    has of the mean of the others. A bias counts by how far it is from those of the others; and what
+    Of its gates only the shape is known. Of what else its routers have of every expert, the new one
+    has the mean of the others'. A bias counts by how far it is from those of the others; and what
     experts give is added up, so that with the mean factor the new one adds as much as they do.
     """
 
@@ -134,9 +141,9 @@ class ExtendedMixture(ResizedMixture):
             )
         return values
 
-    def _of_experts(self, values: Tensor, mixture: int) -> Tensor:
-        new = _mean(values, [1 / len(values)] * len(values))
-        return torch.cat([values, new.to(values.dtype).unsqueeze(0)])
+    def _of_experts(self, name: str, values: Tensor) -> Tensor:
+        new = self._mean(name, values, [1 / len(values)] * len(values))
+        return torch.cat([values, new.unsqueeze(0)])
 
     def twin(self) -> int | None:
         """Return which expert that is there has the new one's very values; None if none has."""
@@ -216,12 +223,12 @@ class ShrunkMixture(ResizedMixture):
             total = total + self._moe.rows(member, start, stop).float() * share
         return total.to(self.specs[name].dtype)
 
-    def _of_experts(self, values: Tensor, mixture: int) -> Tensor:
+    def _of_experts(self, name: str, values: Tensor) -> Tensor:
         means = [
             values[group.members[0]]
             if len(group.members) == 1
-            else _mean(values[list(group.members)], group.shares).to(values.dtype)
-            for group in self._groups[mixture]
+            else self._mean(name, values[list(group.members)], group.shares)
+            for group in self._groups[self._mixture_of[name]]
         ]
         return torch.stack(means)
 
@@ -241,7 +248,8 @@ class PrunedMixture(ResizedMixture):
         super().__init__(moe, architecture, len(kept[0]))
         form = self._form
         self._kept = [torch.tensor(row) for row in kept]
-        self._gates = {name: number for number, name in enumerate(architecture.gate_names())}
+        # Gates are nothing else here than what else there is of every expert.
+        self._mixture_of |= {name: n for n, name in enumerate(architecture.gate_names())}
         self._old = {
             form.expert_tensor(layer, index, p): form.expert_tensor(layer, number, p)
             for layer, row in zip(self._layers, kept, strict=True)
@@ -251,9 +259,7 @@ class PrunedMixture(ResizedMixture):
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) of a tensor, in its dtype, on the CPU."""
-        if name in self._gates:
-            return self._by_experts(name, self._gates[name])[start:stop]
         return super().rows(self._old.get(name, name), start, stop)
 
-    def _of_experts(self, values: Tensor, mixture: int) -> Tensor:
-        return values.index_select(0, self._kept[mixture])
+    def _of_experts(self, name: str, values: Tensor) -> Tensor:
+        return values.index_select(0, self._kept[self._mixture_of[name]])
