@@ -293,8 +293,15 @@ def test_bad_words(four, moe, tmp_path) -> None:
     assert invoke("extract", moe, dense, "--expert", -1).exit_code == 2
     told = refused("extract", moe, moe / "inside", "--expert", 0)
     assert told == f"{moe / 'inside'} is inside the mixture {moe}; choose a folder elsewhere."
-    told = refused("extract", moe, four.base, "--expert", 0)
-    assert told == f"The folder {four.base} is not empty; choose a new one for the dense model."
+    (moe / "used").mkdir()
+    (moe / "used" / "notes.txt").touch()
+    told = refused("extract", moe, moe / "used", "--expert", 0)
+    assert told == f"{moe / 'used'} is inside the mixture {moe}; choose a folder elsewhere."
+    # One sentence for whatever is there; no command replaces a dense model.
+    for folder, holds in ((four.base, "config.json"), (moe, "README.md")):
+        told = refused("extract", moe, folder, "--expert", 0)
+        start = f"The output folder {folder} is not empty (it holds {holds}); "
+        assert told == f"{start}choose a new folder."
     told = refused("extract", moe, four.base / "config.json", "--expert", 0)
     assert told == f"The output {four.base / 'config.json'} is a file; give a folder."
     told = refused("extract", four.base, dense, "--expert", 0)
@@ -302,6 +309,17 @@ def test_bad_words(four, moe, tmp_path) -> None:
     told = refused("extract", tmp_path / "none", dense, "--expert", 0)
     assert told.startswith(f"The folder {tmp_path / 'none'} does not exist")
     assert not dense.exists()
+
+
+def test_what_a_run_that_was_killed_has_left_is_no_obstacle(moe, tmp_path) -> None:
+    dense = tmp_path / "dense"
+    (dense / ".upit-staging" / "model").mkdir(parents=True)
+    (dense / ".upit-lock").touch()
+    done("extract", moe, dense, "--expert", 0, "--quiet")
+    assert not list(dense.glob(".upit-*"))
+    (tmp_path / "other" / ".upit-notes").mkdir(parents=True)
+    told = refused("extract", moe, tmp_path / "other", "--expert", 0)
+    assert "is not empty (it holds .upit-notes); choose a new folder." in told
 
 
 def test_weights_that_diverged(tmp_path, merge) -> None:

@@ -42,6 +42,7 @@ from upit_merge.resizing.rewriting import extended_layout, resized, rewritten_la
 from upit_merge.resizing.sources import ExtendedMixture
 from upit_merge.router import objectives
 from upit_merge.router.assignment import assigned
+from upit_merge.router.leads import to_beat
 from upit_merge.router.pretrain import RouterResult, pretrain_router
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.processes import check_single_process
@@ -210,7 +211,8 @@ def _check_joint(settings: RouterSettings, *, all_gates: bool) -> None:
 def _with_new_row(stage: RouterStage, gates: Sequence[Tensor]) -> RouterResult:
     """Fit the new expert's routing vector beside those that are there."""
     buckets = assigned(stage)
-    fitted = stage.gates(buckets, partial(objectives.added_row, gates=gates))
+    fit = partial(objectives.added_row, gates=gates, to_beat=to_beat(stage.model))
+    fitted = stage.gates(buckets, fit)
     fitted = distinct_gates(fitted, stage.model.stored_dtype, stage.seed, rows=[len(gates[0])])
     report = {
         "settings": stage.settings.model_dump(mode="json"),

@@ -18,8 +18,6 @@ from upit_merge.models.tokenizer import has_tokenizer
 from upit_merge.models.tokenizer_files import copy_generation_config, copy_tokenizer_files
 from upit_merge.output.identity import file_states
 from upit_merge.output.staging import (
-    STAGING,
-    Staging,
     check_not_half_edited,
     check_output_exists,
     check_output_is_free,
@@ -66,7 +64,7 @@ def extract_expert(
     """
     check_output_exists(out)
     check_not_half_edited(out)
-    _check_free(out, dense)
+    check_output_is_free(dense, overwrite=None, outside=out)  # before anything is read
     with explained_failures(dense), opened_mixture(out, str(out)) as moe:
         architecture = inspect_mixture(moe)
         chosen = _chosen(out, experts, architecture.num_experts, average=average)
@@ -76,7 +74,7 @@ def extract_expert(
             "experts": list(chosen),
             "--out-shard-size": options.max_shard_bytes,
         }
-        with staged_output(dense, identity) as staging:
+        with staged_output(dense, identity, overwrite=None, outside=out) as staging:
             if not staging.is_moving:
                 _write(staging.model, model, moe, out, dense, chosen, options)
     if options.quiet:
@@ -91,17 +89,6 @@ def extract_expert(
         ),
         ("make it an expert of another mixture", f"upit-merge extend OTHER --model {expert}"),
     )
-
-
-def _check_free(out: Path, dense: Path) -> None:
-    """Refuse a folder with anything in it but what the same command, cut off, left there."""
-    is_moving = Staging(dense / STAGING).is_moving
-    names = [path.name for path in dense.iterdir()] if dense.is_dir() and not is_moving else []
-    if any(not name.startswith(".upit-") for name in names):
-        raise UpitError(f"The folder {dense} is not empty; choose a new one for the dense model.")
-    if out.resolve() in dense.resolve().parents:
-        raise UpitError(f"{dense} is inside the mixture {out}; choose a folder elsewhere.")
-    check_output_is_free(dense)
 
 
 def _chosen(out: Path, experts: Sequence[int], count: int, *, average: bool) -> list[int]:

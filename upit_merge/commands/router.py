@@ -21,6 +21,7 @@ from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.explain import explain
 from upit_merge.config.prompts import load_prompts
 from upit_merge.config.router import NO_MATTER, ByColumn, RouterSettings
+from upit_merge.data.prompts import PromptSource
 from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.errors import UpitError, argument, one_line, shown
 from upit_merge.io.text_file import write_json
@@ -50,10 +51,12 @@ def parse_settings(values: Mapping[str, Any]) -> RouterSettings:
         UpitError: naming the option and what would work.
     """
     nested: dict[str, Any] = {}
+    source = PromptSource()
     for key, value in values.items():
         if value is None or value is False:  # an option, or a flag, that was not given
             continue
         if key == "prompts":
+            source = PromptSource(Path(value))
             nested[key] = load_prompts(Path(value))
             continue
         block, _, inner = key.partition("_")
@@ -67,11 +70,9 @@ def parse_settings(values: Mapping[str, Any]) -> RouterSettings:
             "lines for each expert."
         )
     try:
-        return RouterSettings.model_validate(nested)
+        return RouterSettings.model_validate(nested).with_prompts_of(source)
     except ValidationError as error:
         told = explain(error, nested, {"": RouterSettings})
-        if told.startswith("router.prompts"):
-            raise UpitError(f"{values['prompts']}: {told.removeprefix('router.')}.") from None
         key, _, rest = told.partition(" ")
         if key.partition(".")[0] not in RouterSettings.model_fields:
             raise UpitError(f"{told[0].upper()}{told[1:]}.") from None

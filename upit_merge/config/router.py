@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     BeforeValidator,
     Field,
+    PrivateAttr,
     StrictBool,
     StrictFloat,
     StrictInt,
@@ -18,6 +19,7 @@ from pydantic import (
 
 from upit_merge.config.fields import Name, NotNegative, Number, PositiveNumber, Strict, as_number
 from upit_merge.config.prompts import Prompts
+from upit_merge.data.prompts import PromptSource
 from upit_merge.errors import UpitError
 
 # Router settings that decide how much is computed at a time, but not what.
@@ -189,6 +191,8 @@ refine: {steps: 100}
         description="After any objective: train the gates on the loss of the whole mixture.",
     )
 
+    _prompts_source: PromptSource = PrivateAttr(default=PromptSource())
+
     @model_validator(mode="after")
     def _expressible(self) -> RouterSettings:
         if self.prompts is None and self.data is None:
@@ -242,6 +246,17 @@ refine: {steps: 100}
         given = {key: value for key, value in named.items() if value is not None}
         defaults = {key: fields[key].default for key in ("subset", "split")}
         return self.model_copy(update={**defaults, "prompts": None, **kept, **given})
+
+    def with_prompts_of(self, source: PromptSource) -> RouterSettings:
+        """Return the same settings, whose prompts messages call by where they are from."""
+        settings = self.model_copy()
+        settings._prompts_source = source
+        return settings
+
+    @property
+    def prompts_source(self) -> PromptSource:
+        """Return where the prompts are from: a recipe, unless it was said."""
+        return self._prompts_source
 
     @property
     def column(self) -> str | None:

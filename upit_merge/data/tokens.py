@@ -109,6 +109,7 @@ def tokenize_seed_data(
     context: int,
     vocab_size: int,
     shortest: int = 2,
+    prompts: str | None = None,
 ) -> SeedSet:
     """Turn examples into token ids of at most `min(max_length, context)` tokens; cuts the end.
 
@@ -116,6 +117,7 @@ def tokenize_seed_data(
         context: the model's own limit (`max_position_embeddings`).
         vocab_size: rows of the model's embedding; every token id must be below it.
         shortest: tokens that a sample must have: one alone has nothing to predict.
+        prompts: what messages call them, if all examples are prompts of a user's own.
 
     Raises:
         UpitError: a conversation without (or against) the chat template, a token id that the
@@ -159,6 +161,10 @@ def tokenize_seed_data(
     )
     if not samples:
         why = "; ".join(seed_set._what_was_cut()) or "there was none to begin with"
+        if prompts is not None:
+            raise UpitError(
+                f"No prompt of {prompts} is left ({why}); give longer ones or raise `max_length`."
+            )
         raise UpitError(
             f"No seed sample is left ({why}); give longer samples or raise `max_length`."
         )

@@ -60,20 +60,23 @@ _MAX_FILE_NAME = 255
 _MAX_TENSOR_NAME = 500  # characters; real ones stay below 100
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str, *, by_hand: bool = False) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Args:
         what: Whose file it is, for messages.
+        by_hand: People write it: a key given twice is a mistake, and any is theirs to correct.
 
     Raises:
         UpitError: the file is missing, huge or not a JSON object, or as `own_file`.
     """
+    remedy = "correct the file" if by_hand else "copy or download it again"
     own_file(path, path.parent)
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise UpitError(f"{path} is too large for JSON of a model; copy or download it again.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_each_once if by_hand else None)
     except FileNotFoundError:
         raise UpitError(
             f"{what[0].upper()}{what[1:]} has no {path.name} in {path.parent}; give the folder of "
@@ -82,10 +85,24 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         raise UpitError(f"{path} cannot be read ({error.strerror}); check the file.") from None
     except (ValueError, RecursionError) as error:
-        raise UpitError(f"{path} is not valid JSON ({error}); copy or download it again.") from None
+        raise UpitError(f"{path} is not valid JSON ({error}); {remedy}.") from None
     if not isinstance(content, dict):
-        raise UpitError(f"{path} is not a JSON object; copy or download it again.")
+        raise UpitError(f"{path} is not a JSON object; {remedy}.")
     return content
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, of which the last of equal keys would silently win.
+
+    Raises:
+        ValueError: a key is given twice.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} is given twice")
+        found[key] = value
+    return found
 
 
 def own_file(path: Path, folder: Path) -> Path:

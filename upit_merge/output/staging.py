@@ -78,7 +78,11 @@ class Staging:
 
 @contextlib.contextmanager
 def staged_output(
-    out: Path, identity: Mapping[str, Any], *, overwrite: bool = False
+    out: Path,
+    identity: Mapping[str, Any],
+    *,
+    overwrite: bool | None = False,
+    outside: Path | None = None,
 ) -> Iterator[Staging]:
     """Give a folder to build in; on success its files become those of `out`, else nothing does.
 
@@ -90,13 +94,13 @@ def staged_output(
     Args:
         out: The output folder; created if needed.
         identity: What decides the output, see `commands.finished.run_identity`.
-        overwrite: Replace an earlier output of this program (a folder with a report in it).
+        overwrite, outside: See `check_output_is_free`.
 
     Raises:
         UpitError: `out` is not empty, is no folder, is in use, holds an unfinished run with
             another identity, or the disk is full.
     """
-    check_output_is_free(out, overwrite=overwrite)
+    check_output_is_free(out, overwrite=overwrite, outside=outside)
     created = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -107,7 +111,8 @@ def staged_output(
     leave = False
     try:
         with exclusive(out):
-            check_output_is_free(out, overwrite=overwrite)  # another run may have just finished
+            # Another run may have just finished.
+            check_output_is_free(out, overwrite=overwrite, outside=outside)
             staging = _open_staging(out, identity)
             root = staging.root
 
@@ -211,14 +216,23 @@ def _open_staging(out: Path, identity: Mapping[str, Any]) -> Staging:
     return staging
 
 
-def check_output_is_free(out: Path, *, overwrite: bool = False) -> None:
+def check_output_is_free(
+    out: Path, *, overwrite: bool | None = False, outside: Path | None = None
+) -> None:
     """Refuse an output folder that holds anything but, with `overwrite`, an earlier output.
+
+    Args:
+        overwrite: Replace an earlier output of this program (a folder with a report in it); None of
+            what cannot be replaced by any command.
+        outside: A mixture that is read: the output must not be within it.
 
     Raises:
         UpitError: naming what is there.
     """
     if out.is_file():
         raise UpitError(f"The output {out} is a file; give a folder.")
+    if outside is not None and outside.resolve() in out.resolve().parents:
+        raise UpitError(f"{out} is inside the mixture {outside}; choose a folder elsewhere.")
     if not out.is_dir():
         return
     if Staging(out / STAGING).is_moving:  # a complete output, in part here and in part still there
@@ -228,6 +242,10 @@ def check_output_is_free(out: Path, *, overwrite: bool = False) -> None:
     present = sorted(path.name for path in out.iterdir() if path.name not in ours)
     if not present:
         return
+    if overwrite is None:
+        raise UpitError(
+            f"The output folder {out} is not empty (it holds {present[0]}); choose a new folder."
+        )
     if not overwrite:
         raise UpitError(
             f"The output folder {out} is not empty (it holds {present[0]}); choose a new folder, "

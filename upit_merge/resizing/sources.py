@@ -1,4 +1,8 @@
-"""Mixtures with more or fewer experts than one that is there, before they are written."""
+"""Mixtures with more or fewer experts than one that is there, before they are written.
+
+What a router has one value of for every expert, beside its gate (a bias that only decides who is
+chosen, a factor of what the expert gives), goes with the experts, for training may have moved it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ _BLOCK_ELEMENTS = 1 << 18
 
 
 class ResizedMixture:
-    """A mixture with another number of experts; what is not an expert is the model's own.
+    """A mixture with another number of experts; what is not of these is the model's own.
 
     Args:
         moe: The model.
@@ -48,19 +52,52 @@ class ResizedMixture:
             name: TensorSpec(name, shape, moe.specs[name].dtype if name in moe.specs else dtype)
             for name, shape in architecture.shapes(num_experts)
         }
-        constants = form.constants(architecture.dense_settings(), num_experts)
-        self._constants = {
-            constant.name: constant
-            for constant in constants
-            if constant.name not in moe.specs or moe.specs[constant.name].shape != constant.shape
+        # What routers have of every expert, beside the gates, and in which mixture.
+        beside = {*architecture.of_gates()} - {*architecture.gate_names()}
+        self._mixture_of = {
+            name: number
+            for number, layer in enumerate(self._layers)
+            for name in beside
+            if name.startswith(form.layer_prefix(layer))
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) of a tensor, in its dtype, on the CPU."""
-        if constant := self._constants.get(name):
-            shape = (stop - start, *constant.shape[1:])
-            return torch.full(shape, constant.value, dtype=self.specs[name].dtype)
+        if name in self._mixture_of:
+            return self._by_experts(name)[start:stop]
         return self._moe.rows(name, start, stop)
+
+    def _by_experts(self, name: str) -> Tensor:
+        """Return a tensor along one axis of which the experts are, whichever that is."""
+        values = self._moe.tensor(name)
+        shapes = zip(self._moe.specs[name].shape, self.specs[name].shape, strict=True)
+        axis = next((axis for axis, (old, new) in enumerate(shapes) if old != new), None)
+        if axis is None:
+            return values
+        return self._of_experts(name, values.movedim(axis, 0)).movedim(0, axis).contiguous()
+
+    def _of_experts(self, name: str, values: Tensor) -> Tensor:
+        """Return what the experts that there are to be have of a tensor, in its dtype.
+
+        Args:
+            values: What the old ones have, (num_experts, …).
+        """
+        raise NotImplementedError
+
+    def _mean(self, name: str, values: Tensor, shares: Sequence[float]) -> Tensor:
+        """Return the mean over the first axis, in the dtype: of equal values these, to the bit.
+
+        Raises:
+            UpitError: there is none.
+        """
+        if not all_finite(values):
+            raise UpitError(
+                f"{self.label} has NaN or infinite values in {name}, of which there is no mean; use "
+                "a mixture from before its training diverged."
+            )
+        differences = values.double() - values[0].double()
+        weights = torch.tensor(shares, dtype=torch.float64)
+        return (values[0].double() + torch.tensordot(weights, differences, 1)).to(values.dtype)
 
     def tensor(self, name: str) -> Tensor:
         """Return a whole tensor in its dtype, on the CPU."""
@@ -70,7 +107,9 @@ class ResizedMixture:
 class ExtendedMixture(ResizedMixture):
     """A mixture with the FFN of a dense model as one more expert, the last.
 
-    Of its gates only the shape is known.
+    Of its gates only the shape is known. Of what else its routers have of every expert, the new one
+    has the mean of the others'. A bias counts by how far it is from those of the others; and what
+    experts give is added up, so that with the mean factor the new one adds as much as they do.
     """
 
     def __init__(
@@ -101,6 +140,10 @@ class ExtendedMixture(ResizedMixture):
                 f"overflow {self.label}'s dtype; use another checkpoint."
             )
         return values
+
+    def _of_experts(self, name: str, values: Tensor) -> Tensor:
+        new = self._mean(name, values, [1 / len(values)] * len(values))
+        return torch.cat([values, new.unsqueeze(0)])
 
     def twin(self) -> int | None:
         """Return which expert that is there has the new one's very values; None if none has."""
@@ -138,6 +181,8 @@ Groups = Sequence[Sequence[Group]]
 class ShrunkMixture(ResizedMixture):
     """A mixture whose experts are means of groups of another's; groups of one are untouched.
 
+    So is whatever else a router has one of for every expert.
+
     Args:
         groups: By mixture; of each as many.
         gates: By mixture, float32, (num_groups, hidden_size).
@@ -152,6 +197,7 @@ class ShrunkMixture(ResizedMixture):
     ) -> None:
         super().__init__(moe, architecture, len(groups[0]))
         form = self._form
+        self._groups = groups
         self._gates = dict(zip(architecture.gate_names(), gates, strict=True))
         self._parts = {
             form.expert_tensor(layer, index, p): [
@@ -177,6 +223,15 @@ class ShrunkMixture(ResizedMixture):
             total = total + self._moe.rows(member, start, stop).float() * share
         return total.to(self.specs[name].dtype)
 
+    def _of_experts(self, name: str, values: Tensor) -> Tensor:
+        means = [
+            values[group.members[0]]
+            if len(group.members) == 1
+            else self._mean(name, values[list(group.members)], group.shares)
+            for group in self._groups[self._mixture_of[name]]
+        ]
+        return torch.stack(means)
+
 
 class PrunedMixture(ResizedMixture):
     """A mixture without some of another's experts; those that are left keep every byte.
@@ -191,24 +246,20 @@ class PrunedMixture(ResizedMixture):
         self, moe: Checkpoint, architecture: MixtureArchitecture, kept: Sequence[Sequence[int]]
     ) -> None:
         super().__init__(moe, architecture, len(kept[0]))
-        form, gates = self._form, architecture.of_gates()
+        form = self._form
+        self._kept = [torch.tensor(row) for row in kept]
+        # Gates are nothing else here than what else there is of every expert.
+        self._mixture_of |= {name: n for n, name in enumerate(architecture.gate_names())}
         self._old = {
             form.expert_tensor(layer, index, p): form.expert_tensor(layer, number, p)
             for layer, row in zip(self._layers, kept, strict=True)
             for index, number in enumerate(row)
             for p in PROJECTIONS
         }
-        self._gates = {
-            name: torch.tensor(row)
-            for layer, row in zip(self._layers, kept, strict=True)
-            for name in gates
-            if name.startswith(form.layer_prefix(layer))
-        }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) of a tensor, in its dtype, on the CPU."""
-        if name in self._gates:
-            shapes = zip(self._moe.specs[name].shape, self.specs[name].shape, strict=True)
-            axis = next(axis for axis, (old, new) in enumerate(shapes) if old != new)
-            return self._moe.tensor(name).index_select(axis, self._gates[name])[start:stop]
         return super().rows(self._old.get(name, name), start, stop)
+
+    def _of_experts(self, name: str, values: Tensor) -> Tensor:
+        return values.index_select(0, self._kept[self._mixture_of[name]])

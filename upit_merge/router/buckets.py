@@ -14,6 +14,7 @@ from torch import Tensor
 
 from upit_merge.config.prompts import check_every_expert
 from upit_merge.config.router import ByColumn, RouterSettings
+from upit_merge.data.prompts import PromptSource
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.errors import UpitError
 from upit_merge.router.router_gain import SampleLosses, measure_router_gain
@@ -116,14 +117,19 @@ def by_column(samples: Sequence[TokenizedSample], rule: ByColumn, num_experts: i
     return torch.tensor(found, dtype=torch.int64)
 
 
-def by_prompts(samples: Sequence[TokenizedSample], num_experts: int) -> Tensor:
+def by_prompts(
+    samples: Sequence[TokenizedSample], num_experts: int, source: PromptSource
+) -> Tensor:
     """Return the experts that prompts were written for, int64, (num_samples,).
+
+    Args:
+        source: Where they are from.
 
     Raises:
         UpitError: an expert has none, or there is no such expert.
     """
     found = [int(sample.label or 0) for sample in samples]
-    check_every_expert(dict.fromkeys(found), num_experts)
+    check_every_expert({*found}, num_experts, source)
     return torch.tensor(found, dtype=torch.int64)
 
 
@@ -135,7 +141,7 @@ def named(samples: Sequence[TokenizedSample], settings: RouterSettings, num_expe
     """
     if isinstance(settings.assign, ByColumn):
         return by_column(samples, settings.assign, num_experts)
-    return by_prompts(samples, num_experts)
+    return by_prompts(samples, num_experts, settings.prompts_source)
 
 
 @dataclass(frozen=True)

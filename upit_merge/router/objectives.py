@@ -83,6 +83,8 @@ class GateData:
 
 
 Objective = Callable[[GateData], Tensor]
+# (number of the mixture, logits (tokens, experts)) -> logits of that shape.
+ToBeat = Callable[[int, Tensor], Tensor]
 
 
 def covariance(data: GateData) -> Tensor:
@@ -152,7 +154,7 @@ def softmax(data: GateData) -> Tensor:
     return _logistic(data, data.num_experts, loss)
 
 
-def added_row(data: GateData, gates: Sequence[Tensor]) -> Tensor:
+def added_row(data: GateData, gates: Sequence[Tensor], to_beat: ToBeat | None = None) -> Tensor:
     """Return a gate with one routing vector more, the last expert's; the others stay as they are.
 
     Minimises what `softmax` does over the new vector alone: it has to win, against what the others
@@ -160,11 +162,16 @@ def added_row(data: GateData, gates: Sequence[Tensor]) -> Tensor:
 
     Args:
         gates: Of every layer, what is there, float32, (num_experts - 1, hidden_size).
+        to_beat: Of the others' logits in a layer, those that it needs to be chosen before each; if
+            not given, these.
     """
     there = gates[data.layer]
 
     def loss(inputs: Tensor, logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        others = F.linear(inputs, there.to(inputs.device)).logsumexp(1, keepdim=True)
+        said = F.linear(inputs, there.to(inputs.device))
+        if to_beat is not None:
+            said = to_beat(data.layer, said)
+        others = said.logsumexp(1, keepdim=True)
         margin, mine = logits - others, (own == len(there)).float()
         return F.softplus(margin) - mine * margin, margin.sigmoid() - mine
 

@@ -29,6 +29,7 @@ from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.router.assignment import assigned, nobodys
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.expert_tuning import tune_expert
+from upit_merge.router.leads import warn_of_biases
 from upit_merge.router.refine import GateTrainer, RefineState, refine_gates
 from upit_merge.router.stage import RouterStage
 
@@ -73,7 +74,7 @@ def load_seed_set(
         UpitError: the data cannot be read, is empty or malformed, or does not fit the model.
     """
     if settings.prompts is not None:
-        chosen = prompt_examples(settings.prompts)
+        chosen = prompt_examples(settings.prompts, settings.prompts_source)
     else:
         assert settings.data is not None
         examples = read_seed_data(
@@ -91,6 +92,7 @@ def load_seed_set(
         max_length=settings.max_length,
         context=context,
         vocab_size=vocab_size,
+        prompts=None if settings.prompts is None else str(settings.prompts_source),
     )
 
 
@@ -276,5 +278,7 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> Route
         exact = computed_mixture(source, model.device, settings)
         gates, report["refined"] = refined_gates(stage, gates, exact)
         gates = distinct_gates(gates, model.stored_dtype, stage.seed)
+    elif settings.objective != "random" and stage.processes.is_first:
+        warn_of_biases(model)
     report["gates_sha256"] = gates_digest(gates, model.stored_dtype)
     return RouterResult(gates, report | {"seconds": stage.clock.seconds})

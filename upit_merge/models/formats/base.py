@@ -13,6 +13,7 @@ import torch
 
 from upit_merge.io.sources import TensorSource
 from upit_merge.models.families import QUALITIES, SHARED_FIELDS
+from upit_merge.models.formats.choosing import to_beat_by_softmax
 from upit_merge.models.formats.shapes import (
     EMBEDDINGS,
     HEAD,
@@ -46,6 +47,7 @@ class MixtureFormat(ABC):
         class_name: The class that `config.json` names.
         block: What the mixture of a layer is called in tensors' names.
         gate: What the gate is called in the block.
+        choice_bias: What the router has in the block that is added to scores only to choose by.
         projections: What an expert's matrices are called, by their dense names.
         packed: Names, in the block, of tensors that hold all experts of a layer, and which of
             `FUSED` they are; empty if every expert has its own.
@@ -77,6 +79,7 @@ class MixtureFormat(ABC):
     class_name: ClassVar[str]
     block: ClassVar[str]
     gate: ClassVar[str] = "gate.weight"
+    choice_bias: ClassVar[str | None] = None
     projections: ClassVar[Mapping[str, str]] = {name: name for name in PROJECTIONS}
     packed: ClassVar[Mapping[str, str]] = {}
     count_field: ClassVar[str]
@@ -245,6 +248,15 @@ class MixtureFormat(ABC):
         Biases that only decide who is chosen are not in it. The weights of the chosen are as these.
         """
         return logits.softmax(1)
+
+    def to_beat(self, logits: torch.Tensor, leads: torch.Tensor) -> torch.Tensor:
+        """Return the logit with which one more expert is chosen before each, (tokens, num_experts).
+
+        Args:
+            logits: The others', of this shape.
+            leads: What each of them has of `choice_bias`, less what the new one has, (num_experts,).
+        """
+        return to_beat_by_softmax(logits, leads)
 
     def chosen(self, config: Any) -> int:
         """Return how many experts a mixture's configuration sends a token to."""

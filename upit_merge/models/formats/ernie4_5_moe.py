@@ -15,8 +15,6 @@ from upit_merge.models.formats.shapes import (
 )
 from upit_merge.models.formats.shared import odd_to_split, shared_name, shared_zeros
 
-_BIAS = "moe_statics.e_score_correction_bias"
-
 
 class Ernie45Moe(MixtureFormat):
     """Under the names of the published ERNIE-4.5-21B-A3B; a shared expert if wanted."""
@@ -26,6 +24,7 @@ class Ernie45Moe(MixtureFormat):
     class_name = "Ernie4_5_MoeForCausalLM"
     dense_type = "ernie4_5"
     block = "mlp"
+    choice_bias = "moe_statics.e_score_correction_bias"
     count_field = "moe_num_experts"
     readers: ClassVar = {
         "transformers": "",
@@ -94,7 +93,8 @@ class Ernie45Moe(MixtureFormat):
     def constants(self, settings: Mapping[str, Any], num_experts: int) -> Iterator[Constant]:
         yield from shared_zeros(settings)
         for layer in mixture_layers(settings):
-            yield Constant(f"{self.layer_prefix(layer)}mlp.{_BIAS}", (1, num_experts))
+            name = f"{self.layer_prefix(layer)}{self.in_block(self.choice_bias)}"
+            yield Constant(name, (1, num_experts))
 
     def memory_name(self, within: str) -> str:
         return within.replace("mlp.moe_statics.", "mlp.gate.moe_statics.")

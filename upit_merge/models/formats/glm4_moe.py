@@ -15,6 +15,7 @@ from upit_merge.models.formats.base import (
     Constant,
     MixtureFormat,
 )
+from upit_merge.models.formats.choosing import to_beat_by_sigmoid
 from upit_merge.models.formats.shapes import (
     mixture_layers,
     routed_size,
@@ -30,6 +31,7 @@ class Glm4Moe(MixtureFormat):
     class_name = "Glm4MoeForCausalLM"
     dense_type = "llama"
     block = "mlp"
+    choice_bias = "gate.e_score_correction_bias"
     count_field = "n_routed_experts"
     inner_field = "moe_intermediate_size"
     expresses = frozenset({"attention_bias", "partial_rotary_factor"})
@@ -93,6 +95,9 @@ class Glm4Moe(MixtureFormat):
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sigmoid()
 
+    def to_beat(self, logits: torch.Tensor, leads: torch.Tensor) -> torch.Tensor:
+        return to_beat_by_sigmoid(logits, leads)
+
     def sizes(self, config: Any) -> tuple[int, int]:
         return config.n_routed_experts, config.moe_intermediate_size
 
@@ -113,5 +118,5 @@ class Glm4Moe(MixtureFormat):
     def constants(self, settings: Mapping[str, Any], num_experts: int) -> Iterator[Constant]:
         yield from shared_zeros(settings)
         for layer in mixture_layers(settings):
-            name = f"{self.layer_prefix(layer)}mlp.gate.e_score_correction_bias"
+            name = f"{self.layer_prefix(layer)}{self.in_block(self.choice_bias)}"
             yield Constant(name, (num_experts,))

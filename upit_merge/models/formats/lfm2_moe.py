@@ -12,6 +12,7 @@ from upit_merge.models.formats.base import (
     Constant,
     MixtureFormat,
 )
+from upit_merge.models.formats.choosing import to_beat_by_sigmoid
 from upit_merge.models.formats.shapes import (
     Shapes,
     ffn_shapes,
@@ -32,6 +33,7 @@ class Lfm2Moe(MixtureFormat):
     dense_type = "lfm2"
     peft_knows = False
     block = "feed_forward"
+    choice_bias = "expert_bias"
     projections: ClassVar = _NAMES
     count_field = "num_experts"
     readers: ClassVar = {
@@ -80,6 +82,9 @@ class Lfm2Moe(MixtureFormat):
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sigmoid()
 
+    def to_beat(self, logits: torch.Tensor, leads: torch.Tensor) -> torch.Tensor:
+        return to_beat_by_sigmoid(logits, leads)
+
     def sizes(self, config: Any) -> tuple[int, int]:
         return config.num_experts, config.moe_intermediate_size
 
@@ -126,7 +131,8 @@ class Lfm2Moe(MixtureFormat):
 
     def constants(self, settings: Mapping[str, Any], num_experts: int) -> Iterator[Constant]:
         for layer in mixture_layers(settings):
-            yield Constant(f"{self.layer_prefix(layer)}feed_forward.expert_bias", (num_experts,))
+            name = f"{self.layer_prefix(layer)}{self.in_block(self.choice_bias)}"
+            yield Constant(name, (num_experts,))
 
     def norm_factors(self, model: TensorSource, layer: int) -> torch.Tensor:
         return model.tensor(f"{self.layer_prefix(layer)}ffn_norm.weight")
