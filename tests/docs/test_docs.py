@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib.util
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -23,17 +23,9 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 
-def load_script(path: Path) -> Any:
-    """A script as a module; `docs` is no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-generate = load_script(DOCS / "generate.py")
+sys.path.append(str(DOCS))  # where the script finds what is beside it; `docs` is no package
+generate = importlib.import_module("generate")
+anchor = importlib.import_module("generate_markdown").anchor
 MARKDOWN = sorted(
     path
     for folder in (".", "docs", "recipes", "benchmarks", "tests")
@@ -168,7 +160,7 @@ def anchors_of(page: Path) -> set[str]:
     found: set[str] = set()
     text = _FENCED.sub("", page.read_text(encoding="utf-8"))
     for heading in re.findall(r"^#+ +(.*?) *$", text, re.MULTILINE):
-        name = generate.anchor(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading))
+        name = anchor(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading))
         count = sum(known == name or known.startswith(f"{name}-") for known in found)
         found.add(f"{name}-{count}" if name in found else name)
     return found
