@@ -159,8 +159,8 @@ def test_the_trainer_is_given_the_same(mixed: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        whole = training_set("mixed", tokenizer, other_template=True).to_list()
-        parts = training_set("split", tokenizer, other_template=True).to_list()
+        whole = [*training_set("mixed", tokenizer, other_template=True)]
+        parts = [*training_set("split", tokenizer, other_template=True)]
     assert Counter(map(repr, parts)) == Counter(map(repr, whole))
 
 
