@@ -1,9 +1,8 @@
 """JSON of data -> values, and whether those say all that the text does.
 
 Of a key that stands twice in an object, values keep the last; a number over 1.8e308 is infinite
-in them. NaN and Infinity are no JSON, though Python reads them: a template would write them, and
-the `datasets` library stores null in their place. Where a model is to read any of this, it is a
-mistake; see `check_kept` and `check_columns`.
+in them. NaN and Infinity are no JSON, though Python reads them and chat templates would write them.
+Where a model is to read any of this, it is a mistake; see `check_kept` and `check_columns`.
 """
 
 from __future__ import annotations
