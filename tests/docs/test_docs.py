@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -204,9 +205,14 @@ def is_message(quoted: str, template: str) -> bool:
     """Whether a text of the source, with `…` for what is filled in, says what is quoted."""
     if quoted.removesuffix("…") in template:
         return True
+    pattern = pattern_of(template)
+    return pattern is not None and pattern.fullmatch(quoted) is not None
+
+
+@cache  # they are asked about every quotation
+def pattern_of(template: str) -> re.Pattern[str] | None:
     parts = template.split("…")
-    pattern = ".+".join(map(re.escape, parts))
-    return len("".join(parts)) >= 20 and re.fullmatch(pattern, quoted) is not None
+    return re.compile(".+".join(map(re.escape, parts))) if len("".join(parts)) >= 20 else None
 
 
 def test_quoted_messages_are_the_programs() -> None:
