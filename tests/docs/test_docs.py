@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib.util
+import importlib
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -23,17 +24,9 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 
-def load_script(path: Path) -> Any:
-    """A script as a module; `docs` is no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-generate = load_script(DOCS / "generate.py")
+sys.path.append(str(DOCS))  # where the script finds what is beside it; `docs` is no package
+generate = importlib.import_module("generate")
+anchor = importlib.import_module("generate_markdown").anchor
 MARKDOWN = sorted(
     path
     for folder in (".", "docs", "recipes", "benchmarks", "tests")
@@ -168,7 +161,7 @@ def anchors_of(page: Path) -> set[str]:
     found: set[str] = set()
     text = _FENCED.sub("", page.read_text(encoding="utf-8"))
     for heading in re.findall(r"^#+ +(.*?) *$", text, re.MULTILINE):
-        name = generate.anchor(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading))
+        name = anchor(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading))
         count = sum(known == name or known.startswith(f"{name}-") for known in found)
         found.add(f"{name}-{count}" if name in found else name)
     return found
@@ -212,9 +205,14 @@ def is_message(quoted: str, template: str) -> bool:
     """Whether a text of the source, with `…` for what is filled in, says what is quoted."""
     if quoted.removesuffix("…") in template:
         return True
+    pattern = pattern_of(template)
+    return pattern is not None and pattern.fullmatch(quoted) is not None
+
+
+@cache  # they are asked about every quotation
+def pattern_of(template: str) -> re.Pattern[str] | None:
     parts = template.split("…")
-    pattern = ".+".join(map(re.escape, parts))
-    return len("".join(parts)) >= 20 and re.fullmatch(pattern, quoted) is not None
+    return re.compile(".+".join(map(re.escape, parts))) if len("".join(parts)) >= 20 else None
 
 
 def test_quoted_messages_are_the_programs() -> None:

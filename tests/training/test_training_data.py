@@ -126,6 +126,41 @@ def test_arguments_of_calls_are_not_mixed_up(tmp_path: Path, tokenizer: Any) -> 
     assert table["chat_template_kwargs"] == [{}, {}, {"thinks": True}, {}]
 
 
+# Of which the datasets library's own JSON keeps none but the last two.
+NUMBERS = [0.3, 0.7, 0.12345678901234568, 1e-12, 123456789.1234567, 2**64, -(2**70), 19.99, 5]
+
+
+def test_numbers_in_calls_and_tools_stay_as_they_are(tmp_path: Path) -> None:
+    """By what transformers itself writes of them."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}"
+        "{{ c['function']['arguments'] | tojson }}{% endfor %}{% endfor %}{{ tools | tojson }}"
+        "{{ scale | tojson }}"
+    )
+    rows = []
+    for number in NUMBERS:
+        call = {"type": "function", "function": {"name": "f", "arguments": {"x": number}}}
+        turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+        besides = {"tools": [{"least": number}], "chat_template_kwargs": {"scale": number}}
+        rows.append({"messages": [CHAT[0], turn], **besides})
+    table = training_set(str(jsonl(tmp_path / "train.jsonl", *rows)), tokenizer)
+    assert [*table] == rows
+    expected = [
+        tokenizer.apply_chat_template(
+            row["messages"],
+            tools=row["tools"],
+            tokenize=True,
+            return_dict=False,
+            **row["chat_template_kwargs"],
+        )
+        for row in rows
+    ]
+    found = [row["input_ids"] for row in prepared(table, tokenizer, tmp_path)]
+    assert found == [ids[:64] for ids in expected]
+    assert tokenizer.decode(found[0]).startswith('2+2?{"x": 0.3}')
+
+
 def test_a_file_that_changes_is_read_again(tmp_path: Path, tokenizer: Any) -> None:
     path = jsonl(tmp_path / "train.jsonl", {"text": "a"})
     first = training_set(str(path), tokenizer)

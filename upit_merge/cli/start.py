@@ -97,7 +97,8 @@ def split(
 
     FILE is whatever `data` of a recipe may be: a jsonl, json, parquet, csv, tsv or txt file, a
     folder of them, or a dataset id. Rows keep all their columns and their order; those that say
-    the same go into one file. Parquet files and datasets stay parquet, all else becomes jsonl.
+    the same go into one file. Parquet files and datasets stay parquet, all else becomes jsonl; what
+    is JSON already is written as it stands there.
     """
     from upit_merge.commands.split import SplitOptions, parse_amount, split_data
     from upit_merge.data.partition import DataSource

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from upit_merge.data.json_text import decode
 from upit_merge.errors import UpitError, shown
 
 Messages = list[dict[str, Any]]
@@ -32,7 +33,7 @@ def as_messages(value: Any, column: str, source: str, *, other_roles: bool = Fal
     Raises:
         UpitError: naming the source, the message and what is wrong with it.
     """
-    value = from_json(value)
+    value = from_json(value, f"`{column}`", source)
     if not isinstance(value, list) or not value:
         kind = "an empty list" if value == [] else kind_of(value)
         raise UpitError(f"{source} has {kind} as `{column}`; make it a list of {{role, content}}.")
@@ -92,7 +93,8 @@ def _from_value(
 def _calls(value: Any, what: str, source: str) -> list[Any]:
     """Return the functions that a message of ShareGPT's kind calls: one, or a list, as JSON."""
     try:
-        calls = json.loads(value) if isinstance(value, str) else value
+        is_text = isinstance(value, str)
+        calls = decode(value, f"`value` of {what}", source) if is_text else value
     except (ValueError, RecursionError):
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
@@ -106,7 +108,7 @@ def _calls(value: Any, what: str, source: str) -> list[Any]:
 
 def _tool_calls(value: Any, what: str, source: str) -> list[Any]:
     """Return calls with their arguments as objects: a template would write JSON as JSON again."""
-    calls = from_json(value)
+    calls = from_json(value, f"`tool_calls` of {what}", source)
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise UpitError(
             f"{source} has {kind_of(calls)} as `tool_calls` of {what}; make it a list of objects."
@@ -115,20 +117,46 @@ def _tool_calls(value: Any, what: str, source: str) -> list[Any]:
     for call in calls:
         function = call.get("function")
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            arguments = from_json(function["arguments"])
+            called = f"the arguments of a call in {what}"
+            arguments = from_json(function["arguments"], called, source)
             call = {**call, "function": {**function, "arguments": arguments}}
         found.append(call)
     return found
 
 
-def from_json(value: Any) -> Any:
-    """Return what a text holds, if it is JSON of a list or an object; else the value itself."""
-    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+def from_json(value: Any, what: str, source: str) -> Any:
+    """Return what a text holds, if it is JSON of a list or an object; else the value itself.
+
+    Args:
+        what, source: What the value is, and of which record, for error messages.
+
+    Raises:
+        UpitError: a key stands twice in that JSON, or a number that cannot be kept.
+    """
+    if _may_be_json(value):
         try:
-            return json.loads(value)
+            return decode(value, what, source)
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of messages, or such a list as JSON."""
+    if _may_be_json(value):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) and "role" in message for message in value)
+    )
+
+
+def _may_be_json(value: Any) -> bool:
+    return isinstance(value, str) and value.strip()[:1] in ("[", "{")
 
 
 def _joined(parts: list[Any], what: str, source: str) -> str:

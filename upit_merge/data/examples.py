@@ -9,23 +9,34 @@ names the file and the line, record or row.
 from __future__ import annotations
 
 import csv
-import json
+import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-from upit_merge.data.records import SeedExample, to_example, usable_columns
-from upit_merge.errors import UpitError, first_line
+from upit_merge.data.json_records import json_records
+from upit_merge.data.json_text import check_finite
+from upit_merge.data.lines import lines_of, whole_lines
+from upit_merge.data.records import SeedExample, columns_read, to_example, usable_columns
+from upit_merge.errors import UpitError, counted, first_line, one_line
+
+LOG = logging.getLogger(__name__)
 
 # The paper trains its router on 500 to 5,000 samples, about 1 % of the instruction-tuning set.
 DEFAULT_SAMPLES = 1000
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
-EXTENSIONS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
+JSON_EXTENSIONS = (".jsonl", ".json")
+EXTENSIONS = (*JSON_EXTENSIONS, ".parquet", ".csv", ".tsv", ".txt")
 FILES = f"{', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
+
+# What programs put behind one of those.
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 Records = Iterator[tuple[str, Any]]  # where a record is from, and what it is
 
@@ -106,13 +117,33 @@ def files_of(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in EXTENSIONS]
-    files = [file for file in files if not file.name.startswith(".")]
+    there = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
+    files = [file for file in there if file.suffix.lower() in EXTENSIONS]
     # Tables of text beside other data are more often results than samples.
     files = [file for file in files if file.suffix.lower() not in _SEPARATORS] or files
+    packed = [file for file in there if _is_compressed_data(file)]
     if not files:
-        raise UpitError(f"The folder {path} holds no {FILES} file; put the seed data there.")
+        first = f" ({one_line(packed[0].name)} is compressed)" if packed else ""
+        remedy = "unpack it" if packed else "put the seed data there"
+        raise UpitError(f"The folder {path} holds no {FILES} file{first}; {remedy}.")
+    if packed:
+        _tell_packed(path, packed[0].name, len(packed))
     return files
+
+
+def _is_compressed_data(path: Path) -> bool:
+    inner = Path(path.stem).suffix.lower()
+    return path.suffix.lower() in _COMPRESSED and inner in EXTENSIONS
+
+
+@cache  # once, however often the folder is read
+def _tell_packed(folder: Path, name: str, count: int) -> None:
+    LOG.warning(
+        "%s passed over in %s, such as %s; unpack what is to be read.",
+        counted(count, "compressed file"),
+        folder,
+        one_line(name),
+    )
 
 
 def _read_file(path: Path, column: str | None, text: str) -> Iterator[SeedExample]:
@@ -124,78 +155,39 @@ def _read_file(path: Path, column: str | None, text: str) -> Iterator[SeedExampl
         raise UpitError(f"{path} is empty; put at least one sample in it.")
 
 
-def records_of(path: Path, column: str | None = None, text: str = "text") -> Records:
+def records_of(
+    path: Path, column: str | None = None, text: str = "text", *, whole: bool = False
+) -> Records:
     """Return the records of a file; of a parquet only the columns that are read, of others all.
 
     Args:
         column, text: As `iter_examples` takes them.
+        whole: All columns of a parquet, too.
 
     Raises:
         UpitError: the file is malformed, or of no kind that is read.
     """
     suffix = path.suffix.lower()
+    if suffix in _COMPRESSED:
+        raise UpitError(
+            f"{path} is compressed; unpack it, and give the {FILES} file that was in it."
+        )
     if suffix not in EXTENSIONS:
         kind = f"the extension {suffix}" if suffix else "no extension"
         raise UpitError(f"{path} has {kind}; give seed data as a {FILES} file.")
     if suffix == ".parquet":
-        return _parquet_records(path, column, text)
+        return _parquet_records(path, column, text, whole)
     if suffix in _SEPARATORS:
         return _csv_records(path, _SEPARATORS[suffix], column, text)
-    return _text_records(path, text) if suffix == ".txt" else _json_records(path)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in _whole_lines(path):
-        yield number, line.rstrip("\r\n")
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[int, str]]:
-    # Bytes, for their lines end at \n only: JSON strings may hold U+2028 and its kind unescaped.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UpitError(
-                    f"{path} line {number} is not UTF-8 text (byte 0x{line[error.start]:02x} at "
-                    f"column {error.start + 1}); save the file as UTF-8."
-                ) from error
-
-
-def _json_records(path: Path) -> Records:
-    lines = _lines(path)
-    blank: list[str] = []
-    for number, line in lines:
-        if not line.strip():
-            blank.append(line)
-            continue
-        if line.lstrip().startswith("["):  # one list of objects, over any number of lines
-            rest = (line for _, line in lines)
-            records = _parse(path, 1, "\n".join(chain(blank, [line], rest)))
-            for index, record in enumerate(records, 1):
-                yield f"{path} record {index}", record
-            return
-        yield f"{path} line {number}", _parse(path, number, line)
-        break
-    for number, line in lines:
-        if line.strip():
-            yield f"{path} line {number}", _parse(path, number, line)
-
-
-def _parse(path: Path, first_line: int, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        found = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
-        line, found = first_line, str(error)
-    raise UpitError(f"{path} line {line} is not JSON ({found}); put one JSON object on each line.")
+    if suffix == ".txt":
+        return _text_records(path, text)
+    records = json_records(path, columns_read(column, text))
+    return ((record.source, record.value) for record in records)
 
 
 def _text_records(path: Path, text: str) -> Records:
     """Blocks between blank lines; every line is one where a file has no blank lines to speak of."""
-    groups = groupby(_lines(path), key=lambda item: not item[1].strip())
+    groups = groupby(lines_of(path), key=lambda item: not item[1].strip())
     blocks = (list(group) for blank, group in groups if not blank)
     first, second = next(blocks, []), next(blocks, None)
     found = [[line] for line in first] if second is None else chain([first, second], blocks)
@@ -206,15 +198,12 @@ def _text_records(path: Path, text: str) -> Records:
 def _csv_records(path: Path, separator: str, column: str | None, text: str) -> Records:
     """Rows under a line with the columns' names; whatever a cell holds is text."""
     csv.field_size_limit(2**31 - 1)  # of all cells that this process reads
-    reader = csv.reader((line for _, line in _whole_lines(path)), delimiter=separator, strict=True)
+    reader = csv.reader((line for _, line in whole_lines(path)), delimiter=separator, strict=True)
     try:
         names = next(reader, None)
         if names is None:
             return
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise UpitError(
-                f"{path} has two columns with the name `{twice[0]}`; give each its own."
-            )
+        _check_names(names, path)
         usable_columns(names, f"{path}", column, text)
         line = reader.line_num
         for cells in reader:
@@ -233,21 +222,54 @@ def _csv_records(path: Path, separator: str, column: str | None, text: str) -> R
         ) from error
 
 
-def _parquet_records(path: Path, column: str | None, text: str) -> Records:
-    import pyarrow
+def _parquet_records(path: Path, column: str | None, text: str, whole: bool) -> Records:
     import pyarrow.parquet
 
     if path.stat().st_size == 0:
         return
+    with readable_table(path), pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        columns = usable_columns(names, f"{path}", column, text)
+        _check_names([*names] if whole else [name for name in names if name in columns], path)
+        chosen = None if whole else columns
+        batches = (batch.to_pylist() for batch in file.iter_batches(columns=chosen))
+        for row, record in enumerate(chain.from_iterable(batches), 1):
+            source = f"{path} row {row}"
+            yield source, _without_padding(record) if whole else _from_table(record, source)
+
+
+@contextmanager
+def readable_table(path: Path) -> Iterator[None]:
+    """Tell in one sentence what is wrong with a parquet file that is read inside.
+
+    Raises:
+        UpitError: it is not parquet, or not all of it.
+    """
+    import pyarrow
+
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = usable_columns(file.schema_arrow.names, f"{path}", column, text)
-            batches = (batch.to_pylist() for batch in file.iter_batches(columns=columns))
-            for row, record in enumerate(chain.from_iterable(batches), 1):
-                yield f"{path} row {row}", _without_padding(record)
+        yield
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: not UTF-8
         why = first_line(error)
         raise UpitError(f"{path} is not readable parquet ({why}); write it again.") from error
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    """Refuse columns of one name, of which records would have the last."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UpitError(f"{path} has two columns with the name `{twice[0]}`; give each its own.")
+
+
+def _from_table(record: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the columns of a row that are read.
+
+    Raises:
+        UpitError: as `check_finite`.
+    """
+    for name, value in record.items():
+        if isinstance(value, list | dict):
+            check_finite(value, f"`{name}`", source)
+    return dict(_without_padding(record))
 
 
 def _without_padding(value: Any, *, inside: bool = False) -> Any:
@@ -276,7 +298,7 @@ def _read_hub(
     for row, record in enumerate(dataset.select_columns(columns), 1):
         empty = False
         source = f"{name} {split} row {row}"
-        yield to_example(_without_padding(record), source, column, text)
+        yield to_example(_from_table(record, source), source, column, text)
     if empty:
         raise UpitError(f"The dataset {name} has no rows in {split!r}; choose another split.")
 

@@ -9,15 +9,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upit_merge.data.examples import files_of, iter_examples, load_hub, local_data, records_of
+from upit_merge.data.examples import (
+    JSON_EXTENSIONS,
+    files_of,
+    iter_examples,
+    load_hub,
+    local_data,
+    readable_table,
+    records_of,
+)
+from upit_merge.data.json_records import json_records
+from upit_merge.data.json_text import NotingDecoder
 from upit_merge.data.records import SeedExample
 from upit_merge.errors import UpitError, counted, first_line, shown
+
+LOG = logging.getLogger(__name__)
 
 TRAIN, SEED, HELD_OUT = PARTS = ("train", "seed", "held-out")
 
@@ -105,7 +118,7 @@ def _content(example: SeedExample) -> bytes:
     """Return what tells apart what models are given."""
     parts: list[Any] = [example.text, example.messages, example.prompt, example.completion]
     parts += [example.tools, example.template_options]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).digest()
 
 
 def divide(
@@ -212,32 +225,57 @@ def _write_lines(source: DataSource, part_of: Sequence[str], paths: Mapping[str,
             part: stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
             for part, path in paths.items()
         }
-        for file in source.files:
-            for where, record in _whole_records(file):
-                files[next(parts)].write(f"{_line(where, record)}\n")
+        for line in _all_lines(source):
+            part = next(parts, None)
+            if part is None:
+                raise _changed(source)
+            files[part].write(f"{line}\n")
+    if next(parts, None) is not None:
+        raise _changed(source)
 
 
-def _whole_records(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix.lower() != ".parquet":
-        yield from records_of(path)
+def _changed(source: DataSource) -> UpitError:
+    return UpitError(f"{source.name} was written to while it was read; split it again.")
+
+
+def _all_lines(source: DataSource) -> Iterator[str]:
+    """Yield every row as a line of JSON; those that are JSON already, as they are."""
+    is_told = False
+    for file in source.files:
+        for where, line, constant in _lines_of_file(file):
+            if constant is not None and not is_told:
+                is_told = True
+                LOG.warning(
+                    "%s has %s, which is no JSON: it is written as it is, and other programs may "
+                    "refuse the file.",
+                    where,
+                    constant,
+                )
+            yield line
+
+
+def _lines_of_file(path: Path) -> Iterator[tuple[str, str, str | None]]:
+    """Yield where each row is from, its line, and what in it is no JSON though it is written."""
+    if path.suffix.lower() in JSON_EXTENSIONS:
+        for record in json_records(path):
+            yield record.source, record.text, record.constant
         return
-    rows = (row for batch in _batches_of(path) for row in batch.to_pylist())
-    for number, row in enumerate(rows, 1):
-        yield f"{path} row {number}", row
+    for where, row in records_of(path, whole=True):
+        yield where, *_line(where, row)
 
 
-def _line(where: str, record: Any) -> str:
+def _line(where: str, row: Any) -> tuple[str, str | None]:
     try:
-        line = json.dumps(record, ensure_ascii=False)
-        line.encode()
-        return line
-    except UnicodeEncodeError:  # half of a character, in a column that no model is given
-        return json.dumps(record)
+        line = json.dumps(row, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise UpitError(
             f"{where} cannot be written as JSON ({first_line(error)}); split the parquet files by "
             "themselves, which stay parquet."
         ) from error
+    decoder = NotingDecoder()
+    if "NaN" in line or "Infinity" in line:  # as a number, or in a text
+        decoder.decode(line)
+    return line, decoder.constant
 
 
 def _write_tables(source: DataSource, part_of: Sequence[str], paths: Mapping[str, Path]) -> None:
@@ -280,5 +318,5 @@ def _table_batches(source: DataSource) -> Iterator[Any]:
 def _batches_of(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with readable_table(path), pyarrow.parquet.ParquetFile(path) as file:
         yield from file.iter_batches(batch_size=_BATCH_ROWS)

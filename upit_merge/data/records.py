@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import Any
 
-from upit_merge.data.conversations import Messages, as_messages, check_string, from_json, kind_of
+from upit_merge.data.conversations import (
+    Messages,
+    as_messages,
+    check_string,
+    from_json,
+    is_chat,
+    kind_of,
+)
 from upit_merge.errors import UpitError
 
 _CONVERSATIONS = ("conversations", "conversation")
@@ -158,9 +165,10 @@ def _prompt_and_completion(
 ) -> SeedExample:
     prompt, completion = found["prompt"], found["completion"]
     reading = None
-    decoded = from_json(prompt), from_json(completion)
-    if isinstance(prompt, str) and all(map(_is_chat, decoded)):
-        prompt, completion = decoded
+    if isinstance(prompt, str) and is_chat(prompt) and is_chat(completion):
+        prompt, completion = (
+            from_json(found[n], f"`{n}`", source) for n in ("prompt", "completion")
+        )
         reading = "JSON in `prompt` and `completion` read as messages"
     if isinstance(prompt, list) != isinstance(completion, list):
         raise UpitError(
@@ -179,15 +187,6 @@ def _prompt_and_completion(
         label=label,
         reading=reading,
         **_options(found, source),
-    )
-
-
-def _is_chat(value: Any) -> bool:
-    """Return whether a value is a list of messages."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(message, dict) and "role" in message for message in value)
     )
 
 
@@ -262,7 +261,7 @@ def _system(found: Mapping[str, Any], source: str) -> tuple[str, str]:
 
 def _history(value: Any, source: str) -> list[list[str]]:
     """Return earlier questions and answers, as Alpaca's data has them."""
-    rounds = from_json(value) or []
+    rounds = from_json(value, "`history`", source) or []
     if not isinstance(rounds, list) or not all(
         isinstance(pair, list) and len(pair) == 2 for pair in rounds
     ):
@@ -281,7 +280,7 @@ def _options(found: Mapping[str, Any], source: str, *, bare_tools: bool = False)
     Args:
         bare_tools: The tools may be functions alone, as in ShareGPT's data.
     """
-    tools = from_json(found.get("tools")) or None
+    tools = from_json(found.get("tools"), "`tools`", source) or None
     if tools is not None and not isinstance(tools, list):
         raise UpitError(f"{source} has {kind_of(tools)} as `tools`; make it a list of functions.")
     for index, tool in enumerate(tools or [], 1):
@@ -291,7 +290,8 @@ def _options(found: Mapping[str, Any], source: str, *, bare_tools: bool = False)
             )
     if tools is not None and bare_tools:
         tools = [t if "function" in t else {"type": "function", "function": t} for t in tools]
-    options = from_json(found.get("chat_template_kwargs")) or None
+    name = "chat_template_kwargs"
+    options = from_json(found.get(name), f"`{name}`", source) or None
     if options is not None and (not isinstance(options, dict) or _OURS & options.keys()):
         raise UpitError(
             f"{source} has {kind_of(options)} as `chat_template_kwargs` that is none, or sets what "
@@ -315,6 +315,14 @@ def _label(record: Mapping[str, Any], column: str, source: str) -> str | int:
 # ---- columns -------------------------------------------------------------------------------
 
 
+def columns_read(column: str | None, text: str = "text") -> list[str]:
+    """Return all columns of which some are read, if a record has them; `column` is the label."""
+    usable = ["messages", "prompt", "completion", text, *_CONVERSATIONS]
+    for name, answers in _PAIRS.items():
+        usable += [name, *answers, *_CONTEXTS.get(name, ())]
+    return list(dict.fromkeys([*usable, *_BESIDES, *([] if column is None else [column])]))
+
+
 def usable_columns(
     names: Sequence[str], where: str, column: str | None, text: str = "text"
 ) -> list[str]:
@@ -323,10 +331,7 @@ def usable_columns(
     Raises:
         UpitError: none can be used, or `column` is missing.
     """
-    usable = ["messages", "prompt", "completion", text, *_CONVERSATIONS]
-    for name, answers in _PAIRS.items():
-        usable += [name, *answers, *_CONTEXTS.get(name, ())]
-    usable = [name for name in dict.fromkeys([*usable, *_BESIDES]) if name in names]
+    usable = [name for name in columns_read(None, text) if name in names]
     blank = dict.fromkeys(usable, "")
     complete = (
         {"messages", text, *_CONVERSATIONS} & blank.keys()

@@ -53,7 +53,9 @@ def training_set(
     Raises:
         UpitError: as `read_seed_data`, or the examples are not all of one kind.
     """
-    from datasets import Dataset, Features, Json, List, Value
+    from datasets import Dataset, Features, List, Value
+
+    from upit_merge.data.exact_json import ExactJson
 
     has_template = other_template or bool(tokenizer.chat_template)
     options: dict[str, Any] = {"split": split, "config": config, "text": text}
@@ -80,9 +82,9 @@ def training_set(
         found |= dict.fromkeys(readings([example], has_template=has_template))
     for reading in found:
         LOG.info("Training data: %s.", reading)
-    one: Any = List(Json()) if first_kind in ("messages", "chat pair") else Value("string")
+    one: Any = List(ExactJson()) if first_kind in ("messages", "chat pair") else Value("string")
     names = {"text": [text], "messages": ["messages"]}.get(first_kind, ["prompt", "completion"])
-    features = dict.fromkeys(names, one) | dict.fromkeys(besides, Json())
+    features = dict.fromkeys(names, one) | dict.fromkeys(besides, ExactJson())
     return Dataset.from_generator(
         _rows,
         features=Features(features),

@@ -42,6 +42,18 @@ QUALITIES: Mapping[str, Any] = {
 _ACTIVATIONS = {"swish": "silu"}
 
 
+def attention_biases(config: Any) -> dict[str, bool]:
+    """Return the biases of attention, by a configuration in which one setting means both kinds."""
+    bias = bool(config.attention_bias)
+    return {"attention_bias": bias, "output_bias": bias}
+
+
+def rotary_share(config: Any) -> float:
+    """Return which share of a head's dimensions is rotated, by a configuration's rope settings."""
+    rope = config.rope_parameters or {}
+    return float(rope.get("partial_rotary_factor") or 1.0)
+
+
 @dataclass(frozen=True)
 class Piece:
     """A tensor that is all of a stored one under another name, or rows of it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upit_merge.models.families.base import DenseFamily
+from upit_merge.models.families.base import DenseFamily, attention_biases
 
 
 class Cohere2(DenseFamily):
@@ -17,12 +17,7 @@ class Cohere2(DenseFamily):
     more_fields = ("layer_types", "logit_scale")
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
-        bias = bool(config.attention_bias)
-        return {
-            "attention_bias": bias,
-            "output_bias": bias,
-            "rms_norm_eps": config.layer_norm_eps,
-        }
+        return {**attention_biases(config), "rms_norm_eps": config.layer_norm_eps}
 
     def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from upit_merge.models.families.base import Piece
+from upit_merge.models.families.base import Piece, attention_biases
 from upit_merge.models.families.composite import LanguagePart
 
 # Settings that shape its layers, as transformers' configuration calls them.
-LAYER_FIELDS = (
+_LAYER_FIELDS = (
     "layer_types",
     "attention_k_eq_v",
     "num_kv_shared_layers",
@@ -40,12 +40,17 @@ def common_layer(config: Any) -> Any:
 
 def layer_settings(config: Any) -> dict[str, Any]:
     """Return what shapes the layers, from transformers' configuration, dense or a mixture."""
-    settings = {field: getattr(config, field) for field in LAYER_FIELDS}
+    settings = {field: getattr(config, field) for field in _LAYER_FIELDS}
     # transformers 5.24 keeps the sizes of layers with full attention by layer only.
     full = [n for n, kind in enumerate(config.layer_types) if kind == "full_attention"]
     own = config.per_layer_config[full[0]] if full else config
     settings |= {name: getattr(own, field) for name, field in FULL_LAYERS.items()}
     return settings | {"hidden_act": config.hidden_activation}
+
+
+def has_own_keys(settings: Mapping[str, Any], layer: int) -> bool:
+    """Return whether a layer does not take keys and values from an earlier one."""
+    return layer < int(settings["num_hidden_layers"]) - int(settings["num_kv_shared_layers"])
 
 
 class Gemma4(LanguagePart):
@@ -77,11 +82,10 @@ class Gemma4(LanguagePart):
         return settings | {"use_double_wide_mlp": is_wide}
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
-        bias = bool(config.attention_bias)
-        return {"attention_bias": bias, "output_bias": bias, "qk_norm": True}
+        return {**attention_biases(config), "qk_norm": True}
 
     def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        own = {field: settings[field] for field in (*LAYER_FIELDS, *FULL_LAYERS)}
+        own = {field: settings[field] for field in (*_LAYER_FIELDS, *FULL_LAYERS)}
         if not settings["attention_k_eq_v"]:
             own["num_global_key_value_heads"] = None  # of no meaning, by the published ones
         return {
@@ -96,7 +100,7 @@ class Gemma4(LanguagePart):
         match = _IN_LAYER.fullmatch(name)
         if match is None:
             return super().pieces(name, settings)
-        has_keys = int(match[1]) < settings["num_hidden_layers"] - settings["num_kv_shared_layers"]
+        has_keys = has_own_keys(settings, int(match[1]))
         if match[2] in _OF_KEYS and not has_keys:
             return ()
         if match[2] in _OF_FFN and has_keys and settings["use_double_wide_mlp"]:

@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upit_merge.models.families.base import DenseFamily
+from upit_merge.models.families.base import DenseFamily, attention_biases
+
+# By what an embedding, a query's product with a key, and what a layer adds are multiplied, and
+# logits divided.
+MULTIPLIERS = (
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
+
+
+def multiplier_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a `config.json` with multipliers has of them: attention's always."""
+    factor = settings["attention_multiplier"] or settings["head_dim"] ** -0.5
+    return {**{name: settings[name] for name in MULTIPLIERS}, "attention_multiplier": factor}
 
 
 class Granite(DenseFamily):
@@ -16,23 +31,15 @@ class Granite(DenseFamily):
     targets = ("granitemoe",)
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
-        bias = bool(config.attention_bias)
         return {
-            "attention_bias": bias,
-            "output_bias": bias,
+            **attention_biases(config),
             "mlp_bias": bool(config.mlp_bias),
-            "embedding_multiplier": float(config.embedding_multiplier),
-            "attention_multiplier": float(config.attention_multiplier),
-            "residual_multiplier": float(config.residual_multiplier),
-            "logits_scaling": float(config.logits_scaling),
+            **{name: float(getattr(config, name)) for name in MULTIPLIERS},
         }
 
     def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        names = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
-        factor = settings["attention_multiplier"] or settings["head_dim"] ** -0.5
         return {
-            **{name: settings[name] for name in names},
-            "attention_multiplier": factor,
+            **multiplier_fields(settings),
             "attention_bias": settings["attention_bias"],
             "mlp_bias": False,
         }

@@ -7,9 +7,11 @@ from typing import Any
 
 from upit_merge.models.families.base import DenseFamily, Piece
 
-# Of a Llama's configuration: an LFM2 has other names for these, or none.
-_NOT_ITS = ("rms_norm_eps", "hidden_act", "sliding_window", "head_dim")
-_FFN = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+# Of a Llama's configuration: an LFM2, dense or not, has other names for these, or none.
+NOT_ITS = ("rms_norm_eps", "hidden_act", "sliding_window", "head_dim")
+# What an FFN's matrices are called, an expert's too.
+FFN_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_PROJECTIONS = {own: projection for projection, own in FFN_NAMES.items()}
 
 
 class Lfm2(DenseFamily):
@@ -38,18 +40,18 @@ class Lfm2(DenseFamily):
 
     def fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         fields = super().fields(settings)
-        return {key: value for key, value in fields.items() if key not in _NOT_ITS}
+        return {key: value for key, value in fields.items() if key not in NOT_ITS}
 
     def stored_name(self, name: str) -> str:
-        for own, projection in _FFN.items():
+        for projection, own in FFN_NAMES.items():
             name = name.replace(f".mlp.{projection}.", f".feed_forward.{own}.")
         return name
 
     def pieces(self, name: str, settings: Mapping[str, Any]) -> Sequence[Piece] | None:
         before, _, last = name.removesuffix(".weight").rpartition(".feed_forward.")
-        if not before or last not in _FFN:
+        if not before or last not in _PROJECTIONS:
             return None
-        return [Piece(f"{before}.mlp.{_FFN[last]}.weight")]
+        return [Piece(f"{before}.mlp.{_PROJECTIONS[last]}.weight")]
 
 
 def _ffn_size(config: Any) -> int:

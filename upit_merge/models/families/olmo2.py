@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upit_merge.models.families.base import DenseFamily
+from upit_merge.models.families.base import DenseFamily, attention_biases
 
 
 class Olmo2(DenseFamily):
@@ -16,8 +16,7 @@ class Olmo2(DenseFamily):
     targets = ("flex_olmo",)
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
-        bias = bool(config.attention_bias)
-        return {"attention_bias": bias, "output_bias": bias}
+        return attention_biases(config)
 
     def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"attention_bias": settings["attention_bias"]}

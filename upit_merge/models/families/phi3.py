@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from upit_merge.models.families.base import DenseFamily, Piece
+from upit_merge.models.families.base import DenseFamily, Piece, rotary_share
 
 
 class Phi3(DenseFamily):
@@ -35,8 +35,7 @@ class Phi3(DenseFamily):
         return config
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
-        rope = config.rope_parameters or {}
-        return {"partial_rotary_factor": float(rope.get("partial_rotary_factor") or 1.0)}
+        return {"partial_rotary_factor": rotary_share(config)}
 
     def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         own = {"partial_rotary_factor": settings["partial_rotary_factor"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upit_merge.models.families.base import DenseFamily
+from upit_merge.models.families.base import DenseFamily, attention_biases
 
 _TITLES = {"glm4_moe": "GLM-4-MoE", "qwen3_moe": "Qwen3-MoE"}
 _WINDOW = "sets use_sliding_window, which acts on other layers in a {title}"
@@ -54,8 +54,7 @@ class Qwen3(_Windowed):
     targets = ("qwen3_moe",)
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
-        bias = bool(config.attention_bias)
-        return {"qk_norm": True, "attention_bias": bias, "output_bias": bias}
+        return {"qk_norm": True, **attention_biases(config)}
 
     def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"use_sliding_window": False, "attention_bias": settings["attention_bias"]}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from upit_merge.models.families.base import attention_biases, rotary_share
 from upit_merge.models.families.composite import LanguagePart
 
 # Settings that shape its layers, as transformers' configuration calls them.
-LINEAR_FIELDS = (
+_LINEAR_FIELDS = (
     "linear_conv_kernel_dim",
     "linear_key_head_dim",
     "linear_value_head_dim",
@@ -24,7 +25,7 @@ class Qwen35(LanguagePart):
     other_types = ("qwen3_5",)
     title = "Qwen3.5"
     targets = ("qwen3_5_moe",)
-    more_fields = ("layer_types", *LINEAR_FIELDS)
+    more_fields = ("layer_types", *_LINEAR_FIELDS)
     beside: ClassVar = {"visual.": "vision tower", "mtp.": "layer that predicts further tokens"}
 
     def unfit(self, raw: Mapping[str, Any]) -> str | None:
@@ -33,13 +34,10 @@ class Qwen35(LanguagePart):
         return None
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
-        bias = bool(config.attention_bias)
-        rope = config.rope_parameters or {}
         return {
-            "attention_bias": bias,
-            "output_bias": bias,
+            **attention_biases(config),
             "qk_norm": True,
-            "partial_rotary_factor": float(rope.get("partial_rotary_factor") or 1.0),
+            "partial_rotary_factor": rotary_share(config),
         }
 
     def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:

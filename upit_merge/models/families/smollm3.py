@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upit_merge.models.families.base import DenseFamily
+from upit_merge.models.families.base import DenseFamily, attention_biases
 
 
 class SmolLM3(DenseFamily):
@@ -28,8 +28,7 @@ class SmolLM3(DenseFamily):
         return config
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
-        bias = bool(config.attention_bias)
-        return {"attention_bias": bias, "output_bias": bias, "mlp_bias": bool(config.mlp_bias)}
+        return {**attention_biases(config), "mlp_bias": bool(config.mlp_bias)}
 
     def own_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from upit_merge.io.sources import TensorSource
-from upit_merge.models.families import QUALITIES, SHARED_FIELDS
+from upit_merge.models.families import FAMILIES, QUALITIES, SHARED_FIELDS, DenseFamily
 from upit_merge.models.formats.choosing import to_beat_by_softmax
 from upit_merge.models.formats.shapes import (
     EMBEDDINGS,
@@ -102,6 +102,11 @@ class MixtureFormat(ABC):
     is_part: ClassVar[bool] = False
     router_is_linear: ClassVar[bool] = False
     dense_type: ClassVar[str]
+
+    @property
+    def family(self) -> DenseFamily:
+        """The dense models of `dense_type`."""
+        return FAMILIES[self.dense_type]
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
         """Return whether a `config.json` is that of such a mixture."""

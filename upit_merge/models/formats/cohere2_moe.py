@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from upit_merge.io.sources import TensorSource
+from upit_merge.models.families.cohere2 import Cohere2
 from upit_merge.models.formats.base import (
     MixtureFormat,
 )
@@ -27,7 +28,7 @@ class Cohere2Moe(MixtureFormat):
     block = "mlp"
     count_field = "num_experts"
     expresses = frozenset({"attention_bias", "output_bias"})
-    more_fields = ("layer_types", "logit_scale")
+    more_fields = Cohere2.more_fields
     readers: ClassVar = {
         "transformers": "",
         "llama.cpp": "",
@@ -37,10 +38,7 @@ class Cohere2Moe(MixtureFormat):
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
         return {
             self.count_field: num_experts,
-            "attention_bias": settings["attention_bias"],
-            "layer_norm_eps": settings["rms_norm_eps"],
-            "layer_types": settings["layer_types"],
-            "logit_scale": settings["logit_scale"],
+            **self.family.own_fields(settings),
             "mlp_layer_types": ["sparse"] * settings["num_hidden_layers"],
             "num_shared_experts": 0,
             "expert_selection_fn": "softmax",
@@ -66,12 +64,7 @@ class Cohere2Moe(MixtureFormat):
         return config.num_experts, config.intermediate_size
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
-        bias = bool(config.attention_bias)
-        return {
-            "attention_bias": bias,
-            "output_bias": bias,
-            "rms_norm_eps": config.layer_norm_eps,
-        }
+        return self.family.qualities(config)
 
     def dense_shapes(self, settings: Mapping[str, Any]) -> Shapes:
         for name, shape in llama_shapes(settings):

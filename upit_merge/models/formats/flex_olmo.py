@@ -36,7 +36,7 @@ class FlexOlmo(MixtureFormat):
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
         return {
             self.count_field: num_experts,
-            "attention_bias": settings["attention_bias"],
+            **self.family.own_fields(settings),
             "norm_topk_prob": True,
         }
 
@@ -54,8 +54,7 @@ class FlexOlmo(MixtureFormat):
         return config.num_experts, config.intermediate_size
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
-        bias = bool(config.attention_bias)
-        return {"attention_bias": bias, "output_bias": bias}
+        return self.family.qualities(config)
 
     def dense_shapes(self, settings: Mapping[str, Any]) -> Shapes:
         hidden, head = settings["hidden_size"], settings["head_dim"]

@@ -18,8 +18,8 @@ from upit_merge.io.language_part import language_settings
 from upit_merge.io.sources import TensorSource
 from upit_merge.models.families.gemma4 import (
     FULL_LAYERS,
-    LAYER_FIELDS,
     common_layer,
+    has_own_keys,
     layer_settings,
 )
 from upit_merge.models.formats.base import (
@@ -77,18 +77,12 @@ class Gemma4Moe(CompositeFormat):
         return super().unfit(settings)
 
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
-        own = {field: settings[field] for field in (*LAYER_FIELDS, *FULL_LAYERS)}
-        if not settings["attention_k_eq_v"]:
-            own["num_global_key_value_heads"] = None  # of no meaning, by the published ones
         return {
-            **own,
-            "hidden_activation": settings["hidden_act"],
-            "attention_bias": settings["attention_bias"],
+            **self.family.own_fields(settings),
             "enable_moe_block": True,
             self.count_field: num_experts,
             self.inner_field: settings["intermediate_size"],
             "intermediate_size": _ZERO_SIZE,
-            "use_double_wide_mlp": False,
         }
 
     def rope_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,13 +103,7 @@ class Gemma4Moe(CompositeFormat):
         return int(config.top_k_experts)
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
-        bias = bool(config.attention_bias)
-        return {
-            "attention_bias": bias,
-            "output_bias": bias,
-            "qk_norm": True,
-            "mlp_size": config.intermediate_size,
-        }
+        return {**self.family.qualities(config), "mlp_size": config.intermediate_size}
 
     def dense_shapes(self, settings: Mapping[str, Any]) -> Shapes:
         hidden, inputs = settings["hidden_size"], settings["hidden_size_per_layer_input"]
@@ -185,10 +173,9 @@ def _attention_shapes(prefix: str, settings: Mapping[str, Any], layer: int) -> S
     """Yield the tensors of a layer's attention: sizes differ by its kind, and some have no keys."""
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     is_full = settings["layer_types"][layer] == "full_attention"
-    names = ("global_head_dim", "num_global_key_value_heads")
-    head, keys = (settings[n] for n in (names if is_full else ("head_dim", "num_key_value_heads")))
+    head, keys = (settings[n] for n in (FULL_LAYERS if is_full else FULL_LAYERS.values()))
     sizes = {"q_proj": heads * head}
-    has_keys = layer < settings["num_hidden_layers"] - settings["num_kv_shared_layers"]
+    has_keys = has_own_keys(settings, layer)
     if has_keys:
         sizes["k_proj"] = keys * head
         if not (is_full and settings["attention_k_eq_v"]):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from upit_merge.models.families.base import rotary_share
 from upit_merge.models.formats.base import (
     Constant,
     MixtureFormat,
@@ -103,10 +104,9 @@ class Glm4Moe(MixtureFormat):
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
         dense, routed = config.intermediate_size, config.moe_intermediate_size
-        rope = config.rope_parameters or {}
         return {
             "attention_bias": bool(config.attention_bias),
-            "partial_rotary_factor": float(rope.get("partial_rotary_factor") or 1.0),
+            "partial_rotary_factor": rotary_share(config),
             "intermediate_size": dense,
             "shared": "split" if dense == 2 * routed else "zero",
             "dense_layers": int(config.first_k_dense_replace),

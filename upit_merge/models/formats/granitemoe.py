@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from upit_merge.models.families.base import attention_biases
+from upit_merge.models.families.granite import MULTIPLIERS, multiplier_fields
 from upit_merge.models.formats.base import (
     Constant,
     MixtureFormat,
@@ -31,10 +33,7 @@ class GraniteMoe(MixtureFormat):
         {
             "attention_bias",
             "output_bias",
-            "embedding_multiplier",
-            "attention_multiplier",
-            "residual_multiplier",
-            "logits_scaling",
+            *MULTIPLIERS,
         }
     )
     readers: ClassVar = {
@@ -64,27 +63,18 @@ class GraniteMoe(MixtureFormat):
         )
 
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
-        factor = settings["attention_multiplier"]
         return {
             self.count_field: num_experts,
             _BIASES: settings["attention_bias"] or settings["output_bias"],
-            "embedding_multiplier": settings["embedding_multiplier"],
-            "attention_multiplier": factor or settings["head_dim"] ** -0.5,
-            "residual_multiplier": settings["residual_multiplier"],
-            "logits_scaling": settings["logits_scaling"],
+            **multiplier_fields(settings),
         }
 
     def sizes(self, config: Any) -> tuple[int, int]:
         return config.num_local_experts, config.intermediate_size
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
-        names = ("embedding", "attention", "residual")
-        multipliers = {
-            f"{name}_multiplier": getattr(config, f"{name}_multiplier") for name in names
-        }
-        bias = bool(config.attention_bias)
-        scaling = {"logits_scaling": config.logits_scaling}
-        return {_BIASES: bias, "output_bias": bias, **multipliers, **scaling}
+        multipliers = {name: getattr(config, name) for name in MULTIPLIERS}
+        return {**attention_biases(config), **multipliers}
 
     def constants(self, settings: Mapping[str, Any], num_experts: int) -> Iterator[Constant]:
         # One setting gives biases to all four matrices.

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from upit_merge.models.families import QUALITIES
+from upit_merge.models.families.granite import MULTIPLIERS
+from upit_merge.models.families.smollm3 import SmolLM3
 from upit_merge.models.formats.base import (
     Constant,
 )
@@ -32,7 +34,7 @@ class GraniteMoeSwa(GraniteMoe):
         "experts.gate_up_proj": "gate_up_proj",
         "experts.down_proj": "down_proj",
     }
-    more_fields = ("no_rope_layers",)
+    more_fields = SmolLM3.more_fields
     readers: ClassVar = {"transformers": "", "llama.cpp": "", "vLLM": ""}
     attention = "eager"
 
@@ -60,11 +62,9 @@ class GraniteMoeSwa(GraniteMoe):
 
     def unfit_dense(self, settings: Mapping[str, Any], config: Any) -> str | None:
         plain = {**QUALITIES, "attention_multiplier": settings["head_dim"] ** -0.5}
-        for field in ("embedding", "attention", "residual"):
-            if settings[name := f"{field}_multiplier"] != plain[name]:
+        for name in MULTIPLIERS:
+            if settings[name] != plain[name]:
                 return f"has {name} {settings[name]:g}, as no dense SmolLM3"
-        if settings["logits_scaling"] != 1:
-            return f"has logits_scaling {settings['logits_scaling']:g}, as no dense SmolLM3"
         if {*config.layer_rope_theta} - {0, settings["rope_parameters"]["rope_theta"]}:
             return "has several rotary bases (layer_rope_theta), as no dense SmolLM3"
         if config.sliding_window < config.max_position_embeddings:

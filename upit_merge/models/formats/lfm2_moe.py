@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from upit_merge.io.sources import TensorSource
+from upit_merge.models.families.lfm2 import FFN_NAMES, NOT_ITS, Lfm2
 from upit_merge.models.formats.base import (
     Constant,
     MixtureFormat,
@@ -19,9 +20,7 @@ from upit_merge.models.formats.shapes import (
     mixture_layers,
 )
 
-_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-# Of a Llama's configuration: an LFM2-MoE has other names for these, or none.
-_NOT_ITS = ("rms_norm_eps", "hidden_act", "sliding_window", "head_dim", "attention_dropout")
+_NOT_ITS = (*NOT_ITS, "attention_dropout")
 
 
 class Lfm2Moe(MixtureFormat):
@@ -34,7 +33,7 @@ class Lfm2Moe(MixtureFormat):
     peft_knows = False
     block = "feed_forward"
     choice_bias = "expert_bias"
-    projections: ClassVar = _NAMES
+    projections: ClassVar = FFN_NAMES
     count_field = "num_experts"
     readers: ClassVar = {
         "transformers": "5 and later",
@@ -44,7 +43,7 @@ class Lfm2Moe(MixtureFormat):
         "vLLM": "other tokens on the CPU, not tried on a GPU",
     }
     inner_field = "moe_intermediate_size"
-    more_fields = ("layer_types", "conv_bias", "conv_L_cache")
+    more_fields = Lfm2.more_fields
     has_dense_layers = True
     gate_path = "feed_forward.gate"
     experts_path = "feed_forward.experts"
@@ -55,9 +54,7 @@ class Lfm2Moe(MixtureFormat):
             self.inner_field: settings["intermediate_size"],
             "num_dense_layers": settings["dense_layers"],
             "norm_eps": settings["rms_norm_eps"],
-            "layer_types": settings["layer_types"],
-            "conv_bias": settings["conv_bias"],
-            "conv_L_cache": settings["conv_L_cache"],
+            **{field: settings[field] for field in self.more_fields},
             "tie_embedding": settings["tie_word_embeddings"],
             "norm_topk_prob": True,
             "use_expert_bias": True,
@@ -125,9 +122,7 @@ class Lfm2Moe(MixtureFormat):
             yield "lm_head.weight", (settings["vocab_size"], hidden)
 
     def backbone_names(self, dense: str) -> tuple[str, ...]:
-        for projection, own in _NAMES.items():  # of a layer that stays dense
-            dense = dense.replace(f".mlp.{projection}.", f".feed_forward.{own}.")
-        return (dense,)
+        return (self.family.stored_name(dense),)
 
     def constants(self, settings: Mapping[str, Any], num_experts: int) -> Iterator[Constant]:
         for layer in mixture_layers(settings):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from upit_merge.io.sources import TensorSource
-from upit_merge.models.families.qwen3_5 import LINEAR_FIELDS
+from upit_merge.models.families.qwen3_5 import Qwen35
 from upit_merge.models.formats.base import (
     Constant,
 )
@@ -54,7 +54,7 @@ class Qwen35Moe(CompositeFormat):
     }
     inner_field = "moe_intermediate_size"
     expresses = frozenset({"attention_bias", "output_bias", "qk_norm", "partial_rotary_factor"})
-    more_fields = ("layer_types", *LINEAR_FIELDS, _SHARED_SIZE)
+    more_fields = (*Qwen35.more_fields, _SHARED_SIZE)
     shared = ("zero", "split")
 
     def own_fields(self, settings: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
@@ -63,11 +63,9 @@ class Qwen35Moe(CompositeFormat):
             self.inner_field: routed_size(settings),
             _SHARED_SIZE: _shared_size(settings),
             "norm_topk_prob": True,
-            "attention_bias": settings["attention_bias"],
+            **self.family.own_fields(settings),
             "attn_output_gate": True,
             "mtp_num_hidden_layers": 0,
-            "layer_types": settings["layer_types"],
-            **{field: settings[field] for field in LINEAR_FIELDS},
             **_interval(settings["layer_types"]),
         }
 
@@ -90,13 +88,9 @@ class Qwen35Moe(CompositeFormat):
 
     def qualities(self, config: Any) -> Mapping[str, Any]:
         routed, shared = config.moe_intermediate_size, config.shared_expert_intermediate_size
-        bias, rope = bool(config.attention_bias), config.rope_parameters or {}
         is_split = routed == shared
         return {
-            "attention_bias": bias,
-            "output_bias": bias,
-            "qk_norm": True,
-            "partial_rotary_factor": float(rope.get("partial_rotary_factor") or 1.0),
+            **self.family.qualities(config),
             "intermediate_size": 2 * routed if is_split else routed,
             "shared": "split" if is_split else "zero",
         }
