@@ -12,8 +12,8 @@ from typing import Any
 from upit_merge.commands.compare import Rival
 from upit_merge.commands.dialogue.conversation import Conversation, check_system
 from upit_merge.commands.dialogue.voices import Voice, VoiceOptions, check_expert, load_voices
+from upit_merge.engine.choices import Choices
 from upit_merge.engine.generation import Answer
-from upit_merge.engine.routed import Choices
 from upit_merge.errors import UpitError, argument, first_line, one_line, shown
 from upit_merge.report.next_steps import HELD_OUT, SEED, next_lines
 from upit_merge.report.spoken import Screen

@@ -42,7 +42,7 @@ from upit_merge.resizing.twins import (
     compare_weights,
     pairs_of,
 )
-from upit_merge.router.choices import RARE_SHARE, Excerpt, ExcerptChoices, Observation, observe
+from upit_merge.router.choices import RARE_SHARE, Excerpt, Observation, observe
 from upit_merge.router.counts import DEAD_SHARE
 from upit_merge.router.evaluation import Groups
 from upit_merge.router.stage import RouterStage
@@ -281,18 +281,17 @@ def _page(
         for sample in samples
         for token in sample.ids
     }
-    return routing_page(
-        document, samples, _views(seen.choices, stage.model.num_experts), vocabulary
-    )
+    return routing_page(document, samples, _views(seen, stage.model.num_experts), vocabulary)
 
 
-def _views(choices: ExcerptChoices, num_experts: int) -> Views:
+def _views(seen: Observation, num_experts: int) -> Views:
+    choices = seen.choices
     kept = min(choices.experts.shape[2], MOST_KEPT)
     experts, shares = choices.summed(num_experts)
     return Views(
         torch.cat([experts.unsqueeze(0), choices.experts])[:, :, :kept],
         torch.cat([shares.unsqueeze(0).float(), choices.shares])[:, :, :kept],
-        torch.cat([shares[:, :1].T.float(), choices.certainty]),
+        torch.cat([shares[:, :1].T.float(), seen.certainty]),
     )
 
 

@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from upit_merge.engine.choices import Choices
 from upit_merge.engine.generation import Answer
-from upit_merge.engine.routed import Choices
 from upit_merge.errors import printable
 
 # Two answers stand side by side on a terminal so wide.
