@@ -200,11 +200,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(out: Path) -> None:
     class Pressed(Screen):
         left = 4
 
-        def piece(self, text: str, owner: int | None = None) -> None:
+        def piece(self, text: str, owner: int | None = None, num_experts: int = 0) -> None:
             self.left -= 1
             if self.left == 0:
                 raise KeyboardInterrupt
-            super().piece(text, owner)
+            super().piece(text, owner, num_experts)
 
     shown = io.StringIO()
     talked, _ = session(out, screen=Pressed(shown))

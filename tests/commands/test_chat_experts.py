@@ -83,20 +83,38 @@ def test_numbers_where_there_are_no_colours(out: Path) -> None:
     assert shown.getvalue().startswith(f"{expected}\n")
 
 
-@pytest.mark.parametrize("no_color", [False, True])
-def test_colours_on_a_terminal(out: Path, monkeypatch: pytest.MonkeyPatch, no_color: bool) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if no_color:
-        monkeypatch.setenv("NO_COLOR", "1")
+@pytest.mark.parametrize(
+    ("term", "colorterm", "no_color", "violet"),
+    [
+        ("xterm-256color", "truecolor", "", "38;2;127;94;201"),
+        ("xterm-256color", "", "", "38;5;98"),
+        ("xterm", "", "", "95"),  # bright magenta
+        ("xterm-256color", "truecolor", "1", None),
+        ("dumb", "", "", None),
+    ],
+)
+def test_colours_on_a_terminal(
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    term: str,
+    colorterm: str,
+    no_color: str,
+    violet: str | None,
+) -> None:
+    """The last of four experts has the hue of 295 degrees, as on the page."""
+    for name, value in (("TERM", term), ("COLORTERM", colorterm), ("NO_COLOR", no_color)):
+        monkeypatch.setenv(name, value)
     shown = io.StringIO()
     screen = Screen(shown)
     screen.console = Console(file=shown, force_terminal=True, markup=False, highlight=False)
     talked, _ = session(out, show_experts=True, screen=screen)
     talked.say("hello")
     first = talked._last.choices.owners(4).tolist()[0]
-    assert (f"[{first}]" in shown.getvalue()) == no_color
-    assert bool(re.search(r"\x1b\[3[1-7]m", shown.getvalue())) != no_color
+    assert (f"[{first}]" in shown.getvalue()) == (violet is None)
+    if violet is None:
+        assert not re.search(r"\x1b\[[\d;]*[39]\d", shown.getvalue())
+    else:
+        assert re.search(rf"\x1b\[(1;)?{violet}mexpert 3", shown.getvalue())
 
 
 @pytest.mark.parametrize("width", [120, 60])

@@ -223,10 +223,10 @@ class Session:
         is_shown = is_first and self._shows_experts and voice.expert is None
 
         def show(piece: str, choices: Choices | None) -> None:
-            owner = None
+            owner, experts = None, voice.num_experts or 0
             if is_shown and choices is not None:
-                owner = int(choices.owners(voice.num_experts or 0)[0])
-            self.screen.piece(piece, owner)
+                owner = int(choices.owners(experts)[0])
+            self.screen.piece(piece, owner, experts)
 
         try:
             answer = voice.speaker.answer(
