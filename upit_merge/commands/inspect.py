@@ -321,31 +321,34 @@ def _tell(out: Path, data: str, document: Mapping[str, Any], options: InspectOpt
 
 
 def _experts(document: Mapping[str, Any]) -> Table:
-    table = Table(title="What the router does with every expert", title_justify="left")
-    for column in ("expert", "share", "", "dead in", "rare in", "nearest by weights"):
-        table.add_column(column, justify="left" if column.startswith("near") else "right")
-    layers = len(document["layers"])
+    layers = counted(len(document["layers"]), "layer")
+    title = f"What the router does with every expert, in {layers}"
+    table = Table(title=title, title_justify="left")
+    # As narrow as it can be: it has to fit on 80 columns.
+    columns = ("expert", "share", "", "dead in", "rare in", "nearest", "distance", "of median")
+    for column in columns:
+        table.add_column(column, justify="right")
     nearest: dict[int, Mapping[str, Any]] = {}
     for pair in sorted(document["pairs"], key=lambda pair: pair["distance"]):
         for expert in pair["experts"]:
             nearest.setdefault(expert, pair)
     for row in document["experts"]:
         near = nearest.get(row["expert"])
-        beside = ""
+        beside = ("", "", "")
         if near is not None:
             (other,) = (e for e in near["experts"] if e != row["expert"])
-            beside = f"{other} (distance {near['distance']:.2g}"
-            beside += f", {near['of_median']:.2f} of the median)" if near["of_median"] else ")"
+            typical = near["of_median"]
+            beside = (
+                str(other),
+                f"{near['distance']:.2g}",
+                "" if typical is None else f"{typical:.2f}",
+            )
         table.add_row(
             str(row["expert"]),
             f"{row['share']:.1%}",
             "" if row["state"] == "used" else row["state"],
-            _of_layers(row["dead_in"], layers),
-            _of_layers(row["rare_in"], layers),
-            beside,
+            str(len(row["dead_in"]) or ""),
+            str(len(row["rare_in"]) or ""),
+            *beside,
         )
     return table
-
-
-def _of_layers(found: Sequence[int], layers: int) -> str:
-    return f"{len(found)} of {layers}" if found else ""

@@ -24,6 +24,7 @@ def share_tables(
     console: Console,
     styles: Sequence[Style],
     *,
+    layer: int | None = None,
     by_layer: bool = False,
 ) -> list[RenderableType]:
     """Tabulate, of all choices of some tokens, the share of each expert.
@@ -34,11 +35,14 @@ def share_tables(
     Args:
         console: Where they will be printed.
         styles: Of the experts' numbers.
+        layer: In this layer; without it, in all together.
         by_layer: A row for each layer, too.
     """
     counts = choices.counts(num_experts)
     rows = {"all": counts.sum(0)}
-    if by_layer:
+    if layer is not None:
+        rows = {str(layer): counts[choices.layers.index(layer)]}
+    elif by_layer:
         rows |= {str(layer): counts[i] for i, layer in enumerate(choices.layers)}
     shares = {name: (row.double() / max(1, int(row.sum()))) for name, row in rows.items()}
     everyone = range(num_experts)
@@ -69,7 +73,7 @@ def _width(table: Table, console: Console) -> int:
 def _in_blocks(
     shares: Mapping[str, Tensor], console: Console, styles: Sequence[Style]
 ) -> list[RenderableType]:
-    total = shares["all"]
+    total = next(iter(shares.values()))
     order = total.argsort(descending=True, stable=True).tolist()
     taken = [expert for expert in order if total[expert] > 0]
     cells = {

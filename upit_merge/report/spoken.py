@@ -114,6 +114,16 @@ class Screen:
             self.console.print()
         self._owner, self._is_open = None, False
 
+    def interrupted(self) -> None:
+        """Leave what Ctrl-C has cut off: its line, its colour, and what rich would print again."""
+        if self._columns is not None:
+            return
+        with self.console.capture():
+            pass
+        if self.has_colours:
+            self.console.file.write("\x1b[0m")
+        self.finish()
+
     def experts(self, answer: Answer, num_experts: int, layer: int | None = None) -> None:
         """Print an answer by the experts that weigh most for its tokens.
 
@@ -127,15 +137,25 @@ class Screen:
             self.piece(piece, owner, num_experts)
         self.finish()
 
-    def shares(self, choices: Choices, num_experts: int, *, by_layer: bool = False) -> None:
-        """Print a table: of all choices of the answer's tokens, the share of each expert.
+    def shares(
+        self,
+        choices: Choices,
+        num_experts: int,
+        *,
+        layer: int | None = None,
+        by_layer: bool = False,
+    ) -> None:
+        """Print what share of all choices of the answer's tokens each expert has.
 
         Args:
+            layer: In this layer; without it, in all together.
             by_layer: A row for each layer, too.
         """
         styles = self.looks(num_experts).styles
         self.finish()
-        for table in share_tables(choices, num_experts, self.console, styles, by_layer=by_layer):
+        for table in share_tables(
+            choices, num_experts, self.console, styles, layer=layer, by_layer=by_layer
+        ):
             self.console.print(table, soft_wrap=False)
 
 
