@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import unicodedata
+from collections.abc import Sequence
 
 import click
 
@@ -73,6 +74,17 @@ def _harms(character: str) -> bool:
 def counted(number: int, what: str) -> str:
     """Return a number with its noun: 1 sample, 2 samples."""
     return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """Write ascending numbers, runs of them short: 0\u20133, 7."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}\u2013{b}" for a, b in found)
 
 
 def _cut(text: str, length: int) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,36 +13,26 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import Family
-from tests.support.talk import family_that_talks, session, user
+from tests.support.talk import session, user
 from upit_merge.commands.compare import Rival
 from upit_merge.errors import printable
 from upit_merge.report.spoken import Screen
 
 
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return family_that_talks(tmp_path_factory.mktemp("family"))
-
-
-@pytest.fixture
-def out(family: Family, merge: Callable[..., Path]) -> Path:
-    return merge(family.recipe(parameters={"num_experts": 4}))
-
-
-def test_shares_are_transformers_own(out: Path) -> None:
+def test_shares_are_transformers_own(talker: Path) -> None:
     """Of the tokens of the answer, by the logits that transformers gives for the whole."""
-    talked, shown = session(out)
+    talked, shown = session(talker)
     talked.say("hello")
     answer = talked._last
     assert answer is not None
     shown.truncate(shown.seek(0))
     talked.command("experts layers")
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(talker)
     text = tokenizer.apply_chat_template(
         [user("hello")], tokenize=False, add_generation_prompt=True
     )
     prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-    model = AutoModelForCausalLM.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(talker)
     with torch.no_grad():
         found = model(torch.tensor([[*prompt, *answer.ids]]), output_router_logits=True)
     tops = [logits[len(prompt) :].topk(2).indices for logits in found.router_logits]
@@ -64,8 +54,8 @@ def test_shares_are_transformers_own(out: Path) -> None:
     assert torch.equal(answer.choices.owners(4), weights.argmax(1))
 
 
-def test_numbers_where_there_are_no_colours(out: Path) -> None:
-    talked, shown = session(out, show_experts=True)
+def test_numbers_where_there_are_no_colours(talker: Path) -> None:
+    talked, shown = session(talker, show_experts=True)
     talked.say("hello")
     answer = talked._last
     assert answer is not None
@@ -83,25 +73,88 @@ def test_numbers_where_there_are_no_colours(out: Path) -> None:
     assert shown.getvalue().startswith(f"{expected}\n")
 
 
-@pytest.mark.parametrize("no_color", [False, True])
-def test_colours_on_a_terminal(out: Path, monkeypatch: pytest.MonkeyPatch, no_color: bool) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if no_color:
-        monkeypatch.setenv("NO_COLOR", "1")
+def test_one_layer_and_what_its_colours_mean(talker: Path) -> None:
+    """The answer by its first choices in that layer, and the layer's shares below."""
+    talked, shown = session(talker)
+    talked.say("hello")
+    choices = talked._last.choices
+    for layer in (0, 1):
+        shown.truncate(shown.seek(0))
+        talked.command(f"experts {layer}")
+        told = shown.getvalue()
+        owners = choices.experts[layer, :, 0].tolist()
+        changes = [b for a, b in itertools.pairwise([None, *owners]) if a != b]
+        answer, _, table = told.partition("\n")
+        numbers = [*map(int, re.findall(r"\[(\d)\]", answer))]
+        assert numbers
+        assert set(numbers) <= set(changes)
+        counts = torch.bincount(choices.experts[layer].flatten(), minlength=4)
+        shares = (counts / counts.sum()).tolist()
+        assert re.findall(r"[\d.]+%", table) == [f"{share:.1%}" for share in shares]
+        assert re.search(rf"^│ +{layer} │", table, re.MULTILINE)
+
+
+def test_it_says_whether_experts_are_shown(talker: Path) -> None:
+    talked, shown = session(talker)
+    for how, told in (("on", "with"), ("off", "without")):
+        shown.truncate(shown.seek(0))
+        talked.command(f"experts {how}")
+        assert shown.getvalue() == f"From now on answers are shown {told} their experts.\n"
+        talked.say("hello")
+        assert ("Share of" in shown.getvalue()) == (how == "on")
+
+
+def test_one_expert_for_all_has_no_choices(talker: Path, caplog: pytest.LogCaptureFixture) -> None:
+    talked, shown = session(talker, expert=2, show_experts=True)
+    talked.say("hello")
+    assert "Share of" not in shown.getvalue()
+    assert [r.message for r in caplog.records if "choices" in r.message] == [
+        "All tokens take expert 2, so that there are no choices to show; leave out --show-experts "
+        "or --expert."
+    ]
+    caplog.clear()
+    session(talker, expert=2)
+    session(talker, show_experts=True)
+    assert not any("choices" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("term", "colorterm", "no_color", "violet"),
+    [
+        ("xterm-256color", "truecolor", "", "38;2;127;94;201"),
+        ("xterm-256color", "", "", "38;5;98"),
+        ("xterm", "", "", "95"),  # bright magenta
+        ("xterm-256color", "truecolor", "1", None),
+        ("dumb", "", "", None),
+    ],
+)
+def test_colours_on_a_terminal(
+    talker: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    term: str,
+    colorterm: str,
+    no_color: str,
+    violet: str | None,
+) -> None:
+    """The last of four experts has the hue of 295 degrees, as on the page."""
+    for name, value in (("TERM", term), ("COLORTERM", colorterm), ("NO_COLOR", no_color)):
+        monkeypatch.setenv(name, value)
     shown = io.StringIO()
     screen = Screen(shown)
     screen.console = Console(file=shown, force_terminal=True, markup=False, highlight=False)
-    talked, _ = session(out, show_experts=True, screen=screen)
+    talked, _ = session(talker, show_experts=True, screen=screen)
     talked.say("hello")
     first = talked._last.choices.owners(4).tolist()[0]
-    assert (f"[{first}]" in shown.getvalue()) == no_color
-    assert bool(re.search(r"\x1b\[3[1-7]m", shown.getvalue())) != no_color
+    assert (f"[{first}]" in shown.getvalue()) == (violet is None)
+    if violet is None:
+        assert not re.search(r"\x1b\[[\d;]*[39]\d", shown.getvalue())
+    else:
+        assert re.search(rf"\x1b\[(1;)?{violet}mexpert 3", shown.getvalue())
 
 
 @pytest.mark.parametrize("width", [120, 60])
 def test_two_answers_stand_side_by_side_on_a_wide_terminal(
-    out: Path, family: Family, monkeypatch: pytest.MonkeyPatch, width: int
+    talker: Path, talking_family: Family, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     shown = io.StringIO()
@@ -109,8 +162,10 @@ def test_two_answers_stand_side_by_side_on_a_wide_terminal(
     screen.console = Console(
         file=shown, force_terminal=True, width=width, height=12, markup=False, highlight=False
     )
-    rival = Rival.parse(f"base={family.base}")
-    talked, _ = session(out, against=[rival], screen=screen, show_experts=True, max_new_tokens=80)
+    rival = Rival.parse(f"base={talking_family.base}")
+    talked, _ = session(
+        talker, against=[rival], screen=screen, show_experts=True, max_new_tokens=80
+    )
     talked.say("hello")
     plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.getvalue()).replace("\r", "")
     assert bool(re.search("^out: +base:", plain, re.MULTILINE)) == (width == 120)

@@ -120,7 +120,7 @@ def test_it_says_and_shows_what_transformers_computes(mixture: Path) -> None:
         logits = gate_logits(model, form, [*ids, *expected])
         tops = logits[:, len(ids) :].topk(2).indices
         assert answer.choices is not None
-        assert torch.equal(answer.choices.chosen.sort().values, tops.sort().values)
+        assert torch.equal(answer.choices.experts.sort().values, tops.sort().values)
         counts = torch.stack([torch.bincount(top.flatten(), minlength=3) for top in tops])
         assert torch.equal(answer.choices.counts(3), counts)
         ids = [*ids, *expected, *prompt(5)]

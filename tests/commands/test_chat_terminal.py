@@ -30,7 +30,8 @@ class Terminal:
     def __init__(self, *words: str) -> None:
         self._end, other = pty.openpty()
         environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
-        environment.pop("NO_COLOR", None)
+        for name in ("NO_COLOR", "COLORTERM"):
+            environment.pop(name, None)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "upit_merge", *words],
             stdin=other,
@@ -107,11 +108,8 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text).replace("\r\n", "\n")
 
 
-def test_a_session(
-    tmp_path: Path, merge: Callable[..., Path], terminal: Callable[..., Terminal]
-) -> None:
-    family = family_that_talks(tmp_path / "family")
-    out = merge(family.recipe(parameters={"num_experts": 4}))
+def test_a_session(talker: Path, terminal: Callable[..., Terminal]) -> None:
+    out = talker
     one = terminal("chat", out, "--greedy", "--max-new-tokens", TOKENS, "--device", "cpu")
     greeting = plain(one.until("> "))
     assert "out (float32 on cpu, 4 experts). /help for help, /quit to end." in greeting
@@ -120,8 +118,7 @@ def test_a_session(
     assert printable(first) in plain(one.until(r"\n(\x1b\S*)?> "))
     one.type("/experts\n")
     coloured = one.until(r"\n(\x1b\S*)?> ")
-    assert re.search(r"\x1b\[3\dm", coloured)
-    assert "expert 3" in coloured
+    assert re.search(r"\x1b\[(1;)?38;5;98mexpert 3", coloured)  # violet, as on the page
     # Ctrl-C on an empty line, an arrow key for the last message, and Ctrl-D.
     assert "/quit or Ctrl-D ends" in one.interrupt("ends")
     one.until("> ")
@@ -146,4 +143,31 @@ def test_ctrl_c_stops_a_long_answer(tmp_path: Path, terminal: Callable[..., Term
     one.until("> ")
     one.type("\x03\x04")  # Ctrl-C and Ctrl-D at once, which Python sees as an end interrupted
     one.until("Next:")
+    assert one.process.wait(PATIENCE) == 0
+
+
+def test_ctrl_c_stops_what_is_shown_of_the_experts(
+    tmp_path: Path, merge: Callable[..., Path], terminal: Callable[..., Terminal]
+) -> None:
+    """Of an answer that is longer than what a terminal takes before somebody reads it."""
+    family = family_that_talks(tmp_path / "family", max_position_embeddings=1 << 12)
+    out = merge(family.recipe(parameters={"num_experts": 4}))
+    settings = {"suppress_tokens": [0, 1, 2, 259, 260]}  # so that it never ends by itself
+    (out / "generation_config.json").write_text(json.dumps(settings))
+    one = terminal("chat", out, "--temperature", "9", "--max-new-tokens", 600, "--quiet")
+    one.until("> ")
+    one.type("hello\n")
+    one.until(r"cut off after 600 tokens.*\n(\x1b\S*)?> ")
+    one.type("/experts\n")
+    time.sleep(1)  # nobody reads
+    one.type("\x03")
+    # What is still to be shown is lost, but for the end of its colour.
+    shown = one.until(r"\n(\x1b\S*)?> ")
+    shown += one.interrupt("/quit or Ctrl-D ends")
+    assert "Traceback" not in shown
+    assert re.search(r"\x1b\[0m(\r\n)*(\x1b\[2m)(\r\n)*\(/quit", shown), shown[-200:]
+    one.until("> ")
+    one.type("/help\n")
+    one.until("Ctrl-C stops an answer")
+    one.type("/quit\n")
     assert one.process.wait(PATIENCE) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,12 @@ from tests.conftest import Family, build_family, byte_tokenizer
 from tests.support.commands import done, invoke, refused
 from tests.support.families import FORMAT_KINDS
 from tests.support.naive import load_model
-from tests.support.pages import headless_browser
+from tests.support.pages import headless_browser, made_document
 from tests.support.seeds import KINDS, held_out
+from upit_merge.commands.inspect import _experts as table_of
 from upit_merge.commands.run import RunOptions, run_recipe
 from upit_merge.config.recipe import parse_recipe
+from upit_merge.report.tables import show
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +188,29 @@ def test_the_summary_and_the_page(made: Path, tmp_path: Path) -> None:
     done(*words, "--html", page, "--tokens", "20", "--quiet")
     assert page.read_text(encoding="utf-8").count('role="option"') == 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["held-out.jsonl", "page.html"]
+
+
+@pytest.mark.parametrize("experts", [8, 64])
+def test_the_table_fits_on_eighty_columns(
+    experts: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row for each expert, whatever is in it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, a terminal
+    document = made_document(experts, 128, (), 100)
+    for row in document["experts"]:
+        row |= {"share": 1.0, "state": "rare", "dead_in": [*range(100)], "rare_in": [*range(128)]}
+    pair = {**document["pairs"][0], "distance": 0.000123456, "of_median": 0.0}
+    document["pairs"] = [{**pair, "experts": [e, e ^ 1]} for e in range(0, experts, 2)]
+    show(table_of(document))
+    told = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert told[0].rstrip() == "What the router does with every expert, in 128 layers"
+    assert max(map(len, told)) <= 80
+    rows = [line.strip("│").replace(" ", "").split("│") for line in told if line[0] == "│"]
+    assert rows == [
+        [str(e), "100.0%", "rare", "100", "128", str(e ^ 1), "0.00012", "0.00"]
+        for e in range(experts)
+    ]
 
 
 def test_another_file_is_not_replaced(made: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from tests.support.contrast import contrast
 from upit_merge.report.palette import (
     DARK,
     HEAT_STEPS,
@@ -27,18 +28,6 @@ THEMES = pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
 COUNTS = pytest.mark.parametrize("count", [1, 2, 8, 16, 64])
 # WCAG 2.2: text, and what is not text.
 AA_TEXT, AA_OTHER = 4.5, 3.0
-
-
-def luminance(colour: str) -> float:
-    """WCAG's relative luminance of #rrggbb."""
-    parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def contrast(one: str, other: str) -> float:
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_contrast_is_wcag_s() -> None:

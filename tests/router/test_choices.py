@@ -20,7 +20,8 @@ from upit_merge.commands.session import router_session
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.assembled import Handed
-from upit_merge.router.choices import Excerpt, ExcerptChoices, Observation, observe
+from upit_merge.engine.choices import Choices
+from upit_merge.router.choices import Excerpt, Observation, observe
 from upit_merge.router.evaluation import swept
 from upit_merge.router.stage import RouterStage
 
@@ -94,8 +95,8 @@ def test_choices_are_those_of_the_whole_model(out: Path, tmp_path: Path) -> None
         torch.testing.assert_close(seen.choices.weights[layer], what, rtol=1e-3, atol=1e-5)
         # What is shown as certainty is made of what the weights are made of.
         rest = what[:, 1] / what[:, 0]
-        assert bool((seen.choices.certainty[layer] > 0).all())
-        assert bool((seen.choices.certainty[layer] * (1 + rest) <= 1 + 1e-4).all())
+        assert bool((seen.certainty[layer] > 0).all())
+        assert bool((seen.certainty[layer] * (1 + rest) <= 1 + 1e-4).all())
         taken = torch.zeros(4).scatter_add_(0, who.flatten(), what.flatten())
         torch.testing.assert_close(
             seen.weights[layer].float(), taken / taken.sum(), rtol=1e-3, atol=1e-4
@@ -128,8 +129,11 @@ def test_weights_are_made_of_the_scores(out: Path, tmp_path: Path) -> None:
 def test_the_sum_over_layers_is_of_gate_weight() -> None:
     experts = torch.tensor([[[0, 1]], [[2, 1]], [[2, 3]]])
     weights = torch.tensor([[[0.9, 0.1]], [[0.6, 0.4]], [[0.5, 0.5]]])
-    order, shares = ExcerptChoices(experts, weights, torch.ones(3, 1)).summed(4)
+    choices = Choices((1, 2, 3), experts, weights)
+    order, shares = choices.summed(4)
     assert order.tolist() == [[2, 0]]
+    assert choices.owners(4).tolist() == [2]
+    assert choices.owners(4, 1).tolist() == [0]
     torch.testing.assert_close(shares, torch.tensor([[1.1 / 3, 0.9 / 3]]).double())
 
 

@@ -82,11 +82,15 @@ def chat(
     With its chat template, on a terminal; from a file or a pipe, every line is said in turn. The
     whole model is loaded into memory. In the session, /help lists what else can be typed.
     """
-    from upit_merge.commands.chat import ChatOptions
-    from upit_merge.commands.chat import chat as talk
-    from upit_merge.commands.compare import Rival
-    from upit_merge.io.hub import OpenOptions
-    from upit_merge.report.spoken import Screen
+    from upit_merge.runtime.interrupt import ends_at_once
+
+    # These take seconds to import, and libraries take a KeyboardInterrupt for a part that is missing.
+    with ends_at_once(lambda: "Interrupted."):
+        from upit_merge.commands.chat import ChatOptions
+        from upit_merge.commands.chat import chat as talk
+        from upit_merge.commands.compare import Rival
+        from upit_merge.io.hub import OpenOptions
+        from upit_merge.report.spoken import Screen
 
     options = ChatOptions(
         open=OpenOptions(trust_remote_code=trust_remote_code),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 from upit_merge.commands.compare import Rival
 from upit_merge.commands.dialogue.conversation import Conversation, check_system
 from upit_merge.commands.dialogue.voices import Voice, VoiceOptions, check_expert, load_voices
+from upit_merge.engine.choices import Choices
 from upit_merge.engine.generation import Answer
-from upit_merge.engine.routed import Choices
 from upit_merge.errors import UpitError, argument, first_line, one_line, shown
 from upit_merge.report.next_steps import HELD_OUT, SEED, next_lines
 from upit_merge.report.spoken import Screen
@@ -69,6 +70,8 @@ class ChatOptions(VoiceOptions):
         """
         sampled = {"temperature": self.temperature, "top_p": self.top_p}
         given = {key: value for key, value in sampled.items() if value is not None}
+        if any(map(math.isnan, given.values())):
+            raise UpitError("--temperature and --top-p take numbers, and nan is none.")
         if self.greedy or self.temperature == 0:
             if any(given.values()):
                 raise UpitError(
@@ -118,11 +121,12 @@ def chat(
             for line in next_lines(*_next_steps(reference, voices[0])):
                 screen.line(line)
         return
-    for prompt in prompts:
-        session.say(prompt)
-    for line in lines or () if not prompts else ():
-        if session.obey(line):
-            return
+    with ends_at_once(lambda: "Interrupted."):  # nobody is there to go on after an answer
+        for prompt in prompts:
+            session.say(prompt)
+        for line in lines or () if not prompts else ():
+            if session.obey(line):
+                return
     if not session.has_spoken:
         raise UpitError(
             "Nothing was said: standard input, which is no terminal, has no line; give --prompt."
@@ -168,6 +172,12 @@ class Session:
                 LOG.warning(
                     "%s has no chat template, so it continues your text as it is.", talk.voice.name
                 )
+        if options.show_experts and options.expert is not None:
+            LOG.warning(
+                "All tokens take expert %d, so that there are no choices to show; leave out "
+                "--show-experts or --expert.",
+                options.expert,
+            )
         if options.seed is not None:
             torch.manual_seed(options.seed)
 
@@ -199,6 +209,7 @@ class Session:
         answer = self._answer(talk, text)
         talk.add(answer.text)
         if answer.is_interrupted:
+            self.screen.interrupted()
             self.screen.line("(stopped)", "dim")
         elif not answer.is_complete and self._is_interactive:
             self.screen.line(f"(cut off after {len(answer.ids)} tokens)", "dim")
@@ -223,10 +234,10 @@ class Session:
         is_shown = is_first and self._shows_experts and voice.expert is None
 
         def show(piece: str, choices: Choices | None) -> None:
-            owner = None
+            owner, experts = None, voice.num_experts or 0
             if is_shown and choices is not None:
-                owner = int(choices.owners(voice.num_experts or 0)[0])
-            self.screen.piece(piece, owner)
+                owner = int(choices.owners(experts)[0])
+            self.screen.piece(piece, owner, experts)
 
         try:
             answer = voice.speaker.answer(
@@ -258,8 +269,8 @@ class Session:
                     return
             except UpitError as error:
                 self.screen.line(f"Error: {error.message}", "red")
-            except KeyboardInterrupt:  # between two answers
-                self.screen.finish()
+            except KeyboardInterrupt:  # between two answers, or while experts are shown
+                self.screen.interrupted()
 
     def obey(self, line: str) -> bool:
         """Say a line, or do what it says after a /; return whether the session ends.
@@ -316,6 +327,8 @@ class Session:
         assert voice.num_experts is not None
         if what in ("on", "off"):
             self._shows_experts = what == "on"
+            how = "with" if self._shows_experts else "without"
+            self.screen.line(f"From now on answers are shown {how} their experts.", "dim")
             return
         if voice.expert is not None:
             raise UpitError(f"All tokens take expert {voice.expert}; /expert off ends that.")
@@ -333,6 +346,7 @@ class Session:
                 f"/experts takes on, off, layers or a layer's number ({layers}), not {shown(what)}."
             )
         self.screen.experts(self._last, voice.num_experts, int(what))
+        self.screen.shares(choices, voice.num_experts, layer=int(what))
 
     def _expert(self, what: str) -> None:
         if what != "off" and not what.isdecimal():
@@ -344,6 +358,8 @@ class Session:
     def _save(self, name: str) -> None:
         if not name:
             raise UpitError("/save takes the name of a new file; write /save FILE.")
+        if not any(talk.messages for talk in self._talks):
+            raise UpitError("There is no conversation to save yet; say something first.")
         path = Path(name).expanduser()
         lines = [json.dumps(talk.document(), ensure_ascii=False) for talk in self._talks]
         try:
@@ -351,8 +367,9 @@ class Session:
                 file.write("".join(f"{line}\n" for line in lines))
         except FileExistsError:
             raise UpitError(f"{path} is there already; give another name.") from None
-        except OSError as error:
-            raise UpitError(f"{path} cannot be written ({error.strerror}).") from None
+        except (OSError, ValueError) as error:  # a name with a NUL in it is the latter
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UpitError(f"{path} cannot be written ({reason}).") from None
         self.screen.line(f"The conversation is in {path}.", "dim")
 
 
@@ -375,6 +392,7 @@ def _lines(read: Callable[[str], str], screen: Screen) -> Iterator[str]:
         except KeyboardInterrupt as interrupt:
             if isinstance(interrupt.__context__, EOFError):  # both keys in one burst
                 return
+            screen.interrupted()  # what the terminal had still to show is lost, ends of colours too
             screen.line("\n(/quit or Ctrl-D ends)", "dim")
             continue
         yield line

@@ -42,7 +42,7 @@ from upit_merge.resizing.twins import (
     compare_weights,
     pairs_of,
 )
-from upit_merge.router.choices import RARE_SHARE, Excerpt, ExcerptChoices, Observation, observe
+from upit_merge.router.choices import RARE_SHARE, Excerpt, Observation, observe
 from upit_merge.router.counts import DEAD_SHARE
 from upit_merge.router.evaluation import Groups
 from upit_merge.router.stage import RouterStage
@@ -281,18 +281,17 @@ def _page(
         for sample in samples
         for token in sample.ids
     }
-    return routing_page(
-        document, samples, _views(seen.choices, stage.model.num_experts), vocabulary
-    )
+    return routing_page(document, samples, _views(seen, stage.model.num_experts), vocabulary)
 
 
-def _views(choices: ExcerptChoices, num_experts: int) -> Views:
+def _views(seen: Observation, num_experts: int) -> Views:
+    choices = seen.choices
     kept = min(choices.experts.shape[2], MOST_KEPT)
     experts, shares = choices.summed(num_experts)
     return Views(
         torch.cat([experts.unsqueeze(0), choices.experts])[:, :, :kept],
         torch.cat([shares.unsqueeze(0).float(), choices.shares])[:, :, :kept],
-        torch.cat([shares[:, :1].T.float(), choices.certainty]),
+        torch.cat([shares[:, :1].T.float(), seen.certainty]),
     )
 
 
@@ -322,31 +321,34 @@ def _tell(out: Path, data: str, document: Mapping[str, Any], options: InspectOpt
 
 
 def _experts(document: Mapping[str, Any]) -> Table:
-    table = Table(title="What the router does with every expert", title_justify="left")
-    for column in ("expert", "share", "", "dead in", "rare in", "nearest by weights"):
-        table.add_column(column, justify="left" if column.startswith("near") else "right")
-    layers = len(document["layers"])
+    layers = counted(len(document["layers"]), "layer")
+    title = f"What the router does with every expert, in {layers}"
+    table = Table(title=title, title_justify="left")
+    # As narrow as it can be: it has to fit on 80 columns.
+    columns = ("expert", "share", "", "dead in", "rare in", "nearest", "distance", "of median")
+    for column in columns:
+        table.add_column(column, justify="right")
     nearest: dict[int, Mapping[str, Any]] = {}
     for pair in sorted(document["pairs"], key=lambda pair: pair["distance"]):
         for expert in pair["experts"]:
             nearest.setdefault(expert, pair)
     for row in document["experts"]:
         near = nearest.get(row["expert"])
-        beside = ""
+        beside = ("", "", "")
         if near is not None:
             (other,) = (e for e in near["experts"] if e != row["expert"])
-            beside = f"{other} (distance {near['distance']:.2g}"
-            beside += f", {near['of_median']:.2f} of the median)" if near["of_median"] else ")"
+            typical = near["of_median"]
+            beside = (
+                str(other),
+                f"{near['distance']:.2g}",
+                "" if typical is None else f"{typical:.2f}",
+            )
         table.add_row(
             str(row["expert"]),
             f"{row['share']:.1%}",
             "" if row["state"] == "used" else row["state"],
-            _of_layers(row["dead_in"], layers),
-            _of_layers(row["rare_in"], layers),
-            beside,
+            str(len(row["dead_in"]) or ""),
+            str(len(row["rare_in"]) or ""),
+            *beside,
         )
     return table
-
-
-def _of_layers(found: Sequence[int], layers: int) -> str:
-    return f"{len(found)} of {layers}" if found else ""

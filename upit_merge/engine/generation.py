@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upit_merge.engine.routed import Choices, Recording, RoutedModel
+from upit_merge.engine.choices import Choices
+from upit_merge.engine.routed import Recording, RoutedModel
 
 # Told of text as soon as there is some: the text, and what its token took if that is recorded.
 PieceCallback = Callable[[str, Choices | None], object]

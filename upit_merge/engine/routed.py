@@ -8,70 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from upit_merge.engine.choices import Choices
 from upit_merge.models.formats import MixtureFormat
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Which experts tokens took in some layers.
-
-    Attributes:
-        layers: The numbers of the layers.
-        chosen: int64, (layers, tokens, top_k), the expert of the largest weight first.
-        weights: float32, of the same shape: by what the outputs of these experts were multiplied.
-    """
-
-    layers: tuple[int, ...]
-    chosen: Tensor
-    weights: Tensor
-
-    def __len__(self) -> int:
-        return self.chosen.shape[1]
-
-    def counts(self, num_experts: int) -> Tensor:
-        """Return how many tokens each expert was chosen for, int64, (layers, num_experts)."""
-        layers = len(self.layers)
-        ones = torch.ones_like(self.chosen).view(layers, -1)
-        counts = torch.zeros(layers, num_experts, dtype=torch.int64)
-        return counts.scatter_add_(1, self.chosen.view(layers, -1), ones)
-
-    def owners(self, num_experts: int, layer: int | None = None) -> Tensor:
-        """Return which expert weighs most for each token, int64, (tokens,).
-
-        Args:
-            layer: In this layer; without it, by the weights of all layers, each of which counts
-                alike whatever its weights sum up to.
-        """
-        if layer is not None:
-            return self.chosen[self.layers.index(layer), :, 0]
-        return summed_shares(self.chosen, self.weights, num_experts).argmax(1)
-
-
-def summed_shares(chosen: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """Return which part of a token's weights each expert has, the mean over the layers.
-
-    Every layer counts alike, whatever its weights sum up to.
-
-    Args:
-        chosen: int64, (layers, tokens, top_k).
-        weights: Of the same shape.
-
-    Returns:
-        float64, (tokens, num_experts).
-    """
-    layers, tokens, _ = chosen.shape
-    shares = weights.double()
-    shares = shares / shares.sum(2, keepdim=True).clamp(min=1e-30)
-    sums = torch.zeros(tokens, num_experts, dtype=torch.float64)
-    for taken, share in zip(chosen, shares, strict=True):
-        sums.scatter_add_(1, taken, share)
-    return sums / layers
 
 
 def has_experts(model: Any, form: MixtureFormat) -> bool:
@@ -166,5 +109,5 @@ class Recording:
         return self._choices(zip(*parts, strict=True))
 
     def _choices(self, kinds: Iterable[tuple[Tensor, ...]]) -> Choices:
-        chosen, weights = (torch.stack([part.cpu() for part in kind]) for kind in kinds)
-        return Choices(tuple(self._calls), chosen, weights)
+        experts, weights = (torch.stack([part.cpu() for part in kind]) for kind in kinds)
+        return Choices(tuple(self._calls), experts, weights)

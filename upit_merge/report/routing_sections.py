@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from upit_merge.data.pieces import visible
-from upit_merge.errors import counted
+from upit_merge.errors import counted, runs
 from upit_merge.report.palette import HEAT_STEPS, Look
 
 # A table of layers with more cells than this would be most of the page.
@@ -209,14 +209,7 @@ def _unused(document: Mapping[str, Any]) -> str:
 
 
 def _places(layers: Sequence[int]) -> str:
-    """Write numbers of layers, runs of them short: 0–3, 7."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}\u2013{b}" for a, b in runs) or "\u2013"
+    return runs(layers) or "\u2013"
 
 
 def _advice(document: Mapping[str, Any]) -> str:

@@ -8,17 +8,18 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from upit_merge.engine.choices import Choices
 from upit_merge.engine.generation import Answer
-from upit_merge.engine.routed import Choices
 from upit_merge.errors import printable
+from upit_merge.report.choice_tables import share_tables
+from upit_merge.report.terminal_palette import Looks
 
 # Two answers stand side by side on a terminal so wide.
 _WIDE = 100
-# Told apart on dark and light backgrounds; more experts than these are underlined, too.
-_COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_black", "bright_magenta")
 
 
 class Screen:
@@ -80,13 +81,25 @@ class Screen:
         self.finish()
         self.console.print(printable(text), style=style)
 
-    def piece(self, text: str, owner: int | None = None) -> None:
-        """Print what an answer has more, in an expert's colour, or behind its number."""
+    def looks(self, num_experts: int) -> Looks:
+        """Return how the experts of a mixture look here: all alike where there are no colours."""
+        if not self.has_colours:
+            return Looks((Style(),) * num_experts, are_distinct=False)
+        return Looks.of(num_experts, str(self.console.color_system))
+
+    def piece(self, text: str, owner: int | None = None, num_experts: int = 0) -> None:
+        """Print what an answer has more.
+
+        Args:
+            owner: The expert in whose colour; behind its number where colours do not tell.
+            num_experts: All that there are.
+        """
         if not text:  # the first bytes of a character
             return
-        is_new = owner is not None and owner != self._owner and not self.has_colours
+        looks = self.looks(num_experts)
+        is_new = owner is not None and owner != self._owner and not looks.are_distinct
         self._owner = owner
-        style = "" if owner is None or not self.has_colours else colour(owner)
+        style = Style() if owner is None else looks.styles[owner]
         text = (f"[{owner}]" if is_new else "") + printable(text)
         if self._columns is not None:
             self._columns.add(text, style)
@@ -101,6 +114,16 @@ class Screen:
             self.console.print()
         self._owner, self._is_open = None, False
 
+    def interrupted(self) -> None:
+        """Leave what Ctrl-C has cut off: its line, its colour, and what rich would print again."""
+        if self._columns is not None:
+            return
+        with self.console.capture():
+            pass
+        if self.has_colours:
+            self.console.file.write("\x1b[0m")
+        self.finish()
+
     def experts(self, answer: Answer, num_experts: int, layer: int | None = None) -> None:
         """Print an answer by the experts that weigh most for its tokens.
 
@@ -110,29 +133,30 @@ class Screen:
         assert answer.choices is not None
         owners = answer.choices.owners(num_experts, layer).tolist()
         for number, piece in enumerate(answer.pieces):
-            self.piece(piece, owners[number] if number < len(owners) else None)
+            owner = owners[number] if number < len(owners) else None
+            self.piece(piece, owner, num_experts)
         self.finish()
 
-    def shares(self, choices: Choices, num_experts: int, *, by_layer: bool = False) -> None:
-        """Print a table: of all choices of the answer's tokens, the share of each expert.
+    def shares(
+        self,
+        choices: Choices,
+        num_experts: int,
+        *,
+        layer: int | None = None,
+        by_layer: bool = False,
+    ) -> None:
+        """Print what share of all choices of the answer's tokens each expert has.
 
         Args:
+            layer: In this layer; without it, in all together.
             by_layer: A row for each layer, too.
         """
-        counts = choices.counts(num_experts)
-        rows = {"all": counts.sum(0)}
-        if by_layer:
-            rows |= {str(layer): counts[i] for i, layer in enumerate(choices.layers)}
-        table = Table(title="Share of the tokens' choices", title_justify="left")
-        table.add_column("layer", justify="right")
-        for expert in range(num_experts):
-            style = colour(expert) if self.has_colours else ""
-            table.add_column(Text(f"expert {expert}", style), justify="right")
-        for name, row in rows.items():
-            shares = row.double() / max(1, int(row.sum()))
-            table.add_row(name, *(f"{share:.1%}" for share in shares.tolist()))
+        styles = self.looks(num_experts).styles
         self.finish()
-        self.console.print(table, soft_wrap=False)
+        for table in share_tables(
+            choices, num_experts, self.console, styles, layer=layer, by_layer=by_layer
+        ):
+            self.console.print(table, soft_wrap=False)
 
 
 class _Columns:
@@ -151,7 +175,7 @@ class _Columns:
     def next(self) -> None:
         self._current += 1
 
-    def add(self, text: str, style: str) -> None:
+    def add(self, text: str, style: str | Style) -> None:
         self._texts[self._current].append(text, style)
 
     def latest(self) -> Table:
@@ -168,9 +192,3 @@ class _Columns:
             parts = [Text("\n").join(lines[-height:]) for lines in wrapped]
         table.add_row(*parts)
         return table
-
-
-def colour(expert: int) -> str:
-    """Return the style of an expert's text."""
-    style = _COLOURS[expert % len(_COLOURS)]
-    return style if expert < len(_COLOURS) else f"underline {style}"

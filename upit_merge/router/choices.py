@@ -11,7 +11,7 @@ from torch import Tensor
 
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.assembled import Handed
-from upit_merge.engine.routed import summed_shares
+from upit_merge.engine.choices import Choices
 from upit_merge.errors import UpitError
 from upit_merge.router.evaluation import Routing, swept
 from upit_merge.router.stage import RouterStage
@@ -73,50 +73,22 @@ def _spread(members: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class ExcerptChoices:
-    """What the routers did with the tokens of an excerpt.
-
-    Attributes:
-        experts: The chosen, the one that weighs most first, (num_layers, num_tokens, top-k).
-        weights: By which their outputs are multiplied, float32, of that shape.
-        certainty: The first one's share of all experts' scores, (num_layers, num_tokens).
-    """
-
-    experts: Tensor
-    weights: Tensor
-    certainty: Tensor
-
-    @property
-    def shares(self) -> Tensor:
-        """Share of a token's weight in a layer that each of the chosen has."""
-        return self.weights / self.weights.sum(2, keepdim=True).clamp(min=1e-30)
-
-    def summed(self, num_experts: int) -> tuple[Tensor, Tensor]:
-        """Return who took the largest share of the gate weight, all layers alike, and which share.
-
-        Returns:
-            Experts, the first one most, and shares, both (num_tokens, top-k).
-        """
-        total = summed_shares(self.experts, self.weights, num_experts)
-        top_k = self.experts.shape[2]
-        order = total.argsort(dim=1, descending=True, stable=True)[:, :top_k]
-        return order, total.gather(1, order)
-
-
-@dataclass(frozen=True)
 class Observation:
     """What a mixture's routers did.
 
     Attributes:
         routing: With all samples.
         choices: With the tokens of the excerpt.
+        certainty: In each layer, the first choice's share of all experts' scores,
+            (num_layers, num_tokens), of the same tokens.
         weights: Share of the gate weight each expert has, (num_layers, num_experts).
         correlation: Of the experts' router logits over all tokens, float64,
             (num_layers, num_experts, num_experts).
     """
 
     routing: Routing
-    choices: ExcerptChoices
+    choices: Choices
+    certainty: Tensor
     weights: Tensor
     correlation: Tensor
 
@@ -136,9 +108,10 @@ def observe(stage: RouterStage, excerpt: Excerpt) -> Observation:
     sums = torch.zeros(layers, experts, dtype=torch.float64)
     products = torch.zeros(layers, experts, experts, dtype=torch.float64)
     shape = (layers, excerpt.num_tokens, top_k)
-    choices = ExcerptChoices(
-        torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), torch.zeros(shape[:2])
+    choices = Choices(
+        tuple(model.mixture_layers), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     )
+    certainty = torch.zeros(shape[:2])
     ends = itertools.accumulate(excerpt.lengths.values())
     stops = dict(zip(excerpt.lengths, ends, strict=True))
 
@@ -157,7 +130,7 @@ def observe(stage: RouterStage, excerpt: Excerpt) -> Observation:
         products[layer] += wide.T @ wide
         taken[layer].scatter_add_(0, chosen.flatten(), weights.double().flatten())
         scores = model.format.scores(logits)
-        certainty = scores.gather(1, chosen[:, :1]).squeeze(1) / scores.sum(1)
+        sure = scores.gather(1, chosen[:, :1]).squeeze(1) / scores.sum(1)
         first = 0
         for index in batch:
             if index in stops:
@@ -165,13 +138,13 @@ def observe(stage: RouterStage, excerpt: Excerpt) -> Observation:
                 places = slice(stops[index] - excerpt.lengths[index], stops[index])
                 choices.experts[layer, places] = chosen[rows]
                 choices.weights[layer, places] = weights[rows]
-                choices.certainty[layer, places] = certainty[rows]
+                certainty[layer, places] = sure[rows]
             first += len(samples[index].input_ids)
 
     with swept(stage, lambda *_: None, "routing", on_handed=look):
         tokens = sum(stage.lengths)
     shares = taken / taken.sum(1, keepdim=True).clamp(min=1e-30)
-    return Observation(routing, choices, shares, _correlation(sums, products, tokens))
+    return Observation(routing, choices, certainty, shares, _correlation(sums, products, tokens))
 
 
 def _correlation(sums: Tensor, products: Tensor, count: int) -> Tensor:

@@ -155,8 +155,14 @@ def load_voices(
     Raises:
         UpitError: one cannot be read, or the machine has no room for all of them.
     """
-    check_rival_names(against)
     first = Rival(Path(split_reference(reference)[1] or reference).name or reference, reference)
+    if first.name in [rival.name for rival in against]:  # a/out and b/out
+        same = first.name
+        first, *against = (
+            replace(one, name=one.reference) if one.name == same else one
+            for one in (first, *against)
+        )
+    check_rival_names([first, *against])
     numbers = [_expert_number(rival) for rival in against]
     rivals = [r for r, number in zip(against, numbers, strict=True) if number is None]
     device = resolve_chat_device(options.device)
