@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from upit_merge.commands.compare import Rival, check_rivals, rival_losses
+from upit_merge.commands.measured_mixture import MixtureMeasurement
 from upit_merge.commands.options import MixtureOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
@@ -31,10 +32,8 @@ from upit_merge.report.next_steps import SEED, tell_next
 from upit_merge.report.tables import best_in_bold, show
 from upit_merge.report.verdict import evaluation_verdict
 from upit_merge.report.write import write_report_and_card
-from upit_merge.router.assignment import assigned, sample_losses
 from upit_merge.router.buckets import assign_by_loss
-from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
-from upit_merge.router.pretrain import computed_mixture, refined_gates
+from upit_merge.router.evaluation import Evaluation, Groups, rows
 from upit_merge.router.router_gain import measure_router_gain
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.interrupt import ends_at_once
@@ -195,23 +194,30 @@ def _evaluate(
 ) -> tuple[Evaluation, str]:
     """Return the evaluation, and a digest of what it was made on."""
     out = session.edit.out
-    with session.edit.processes.together():
+    processes = session.edit.processes
+    with processes.together():
         control = _control(session, scratch) if options.control else None
         held_out = session.stage(settings, scratch, column=options.group_by)
-        model = held_out.model
-        check_router_memory(model, held_out.lengths, settings, out, evaluated=True)
-    sums, routing = run_mixture(replace(held_out, label=_label(1, "this mixture", options)))
+    measured = MixtureMeasurement.of(session, held_out, control)
+    parts = ["mixture"]
+    if options.experts and held_out.model.num_experts > 1:
+        parts.append("experts")
+    if control is not None:
+        parts.append("control")
+    if options.against or not measured.before.keys() >= set(parts):
+        with processes.together():
+            check_router_memory(held_out.model, held_out.lengths, settings, out, evaluated=True)
+    if processes.is_first and not options.quiet:
+        for sentence in measured.told(parts):
+            print(sentence)
+    sums, routing = measured.mixture(_label(1, "this mixture", options))
     samples = held_out.seeds.samples
     evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
-    if options.experts and model.num_experts > 1:
-        buckets = assign_by_loss(sample_losses(held_out), "lowest")
+    if "experts" in parts:
+        buckets = assign_by_loss(measured.experts(), "lowest")
         evaluation = replace(evaluation, buckets=buckets)
     if control is not None:
-        gates: Sequence[Tensor] = control.gates(assigned(control))
-        if control.settings.refine is not None:
-            exact = computed_mixture(session.moe, control.model.device, control.settings)
-            gates, _ = refined_gates(control, gates, exact)
-        evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
+        evaluation = replace(evaluation, control=measured.shuffled())
     rivals = {}
     for number, rival in enumerate(options.against, 2):
         stage = replace(held_out, label=_label(number, rival.name, options))

@@ -24,6 +24,7 @@ which names of files and tensors are taken. What only one reader needs stays bes
 * `models/chat_template.py`: `chat_templates`, `template_files`: names that are files in one folder;
 * `data/examples.py`, `data/records.py`, `data/conversations.py`: records of the wrong kind, text
   that is no Unicode, settings that are not the data's business;
+* `commands/measured.py`: `kept`: numbers in files that were damaged, or are another version's;
 * `commands/first_recipe/survey.py`: folders without end, links out of them, hints of the wrong kind;
 * `output/staging.py`, `output/lock.py`: what an earlier report, or a run that was cut off, wants
   removed, and links among our hidden files;
