@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,17 @@ from upit_merge.config.router import RouterSettings
 from upit_merge.errors import UpitError, argument
 from upit_merge.io.results import check_is_not_data
 from upit_merge.io.text_file import write_json
-from upit_merge.models.mixture import read_mixture
+from upit_merge.models.mixture import inspect_mixture, read_mixture
 from upit_merge.output.edit import Edit
 from upit_merge.output.staging import REPORT, check_output_exists
 from upit_merge.report.document import Evaluation as Record
 from upit_merge.report.document import read_report
 from upit_merge.report.heatmap import check_format, draw_routing
-from upit_merge.report.next_steps import SEED, tell_next
+from upit_merge.report.next_steps import SEED, code_words, data_words, free_folder, tell_next
 from upit_merge.report.tables import best_in_bold, show
 from upit_merge.report.verdict import evaluation_verdict
 from upit_merge.report.write import write_report_and_card
+from upit_merge.resizing.extracting import ExtractedModel
 from upit_merge.router.buckets import assign_by_loss
 from upit_merge.router.evaluation import Evaluation, Groups, rows
 from upit_merge.router.router_gain import measure_router_gain
@@ -113,28 +115,63 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             if options.card:
                 _keep(edit, record, quiet=options.quiet)
             if not options.quiet:
-                tell_next(*_next_steps(out, evaluation, settings, options))
+                on_card = options.card or _is_on_card(out, record)
+                steps = _next_steps(session, evaluation, settings, options, on_card=on_card)
+                tell_next(*steps)
     return evaluation
 
 
 def _next_steps(
-    out: Path, evaluation: Evaluation, settings: RouterSettings, options: EvaluateOptions
+    session: RouterSession,
+    evaluation: Evaluation,
+    settings: RouterSettings,
+    options: EvaluateOptions,
+    *,
+    on_card: bool,
 ) -> Iterator[tuple[str, str]]:
-    folder, data = argument(out), argument(settings.data or "")
+    """Yield what can be done next: nothing that was done, and nothing that would be refused.
+
+    Args:
+        on_card: This very evaluation is on the card, or there is none to put it on.
+    """
+    folder, code = argument(session.edit.out), code_words(options.open)
+    data = data_words(settings)
+    if options.seed:
+        data += f" --seed {options.seed}"
     if options.group_by:
-        data = f"{data} --group-by {argument(options.group_by)}"
-    if not options.against:
-        yield "write the average of its experts", f"upit-merge extract {folder} --average mean/"
-        yield (
-            "measure that beside it",
-            f"upit-merge evaluate {folder} --data {data} --against mean/",
-        )
+        data += f" --group-by {argument(options.group_by)}"
+    if not options.against and _has_average(session):
+        mean = free_folder("mean")
+        yield "write the average of its experts", f"upit-merge extract {folder} --average {mean}"
+        against = f"upit-merge evaluate {folder} {data} --against {mean}{code}"
+        yield "measure that beside it", against
     if evaluation.dead():
-        yield "leave out experts", f"upit-merge shrink {folder} --experts N --data {SEED}"
-    page = f"upit-merge inspect {folder} --data {data} --html routing.html"
+        yield "leave out experts", f"upit-merge shrink {folder} --experts N --data {SEED}{code}"
+    page = f"upit-merge inspect {folder} {data} --html routing.html{code}"
     yield "see where every token goes", page
-    if not options.card:
-        yield "put this on the card", f"upit-merge evaluate {folder} --data {data} --card"
+    if not on_card:
+        shown = data + " --no-experts" * (not options.experts) + " --control" * options.control
+        for rival in options.against:
+            shown += f" --against {argument(f'{rival.name}={rival.reference}')}"
+        yield "put this on the card", f"upit-merge evaluate {folder} {shown} --card{code}"
+
+
+def _has_average(session: RouterSession) -> bool:
+    """Return whether a dense model computes what the mean of the experts does."""
+    try:
+        architecture = inspect_mixture(session.moe)
+        ExtractedModel(session.moe, architecture, range(architecture.num_experts))
+    except UpitError:
+        return False
+    return True
+
+
+def _is_on_card(out: Path, record: dict[str, Any]) -> bool:
+    """Return whether card and report say this very thing, or there is no report to say it in."""
+    document = read_report(out).document
+    earlier = document.get("evaluation") or {}
+    merged = json.loads(json.dumps({"others": [], **_with_earlier_others(earlier, record)}))
+    return not document or {"others": [], **earlier} == merged
 
 
 def _check_report(out: Path) -> None:
@@ -147,17 +184,22 @@ def _check_report(out: Path) -> None:
 def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
     """Put an evaluation into report and card; what else was measured on the same text stays."""
     before = read_report(edit.out)
-    earlier = before.document.get("evaluation") or {}
-    if earlier.get("samples_sha256") == record["samples_sha256"]:
-        now = record.get("others", [])
-        names = [other["model"] for other in now]
-        kept = [other for other in earlier.get("others", []) if other.get("model") not in names]
-        record["others"] = [*kept, *now]
+    record = _with_earlier_others(before.document.get("evaluation") or {}, record)
     edit.emptied()
     gone = write_report_and_card(edit, before, {"evaluation": record}, same_model=True)
     edit.put_into_place({}, gone)
     if not quiet:
         print(f"The results are in the report of {edit.out} and on its card.")
+
+
+def _with_earlier_others(earlier: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Return an evaluation with the other models that were measured on the same text before."""
+    if earlier.get("samples_sha256") != record["samples_sha256"]:
+        return record
+    now = record.get("others", [])
+    names = [other["model"] for other in now]
+    kept = [other for other in earlier.get("others", []) if other.get("model") not in names]
+    return {**record, "others": [*kept, *now]}
 
 
 def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[str, Any]:

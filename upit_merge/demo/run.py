@@ -134,7 +134,7 @@ def _tell(folder: Path, results: Mapping[str, Any]) -> None:
     tell_next(
         (
             "see which expert reads what",
-            f"upit-merge inspect {moe} --data {data} --html routing.html",
+            f"upit-merge inspect {moe} --data {data} --group-by domain --html routing.html",
         ),
         ("let it write", f'upit-merge chat {moe} --show-experts --prompt "def main"'),
         ("begin with models of your own", "upit-merge init FOLDER"),
