@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.demo.test_demo import SMALL
 from upit_merge.demo import foretell, run, stages, training
 from upit_merge.demo.corpus import load_domains
 from upit_merge.demo.foretell import STEPS_AROUND, STEPS_OF_PIPELINE, foretold_time, time_step
 from upit_merge.demo.progress import open_demo
 from upit_merge.demo.training import TrainingBudget, train_demo_models
 
+SMALL = TrainingBudget(
+    vocab_size=400, hidden_size=64, layers=1, context=64, base_steps=6, sft_rounds=1, sft_steps=4
+)
 # Steps of the default: 700, and six visits of 160.
 ALL_STEPS = 700 + 6 * 160
 
