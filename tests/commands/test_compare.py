@@ -124,7 +124,7 @@ def test_models_are_checked_before_anything_is_measured(
     def measured(*_args: object, **_kwargs: object) -> None:
         pytest.fail("something was measured")
 
-    monkeypatch.setattr("upit_merge.commands.evaluate.run_mixture", measured)
+    monkeypatch.setattr("upit_merge.commands.measured_mixture.run_mixture", measured)
     arguments = ["evaluate", moe, "--data", data, "--against", four.base, "--against"]
     assert "./nowhere does not exist" in invoke(*arguments, "./nowhere").output
     broken = four.root / "broken"

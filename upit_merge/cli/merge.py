@@ -65,13 +65,13 @@ def plan(
     from upit_merge.commands.plan import plan_recipe
     from upit_merge.config.recipe import load_recipe
     from upit_merge.plugin.method import run_options
-    from upit_merge.report.next_steps import tell_next
+    from upit_merge.report.next_steps import free_folder, tell_next
 
     options = run_options(parse_merge_options(values))
     parsed, _source = load_recipe(recipe, _teller(options.quiet))
     plan_recipe(parsed, options, out, data, subset=subset, split=split)
     if not options.quiet:
-        words = ["upit-merge run", argument(recipe), argument(out or "out/")]
+        words = ["upit-merge run", argument(recipe), argument(out or free_folder("out"))]
         tell_next(("make it", " ".join(words)))
 
 

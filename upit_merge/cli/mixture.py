@@ -166,7 +166,8 @@ def evaluate(
     """Measure the MoE in the folder OUT on held-out data: perplexity, and what its router does.
 
     Layer by layer, so that it runs where the model does not fit. Nothing is changed but, with
-    --card, the model card and the report.
+    --card, the model card and the report. What was measured is kept in ~/.cache/upit-merge, or
+    where UPIT_MERGE_CACHE says: the same command with --card or --json computes nothing again.
     """
     from upit_merge.commands.compare import Rival
     from upit_merge.commands.evaluate import EvaluateOptions, evaluate_output

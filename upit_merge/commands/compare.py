@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from upit_merge.commands.measured import keep_losses, kept_losses
+from upit_merge.commands.measured import Measured, keep, kept
 from upit_merge.commands.preview import checkpoint_losses
 from upit_merge.config.recipe import METHOD, parse_recipe
 from upit_merge.errors import UpitError
@@ -134,10 +134,10 @@ def rival_losses(
             "samples": held_out.seeds.digest(),
             "compute": [model.arithmetic.identity(), device.type],
         }
-        sums: Tensor | None = processes.gather(kept_losses(identity))[0]
-        if sums is not None and len(sums) == len(held_out.everything):
+        before = processes.gather(kept(identity) if processes.is_first else None)[0]
+        if before is not None:
             LOG.info("The model %s was measured on these samples before.", rival.name)
-            return sums
+            return before.tensors["sums"]
         if isinstance(other, PublishedMixture):
             mixture = computed_mixture(other, device, settings)
             sums = run_mixture(replace(held_out, model=mixture))[0]
@@ -148,7 +148,7 @@ def rival_losses(
             )
             sums = losses.sums.sum(2)[:, 0]
         if processes.is_first:
-            keep_losses(identity, sums)
+            keep(identity, Measured({"sums": sums}))
         return sums
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from upit_merge.commands.compare import Rival, check_rivals, rival_losses
+from upit_merge.commands.measured_mixture import MixtureMeasurement
 from upit_merge.commands.options import MixtureOptions
 from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.session import RouterSession, router_session
@@ -21,20 +23,19 @@ from upit_merge.config.router import RouterSettings
 from upit_merge.errors import UpitError, argument
 from upit_merge.io.results import check_is_not_data
 from upit_merge.io.text_file import write_json
-from upit_merge.models.mixture import read_mixture
+from upit_merge.models.mixture import inspect_mixture, read_mixture
 from upit_merge.output.edit import Edit
 from upit_merge.output.staging import REPORT, check_output_exists
 from upit_merge.report.document import Evaluation as Record
 from upit_merge.report.document import read_report
 from upit_merge.report.heatmap import check_format, draw_routing
-from upit_merge.report.next_steps import SEED, tell_next
+from upit_merge.report.next_steps import SEED, code_words, data_words, free_folder, tell_next
 from upit_merge.report.tables import best_in_bold, show
 from upit_merge.report.verdict import evaluation_verdict
 from upit_merge.report.write import write_report_and_card
-from upit_merge.router.assignment import assigned, sample_losses
+from upit_merge.resizing.extracting import ExtractedModel
 from upit_merge.router.buckets import assign_by_loss
-from upit_merge.router.evaluation import Evaluation, Groups, rows, run_mixture
-from upit_merge.router.pretrain import computed_mixture, refined_gates
+from upit_merge.router.evaluation import Evaluation, Groups, rows
 from upit_merge.router.router_gain import measure_router_gain
 from upit_merge.router.stage import RouterStage
 from upit_merge.runtime.interrupt import ends_at_once
@@ -114,28 +115,63 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             if options.card:
                 _keep(edit, record, quiet=options.quiet)
             if not options.quiet:
-                tell_next(*_next_steps(out, evaluation, settings, options))
+                on_card = options.card or _is_on_card(out, record)
+                steps = _next_steps(session, evaluation, settings, options, on_card=on_card)
+                tell_next(*steps)
     return evaluation
 
 
 def _next_steps(
-    out: Path, evaluation: Evaluation, settings: RouterSettings, options: EvaluateOptions
+    session: RouterSession,
+    evaluation: Evaluation,
+    settings: RouterSettings,
+    options: EvaluateOptions,
+    *,
+    on_card: bool,
 ) -> Iterator[tuple[str, str]]:
-    folder, data = argument(out), argument(settings.data or "")
+    """Yield what can be done next: nothing that was done, and nothing that would be refused.
+
+    Args:
+        on_card: This very evaluation is on the card, or there is none to put it on.
+    """
+    folder, code = argument(session.edit.out), code_words(options.open)
+    data = data_words(settings)
+    if options.seed:
+        data += f" --seed {options.seed}"
     if options.group_by:
-        data = f"{data} --group-by {argument(options.group_by)}"
-    if not options.against:
-        yield "write the average of its experts", f"upit-merge extract {folder} --average mean/"
-        yield (
-            "measure that beside it",
-            f"upit-merge evaluate {folder} --data {data} --against mean/",
-        )
+        data += f" --group-by {argument(options.group_by)}"
+    if not options.against and _has_average(session):
+        mean = free_folder("mean")
+        yield "write the average of its experts", f"upit-merge extract {folder} --average {mean}"
+        against = f"upit-merge evaluate {folder} {data} --against {mean}{code}"
+        yield "measure that beside it", against
     if evaluation.dead():
-        yield "leave out experts", f"upit-merge shrink {folder} --experts N --data {SEED}"
-    page = f"upit-merge inspect {folder} --data {data} --html routing.html"
+        yield "leave out experts", f"upit-merge shrink {folder} --experts N --data {SEED}{code}"
+    page = f"upit-merge inspect {folder} {data} --html routing.html{code}"
     yield "see where every token goes", page
-    if not options.card:
-        yield "put this on the card", f"upit-merge evaluate {folder} --data {data} --card"
+    if not on_card:
+        shown = data + " --no-experts" * (not options.experts) + " --control" * options.control
+        for rival in options.against:
+            shown += f" --against {argument(f'{rival.name}={rival.reference}')}"
+        yield "put this on the card", f"upit-merge evaluate {folder} {shown} --card{code}"
+
+
+def _has_average(session: RouterSession) -> bool:
+    """Return whether a dense model computes what the mean of the experts does."""
+    try:
+        architecture = inspect_mixture(session.moe)
+        ExtractedModel(session.moe, architecture, range(architecture.num_experts))
+    except UpitError:
+        return False
+    return True
+
+
+def _is_on_card(out: Path, record: dict[str, Any]) -> bool:
+    """Return whether card and report say this very thing, or there is no report to say it in."""
+    document = read_report(out).document
+    earlier = document.get("evaluation") or {}
+    merged = json.loads(json.dumps({"others": [], **_with_earlier_others(earlier, record)}))
+    return not document or {"others": [], **earlier} == merged
 
 
 def _check_report(out: Path) -> None:
@@ -148,17 +184,22 @@ def _check_report(out: Path) -> None:
 def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
     """Put an evaluation into report and card; what else was measured on the same text stays."""
     before = read_report(edit.out)
-    earlier = before.document.get("evaluation") or {}
-    if earlier.get("samples_sha256") == record["samples_sha256"]:
-        now = record.get("others", [])
-        names = [other["model"] for other in now]
-        kept = [other for other in earlier.get("others", []) if other.get("model") not in names]
-        record["others"] = [*kept, *now]
+    record = _with_earlier_others(before.document.get("evaluation") or {}, record)
     edit.emptied()
     gone = write_report_and_card(edit, before, {"evaluation": record}, same_model=True)
     edit.put_into_place({}, gone)
     if not quiet:
         print(f"The results are in the report of {edit.out} and on its card.")
+
+
+def _with_earlier_others(earlier: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Return an evaluation with the other models that were measured on the same text before."""
+    if earlier.get("samples_sha256") != record["samples_sha256"]:
+        return record
+    now = record.get("others", [])
+    names = [other["model"] for other in now]
+    kept = [other for other in earlier.get("others", []) if other.get("model") not in names]
+    return {**record, "others": [*kept, *now]}
 
 
 def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[str, Any]:
@@ -195,23 +236,30 @@ def _evaluate(
 ) -> tuple[Evaluation, str]:
     """Return the evaluation, and a digest of what it was made on."""
     out = session.edit.out
-    with session.edit.processes.together():
+    processes = session.edit.processes
+    with processes.together():
         control = _control(session, scratch) if options.control else None
         held_out = session.stage(settings, scratch, column=options.group_by)
-        model = held_out.model
-        check_router_memory(model, held_out.lengths, settings, out, evaluated=True)
-    sums, routing = run_mixture(replace(held_out, label=_label(1, "this mixture", options)))
+    measured = MixtureMeasurement.of(session, held_out, control)
+    parts = ["mixture"]
+    if options.experts and held_out.model.num_experts > 1:
+        parts.append("experts")
+    if control is not None:
+        parts.append("control")
+    if options.against or not measured.before.keys() >= set(parts):
+        with processes.together():
+            check_router_memory(held_out.model, held_out.lengths, settings, out, evaluated=True)
+    if processes.is_first and not options.quiet:
+        for sentence in measured.told(parts):
+            print(sentence)
+    sums, routing = measured.mixture(_label(1, "this mixture", options))
     samples = held_out.seeds.samples
     evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
-    if options.experts and model.num_experts > 1:
-        buckets = assign_by_loss(sample_losses(held_out), "lowest")
+    if "experts" in parts:
+        buckets = assign_by_loss(measured.experts(), "lowest")
         evaluation = replace(evaluation, buckets=buckets)
     if control is not None:
-        gates: Sequence[Tensor] = control.gates(assigned(control))
-        if control.settings.refine is not None:
-            exact = computed_mixture(session.moe, control.model.device, control.settings)
-            gates, _ = refined_gates(control, gates, exact)
-        evaluation = replace(evaluation, control=run_mixture(held_out, gates)[0])
+        evaluation = replace(evaluation, control=measured.shuffled())
     rivals = {}
     for number, rival in enumerate(options.against, 2):
         stage = replace(held_out, label=_label(number, rival.name, options))

@@ -34,7 +34,7 @@ from upit_merge.output.identity import file_states
 from upit_merge.output.staging import REPORT, check_output_exists, scratch_folder
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
-from upit_merge.report.next_steps import held_out_beside, tell_next
+from upit_merge.report.next_steps import code_words, held_out_beside, tell_next
 from upit_merge.report.sources import describe_sources, is_same_model
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card
@@ -134,8 +134,12 @@ def extend_output(
         show_buckets(fitted.report)
         others = "All gates are fitted anew." if all_gates else "The other gates are as they were."
         print(f"{dense.label} is expert {extended.expert} of {out}. {others}")
-        measure = f"upit-merge evaluate {argument(out)} --data {held_out_beside(settings.data)}"
-        tell_next(("measure it", measure), ("talk to it", f"upit-merge chat {argument(out)}"))
+        folder, code = argument(out), code_words(options.open)
+        held_out = held_out_beside(settings.data)
+        tell_next(
+            ("measure it", f"upit-merge evaluate {folder} --data {held_out}{code}"),
+            ("talk to it", f"upit-merge chat {folder}{code}"),
+        )
 
 
 def _warn_of_odd_expert(

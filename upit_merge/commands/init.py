@@ -28,7 +28,7 @@ from upit_merge.io.disk import explained_failures
 from upit_merge.io.hub import OpenOptions, is_folder, looks_like_path, resolve, split_reference
 from upit_merge.io.text_file import replace_text
 from upit_merge.merge.inputs import opened
-from upit_merge.report.next_steps import tell_next
+from upit_merge.report.next_steps import free_folder, tell_next
 from upit_merge.report.tables import show
 
 _NONE = "-"  # the answer that there is none
@@ -263,12 +263,10 @@ def _table(folder: Path, choices: RecipeChoices, options: InitOptions) -> Table:
 
 def _next_steps(output: Path) -> list[tuple[str, str]]:
     """Return the two commands that take the recipe."""
-    names = ("out", *(f"out-{number}" for number in range(2, 1000)))
-    out = next(name for name in names if not os.path.lexists(name))
-    recipe = argument(output.as_posix())
+    recipe, out = argument(output.as_posix()), free_folder("out")
     return [
-        ("see what it makes and needs", f"upit-merge plan {recipe} {out}/"),
-        ("make it", f"upit-merge run {recipe} {out}/"),
+        ("see what it makes and needs", f"upit-merge plan {recipe} {out}"),
+        ("make it", f"upit-merge run {recipe} {out}"),
     ]
 
 

@@ -1,27 +1,35 @@
-"""What was measured of other models is kept for the next call, in the user's cache folder."""
+"""What was measured is kept for the next call, in the user's cache folder."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
+import stat
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from upit_merge import __version__
 from upit_merge.errors import UpitError
-from upit_merge.io.text_file import write_json
-from upit_merge.io.untrusted import read_json
+from upit_merge.io.tensor_file import tensor_memory
+from upit_merge.io.untrusted import own_file
 
 LOG = logging.getLogger(__name__)
 
-_MOST_FILES = 200  # the oldest go
+# Raised whenever the same models and samples give other numbers than before.
+_MEASUREMENT = 1
+# The oldest go.
+_MOST_FILES = 200
+_MOST_BYTES = 2_000_000_000
 
 
 def cache_folder() -> Path:
@@ -31,33 +39,71 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "upit-merge"
 
 
-def kept_losses(identity: Mapping[str, Any]) -> Tensor | None:
-    """Return the samples' summed losses that were kept under this identity, float64, or None."""
+@dataclass(frozen=True)
+class Measured:
+    """What is kept of a measurement.
+
+    Attributes:
+        tensors: Its numbers, by name.
+        facts: What is to be said of them, as JSON has it.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Return SHA-256 of all of it: of a file that was damaged no number is believed."""
+        found = hashlib.sha256(json.dumps(self.facts).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            found.update(tensor_memory(tensor))
+        return found.hexdigest()
+
+
+def kept(identity: Mapping[str, Any]) -> Measured | None:
+    """Return what was kept under this identity; None if there is nothing, or nothing whole."""
     path = _path(identity)
     try:
-        sums = read_json(path, "what was measured before").get("sums")
-    except UpitError:
+        own_file(path, path.parent)
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = Measured(tensors, json.loads(facts["facts"]))
+    except (OSError, SafetensorError, UpitError, ValueError, RecursionError, KeyError):
         return None
-    if not isinstance(sums, list) or not all(
-        isinstance(s, float) and math.isfinite(s) for s in sums
-    ):
-        return None
-    return torch.tensor(sums, dtype=torch.float64)
+    return found if found.digest() == facts.get("sha256") else None
 
 
-def keep_losses(identity: Mapping[str, Any], sums: Tensor) -> None:
-    """Keep the samples' summed losses, (num_samples,); where nothing can be written, nothing is."""
+def keep(identity: Mapping[str, Any], measured: Measured) -> None:
+    """Keep what was measured; where nothing can be written, nothing is."""
     path = _path(identity)
+    tensors = {name: tensor.contiguous() for name, tensor in measured.tensors.items()}
+    measured = Measured(tensors, measured.facts)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"sums": sums.tolist()})
-        files = sorted(path.parent.glob("*.json"), key=lambda file: -file.stat().st_mtime_ns)
-        for old in files[_MOST_FILES:]:
-            old.unlink(missing_ok=True)
-    except OSError as error:
+        facts = {"facts": json.dumps(measured.facts), "sha256": measured.digest()}
+        save_file(tensors, draft, facts)
+        os.replace(draft, path)
+        _drop_the_oldest(path.parent)
+    except (OSError, SafetensorError) as error:
         LOG.debug("%s is not kept (%s)", path, error)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def _drop_the_oldest(folder: Path) -> None:
+    states = [(path, path.lstat()) for path in folder.iterdir()]
+    files = [(path, state) for path, state in states if stat.S_ISREG(state.st_mode)]
+    total = 0
+    newest_first = sorted(files, key=lambda file: -file[1].st_mtime_ns)
+    for number, (path, state) in enumerate(newest_first, 1):
+        total += state.st_size
+        if number > _MOST_FILES or total > _MOST_BYTES:
+            path.unlink(missing_ok=True)
 
 
 def _path(identity: Mapping[str, Any]) -> Path:
-    text = json.dumps({"upit-merge": __version__, **identity}, sort_keys=True)
-    return cache_folder() / "losses" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    made_by = {"upit-merge": __version__, "measurement": _MEASUREMENT, "torch": torch.__version__}
+    text = json.dumps({**made_by, **identity}, sort_keys=True)
+    return cache_folder() / "losses" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"

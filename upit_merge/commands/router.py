@@ -24,6 +24,7 @@ from upit_merge.config.router import NO_MATTER, ByColumn, RouterSettings
 from upit_merge.data.prompts import PromptSource
 from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.errors import UpitError, argument, one_line, shown
+from upit_merge.io.hub import OpenOptions
 from upit_merge.io.text_file import write_json
 from upit_merge.io.untrusted import read_json
 from upit_merge.models.formats import MixtureFormat
@@ -35,7 +36,7 @@ from upit_merge.output.staging import scratch_folder
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
 from upit_merge.report.expert_names import expert_names
-from upit_merge.report.next_steps import held_out_beside, tell_next
+from upit_merge.report.next_steps import code_words, held_out_beside, tell_next
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.rewriting import PublishedCopies
@@ -136,12 +137,13 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
             print(stage.seeds.summary())
             show_buckets(result.report)
             print(f"The gates in {out} are replaced.")
-            tell_next(*_next_steps(out, settings.data))
+            tell_next(*_next_steps(out, settings.data, options.open))
 
 
-def _next_steps(out: Path, data: str | None) -> Iterator[tuple[str, str]]:
-    yield "measure it", f"upit-merge evaluate {argument(out)} --data {held_out_beside(data)}"
-    yield "talk to it", f"upit-merge chat {argument(out)}"
+def _next_steps(out: Path, data: str | None, opening: OpenOptions) -> Iterator[tuple[str, str]]:
+    folder, code = argument(out), code_words(opening)
+    yield "measure it", f"upit-merge evaluate {folder} --data {held_out_beside(data)}{code}"
+    yield "talk to it", f"upit-merge chat {folder}{code}"
 
 
 def _with_named_experts(stage: RouterStage, report: AnyReport, out: Path) -> RouterStage:

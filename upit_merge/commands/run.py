@@ -22,6 +22,7 @@ from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.errors import argument, counted
 from upit_merge.io.checkpoint import WEIGHT_INDEX
 from upit_merge.io.disk import explained_failures
+from upit_merge.io.hub import OpenOptions
 from upit_merge.io.shards import Shard, shard_index
 from upit_merge.io.text_file import write_json
 from upit_merge.merge.inputs import Inputs, opened
@@ -48,7 +49,7 @@ from upit_merge.output.staging import (
     staged_output,
 )
 from upit_merge.report.document import describe, read_report
-from upit_merge.report.next_steps import SEED, held_out_beside, tell_next
+from upit_merge.report.next_steps import SEED, code_words, held_out_beside, tell_next
 from upit_merge.report.record import merge_record, mixture_record
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import RECIPE_COPY, write_card
@@ -155,7 +156,7 @@ def run_recipe(recipe: Recipe, source: str, out: Path, options: RunOptions) -> N
         if finished:
             print("This recipe has been run already, on these very files: nothing was computed.")
         print(f"The model is in {out}.")
-        tell_next(*_next_steps(out, recipe.router))
+        tell_next(*_next_steps(out, recipe.router, options.open))
 
 
 def _has_another_card(recipe: Recipe, out: Path) -> bool:
@@ -163,12 +164,15 @@ def _has_another_card(recipe: Recipe, out: Path) -> bool:
     return card != (read_report(out).document.get("card") or {})
 
 
-def _next_steps(out: Path, router: RouterSettings | None) -> Iterator[tuple[str, str]]:
+def _next_steps(
+    out: Path, router: RouterSettings | None, opening: OpenOptions
+) -> Iterator[tuple[str, str]]:
+    code = code_words(opening)
     folder, held_out = argument(out), held_out_beside(router.data if router else None)
     if router is None:
-        yield "train the gates, which are random", f"upit-merge router {folder} --data {SEED}"
-    yield "measure it", f"upit-merge evaluate {folder} --data {held_out}"
-    yield "talk to it", f"upit-merge chat {folder}"
+        yield "train the gates, which are random", f"upit-merge router {folder} --data {SEED}{code}"
+    yield "measure it", f"upit-merge evaluate {folder} --data {held_out}{code}"
+    yield "talk to it", f"upit-merge chat {folder}{code}"
 
 
 def _prepared(

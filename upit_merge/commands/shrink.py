@@ -28,7 +28,7 @@ from upit_merge.models.mixture import MixtureArchitecture
 from upit_merge.output.staging import scratch_folder
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
-from upit_merge.report.next_steps import held_out_beside, seed_data, tell_next
+from upit_merge.report.next_steps import code_words, data_words, held_out_beside, tell_next
 from upit_merge.report.tables import show
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.grouping import group_experts, routing_statistics
@@ -141,10 +141,10 @@ def shrink_output(
         show(_table(smaller))
         print(f"{out} has {num_experts} experts per layer instead of {model.num_experts}.")
         print(_gates_in_words(how, refit=refit))
-        folder = argument(out)
-        seeds, held_out = seed_data(settings.data), held_out_beside(settings.data)
-        fit = ("fit the gates anew", f"upit-merge router {folder} --data {seeds}")
-        measure = ("measure it", f"upit-merge evaluate {folder} --data {held_out}")
+        folder, code = argument(out), code_words(options.open)
+        held_out = held_out_beside(settings.data)
+        fit = ("fit the gates anew", f"upit-merge router {folder} {data_words(settings)}{code}")
+        measure = ("measure it", f"upit-merge evaluate {folder} --data {held_out}{code}")
         tell_next(*([measure] if refit else [fit, measure]))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from upit_merge.commands.compare import Rival, rival_losses
 from upit_merge.config.router import RouterSettings
 from upit_merge.demo.corpus import Domain, load_domains, write_texts
+from upit_merge.demo.foretell import STEPS_AROUND, foretold_time
 from upit_merge.demo.progress import open_demo
 from upit_merge.demo.training import DemoModels, TrainingBudget, train_demo_models
 from upit_merge.engine.layerwise import LayerwiseMixture
@@ -83,7 +84,7 @@ def run_demo(
             `results.json`; must be empty, not exist, or hold what an earlier call of the same seed
             and budget has done, which goes on.
         seed: Of initial weights, the order of training data, the seed samples and the merge.
-        budget: Sizes and lengths of the training; the default takes two minutes on two cores.
+        budget: Sizes and lengths of the training; the default if not given.
 
     Raises:
         UpitError: the folder is not empty, or a step failed.
@@ -99,8 +100,10 @@ def run_demo(
             return
         started = time.perf_counter()
         _silence_transformers()
-        if budget is None:
-            print("This takes two to three minutes on two CPU cores that have nothing else to do.")
+        if not quiet:
+            written = progress.training().get("written", [])
+            told = foretold_time(budget or TrainingBudget(), written, STEPS_AROUND)
+            print(told, flush=True)
 
         domains = load_domains()
         models = train_demo_models(
@@ -134,7 +137,7 @@ def _tell(folder: Path, results: Mapping[str, Any]) -> None:
     tell_next(
         (
             "see which expert reads what",
-            f"upit-merge inspect {moe} --data {data} --html routing.html",
+            f"upit-merge inspect {moe} --data {data} --group-by domain --html routing.html",
         ),
         ("let it write", f'upit-merge chat {moe} --show-experts --prompt "def main"'),
         ("begin with models of your own", "upit-merge init FOLDER"),

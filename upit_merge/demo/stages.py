@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from upit_merge.demo.corpus import load_domains, write_texts
+from upit_merge.demo.foretell import STEPS_OF_PIPELINE, foretold_time
 from upit_merge.demo.progress import open_demo
 from upit_merge.demo.training import TrainingBudget, train_demo_models
 from upit_merge.errors import UpitError
@@ -78,10 +79,11 @@ def run_all_stages(
     check_trl()
     budget_told = vars(budget or TrainingBudget())
     progress = open_demo(folder, seed=seed, budget=budget_told, stages="all")
-    if budget is None:
-        print("This takes about ten minutes on two CPU cores that have nothing else to do.")
-    domains = load_domains()
     base_only = replace(budget or TrainingBudget(), sft_rounds=0)
+    if not (quiet or (folder / "run").exists()):  # the pipeline's stages say what is done of it
+        written = progress.training().get("written", [])
+        print(foretold_time(base_only, written, STEPS_OF_PIPELINE), flush=True)
+    domains = load_domains()
     with ends_at_once(
         lambda: "Interrupted; the same command goes on from the last model that was saved."
     ):

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from upit_merge.demo.corpus import Domain
 from upit_merge.demo.progress import DemoFolder
-from upit_merge.runtime.parallel import progress_bar
+from upit_merge.runtime.work_bar import WorkBar
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 TOKENIZER_DOCUMENTS = 800  # per domain, so that none has most of the merges
@@ -46,7 +46,7 @@ class DemoModels:
 
 @dataclass(frozen=True)
 class TrainingBudget:
-    """Sizes, lengths and learning rates; the defaults take about 100 seconds on two CPU cores.
+    """Sizes, lengths and learning rates; `foretold_time` says how long they take here.
 
     A step is one optimiser step on ``batch_size`` sequences of ``context`` tokens. At this budget
     a wider or deeper model ends up worse: it sees too few tokens.
@@ -64,6 +64,12 @@ class TrainingBudget:
     sft_learning_rate: float = 7e-3
     backbone_rate: float = 0.15  # learning rate outside the FFN, relative to the FFN's
     replay: float = 0.05  # share of the other domains during a visit
+
+    def cycles(self, domains: int = 3) -> list[tuple[str, int]]:
+        """Return the models that are saved, in order, and how many steps lead to each."""
+        visits = domains * self.sft_rounds
+        tuned = [f"sft/checkpoint-{(visit + 1) * self.sft_steps}" for visit in range(visits)]
+        return [("base", self.base_steps), *((name, self.sft_steps) for name in tuned)]
 
 
 def train_demo_models(
@@ -110,10 +116,10 @@ def train_demo_models(
         model = LlamaForCausalLM.from_pretrained(folder / written[-1])
     model.train()
 
-    visits = len(domains) * budget.sft_rounds
-    total = budget.base_steps + visits * budget.sft_steps
-    fine_tuned = [f"sft/checkpoint-{(visit + 1) * budget.sft_steps}" for visit in range(visits)]
-    with progress_bar(total, "train the base model", quiet=quiet, unit="step") as bar:
+    cycles = budget.cycles(len(domains))
+    fine_tuned = [name for name, _steps in cycles[1:]]
+    total = sum(steps for _name, steps in cycles)
+    with WorkBar(total, total, "train the base model", quiet=quiet, unit="step") as bar:
 
         def train(
             name: str, steps: int, shares: list[float], optimizer: Optimizer, peaks: list[float]
@@ -127,14 +133,11 @@ def train_demo_models(
                     weights, budget.batch_size, replacement=True, generator=generator
                 )
                 rows = [next(streams[domain]) for domain in drawn.tolist()]
-                bar.update()
                 if is_done:  # the same text is drawn, so that what follows sees what it would have
+                    bar.skip(1)
                     continue
-                batch = torch.stack(rows)
-                model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+                training_step(model, torch.stack(rows), optimizer)
+                bar.advance(1)
             if is_done:
                 return
             save(folder / name, model, tokenizer)
@@ -155,6 +158,14 @@ def train_demo_models(
             shares[current] = 1 - budget.replay
             train(name, budget.sft_steps, shares, optimizer, peaks)
     return DemoModels(folder / "base", [folder / name for name in fine_tuned])
+
+
+def training_step(model: LlamaForCausalLM, batch: Tensor, optimizer: Optimizer) -> None:
+    """Train on a batch of token ids, (batch_size, context)."""
+    model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -187,9 +198,20 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def model_config(budget: TrainingBudget, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    return model_shape(
+        budget,
+        len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def model_shape(budget: TrainingBudget, vocab_size: int, **tokens: int | None) -> LlamaConfig:
+    """Make the settings of a model of this size, with these numbers of special tokens."""
     heads = budget.hidden_size // 32
     return LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         hidden_size=budget.hidden_size,
         intermediate_size=budget.hidden_size * 4,
         num_hidden_layers=budget.layers,
@@ -198,9 +220,7 @@ def model_config(budget: TrainingBudget, tokenizer: PreTrainedTokenizerBase) -> 
         max_position_embeddings=budget.context,
         initializer_range=0.06,  # Llama's 0.02 is for wide models: here it costs 15 % perplexity
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **tokens,
     )
 
 

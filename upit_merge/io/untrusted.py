@@ -25,6 +25,7 @@ which names of files and tensors are taken. What only one reader needs stays bes
 * `data/examples.py`, `data/records.py`, `data/conversations.py`: records of the wrong kind, text
   that is no Unicode, settings that are not the data's business;
 * `data/json_text.py`: keys that stand twice, numbers that no float holds;
+* `commands/measured.py`: `kept`: numbers in files that were damaged, or are another version's;
 * `commands/first_recipe/survey.py`: folders without end, links out of them, hints of the wrong kind;
 * `output/staging.py`, `output/lock.py`: what an earlier report, or a run that was cut off, wants
   removed, and links among our hidden files;

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from upit_merge.config.router import DATA_SETTINGS, RouterSettings
 from upit_merge.errors import argument
+from upit_merge.io.hub import OpenOptions
 
 # Set where a command is a step of a larger one, which says itself what comes next; a variable of
 # the environment, because steps may be processes of their own.
@@ -39,9 +41,28 @@ def held_out_beside(data: str | None) -> str:
     return HELD_OUT
 
 
-def seed_data(data: str | None) -> str:
-    """Return seed data for a command: what was used before, or a stand-in."""
-    return SEED if data is None else argument(data)
+def data_words(settings: RouterSettings, names: Sequence[str] = DATA_SETTINGS) -> str:
+    """Return the options that read the same data once more: `--data TEXTS --subset code`.
+
+    Args:
+        names: Of the settings that another command takes; those that are as always are left out.
+    """
+    given = ((name, getattr(settings, name)) for name in names)
+    fields = RouterSettings.model_fields
+    changed = [(name, value) for name, value in given if value != fields[name].default]
+    words = (f"--{name.replace('_', '-')} {argument(value)}" for name, value in changed)
+    return " ".join(words) if settings.data is not None else f"--data {SEED}"
+
+
+def code_words(options: OpenOptions) -> str:
+    """Return, after a space, the option without which the tokenizer of a model is not loaded."""
+    return " --trust-remote-code" if options.trust_remote_code else ""
+
+
+def free_folder(name: str) -> str:
+    """Return the name of a folder that is not there yet: `out/`, or `out-2/` and so on."""
+    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
+    return next(name for name in names if not os.path.lexists(name)) + "/"
 
 
 def tell_next(*steps: tuple[str, str]) -> None:
