@@ -6,6 +6,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The size of a terminal that is not there: Python's `readline` leaves it to all that is started.
+os.environ.pop("COLUMNS", None)
+os.environ.pop("LINES", None)
 
 import json
 import shutil

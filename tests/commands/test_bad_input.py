@@ -6,10 +6,8 @@ says what a case is. Files of models, adapters and output folders have tables of
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +36,7 @@ from tests.support.spoilt import (
     snapshot,
     without,
 )
+from tests.support.warm import Program
 
 RECIPE_CASES = {
     "misspelled key": Case(
@@ -160,8 +159,6 @@ def test_real_mergekit_yaml(shared_family: Family, tmp_path: Path) -> None:
         f"Checkpoint {SECOND} has NaN or infinite weights in {UP}; use a checkpoint from before "
         "the training diverged.",
     )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = Path(sys.executable).with_name("mergekit-yaml")
     started = []
     for index, case in enumerate((RECIPE_CASES["misspelled key"], diverged)):
         root = tmp_path / str(index)
@@ -169,12 +166,13 @@ def test_real_mergekit_yaml(shared_family: Family, tmp_path: Path) -> None:
         checkpoints = [root / p.relative_to(shared_family.root) for p in shared_family.checkpoints]
         family = Family(root, root / "base", checkpoints)
         recipe = family.write_recipe(case.spoil(family) or family.recipe())
-        process = subprocess.Popen(
-            [command, recipe, root / "out", "--quiet"],
-            env=environment,
+        process = Program(
+            "mergekit.scripts.run_yaml",
+            recipe,
+            root / "out",
+            "--quiet",
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
         )
         started.append((case, family, process))
     for case, family, process in started:

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from tests.support.talk import session, typed
+from tests.support.warm import Program
 from upit_merge.commands.chat import HELP
 from upit_merge.report.spoken import Screen
 
@@ -45,11 +47,11 @@ def test_it_ends_with_one_line(talker: Path, place: str) -> None:
     """While it gets ready; and in an answer that nobody can go on from, of several prompts."""
     words = ["chat", str(talker), "--prompt", "one", "--prompt", "two", "--device", "cpu"]
     program = f"{place}\nfrom upit_merge.cli.main import main\nmain({words!r})"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process: Any = (
+        subprocess.Popen([sys.executable, "-c", program], text=True, **pipes)
+        if place is AT_IMPORT  # a warm program has imported all of it
+        else Program("-c", program, **pipes)
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "here\n"

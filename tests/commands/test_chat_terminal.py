@@ -8,8 +8,6 @@ import os
 import re
 import select
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.talk import TOKENS, assistant, family_that_talks, said_by_transformers, user
+from tests.support.warm import Program
 from upit_merge.errors import printable
 
 pty = pytest.importorskip("pty", reason="Windows has no such terminals")
@@ -32,14 +31,8 @@ class Terminal:
         environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
         for name in ("NO_COLOR", "COLORTERM"):
             environment.pop(name, None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "upit_merge", *words],
-            stdin=other,
-            stdout=other,
-            stderr=other,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=_own_terminal,
+        self.process = Program(
+            "upit_merge", *words, stdin=other, stdout=other, stderr=other, env=environment
         )
         os.close(other)
         self.shown = ""
@@ -79,15 +72,6 @@ class Terminal:
             self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         os.close(self._end)
-
-
-def _own_terminal() -> None:
-    """Make standard input the terminal that sends Ctrl-C, which no parent may have switched off."""
-    import fcntl
-    import termios
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.conftest import Family
-from tests.support.commands import done, torchrun
+from tests.support.commands import done, two
 from tests.support.seeds import held_out
 from upit_merge.commands import measured
 from upit_merge.commands.measured import Measured, cache_folder, keep, kept
@@ -240,12 +240,12 @@ def test_processes_that_share_the_samples_share_what_is_kept(out: Path, data: Pa
     """One process may end as two: samples are shared, and their sums are the same."""
     file = out.parent / "shared.json"
     words = ["evaluate", out, "--data", data, "--json", file, "--quiet"]
-    found = torchrun(*words, module="upit_merge")
+    found = two(*words, module="upit_merge")
     assert found.returncode == 0, found.stderr
     first = file.read_bytes()
     assert evaluated(out, data)[0] == first
     assert evaluated(out, data)[2] == 0
     file.unlink()
-    found = torchrun(*words, module="upit_merge")
+    found = two(*words, module="upit_merge")
     assert found.returncode == 0, found.stderr
     assert file.read_bytes() == first

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from tests.conftest import Family, build_family
-from tests.support.commands import torchrun
+from tests.support.commands import torchrun, two
 from tests.support.crash import contents
 from tests.support.naive import load_model
 from upit_merge.config.recipe import parse_recipe
@@ -49,7 +49,7 @@ def test_two_processes_write_the_bytes_of_one(
     words = ["run"] if module == "upit_merge" else []
     recipe = family.root / "recipe.yml"
     recipe.write_text(yaml.safe_dump(document, sort_keys=False))
-    result = torchrun(*words, recipe, shared, "--out-shard-size", SHARD_BYTES, module=module)
+    result = two(*words, recipe, shared, "--out-shard-size", SHARD_BYTES, module=module)
     assert result.returncode == 0, result.stderr
     assert contents(shared) == contents(alone)
     assert len(list(shared.glob("*.safetensors"))) > 4

@@ -19,11 +19,11 @@ import pytest
 from tests.conftest import Family
 from tests.support.commands import done, invoke
 from tests.support.crash import contents, crash
+from tests.support.warm import Program
 from upit_merge.output import journal as resume
 from upit_merge.output.staging import STAGING
 
 ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
 
 
 def assert_all_recovered(trials: list[dict[str, Any]]) -> None:
@@ -271,9 +271,7 @@ def test_ctrl_c(family: Family, save: float, patch: str, line: str, module: str)
     words = ["run"] if module == "upit_merge.cli.main" else []
     argv = ["program", *words, str(recipe), str(out), "--quiet"]
     script = _BUSY.format(save=save, patch=patch, argv=argv, module=module)
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, cwd=ROOT
-    ) as program:
+    with Program("-c", script, stderr=subprocess.PIPE, cwd=ROOT) as program:
         assert program.stderr is not None
         for told in program.stderr:
             if told == "busy\n":

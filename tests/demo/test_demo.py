@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.perplexity import document_losses, perplexity
-from upit_merge.demo import training
+from upit_merge.demo import run, stages, training
 from upit_merge.demo.corpus import Domain, load_domains
 from upit_merge.demo.progress import DemoFolder, open_demo
 from upit_merge.demo.run import Row, _verdicts, run_demo
@@ -24,9 +25,14 @@ SMALL = TrainingBudget(
 )
 
 
-@pytest.fixture(scope="module")
-def domains() -> list[Domain]:
-    return load_domains()
+@pytest.fixture(scope="module", autouse=True)
+def domains() -> Iterator[list[Domain]]:
+    """Their text, read once: that takes seconds, and every demo begins with it."""
+    loaded = load_domains()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (run, stages):
+            patch.setattr(module, "load_domains", lambda seed=0: loaded)
+        yield loaded
 
 
 @pytest.fixture(scope="module")
@@ -197,17 +203,16 @@ def test_all_stages_runs_a_pipeline_on_text_in_order(
     """The training itself takes minutes: it is in benchmarks/pipeline.py."""
     import subprocess
 
-    from upit_merge.demo import stages
     from upit_merge.pipeline.config import load_pipeline
     from upit_merge.training.settings import load_job
 
     calls = []
 
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    def note(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         calls.append((command, options))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(stages.subprocess, "run", run)
+    monkeypatch.setattr(stages.subprocess, "run", note)
     folder = tmp_path / "demo"
     stages.run_all_stages(folder, seed=2, quiet=True, budget=SMALL)
     ((command, options),) = calls

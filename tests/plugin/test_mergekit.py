@@ -13,6 +13,7 @@ import yaml
 
 from tests.conftest import Family
 from tests.support.naive import load_model
+from tests.support.warm import ran
 
 BIN = Path(sys.executable).parent
 
@@ -54,9 +55,7 @@ def test_mergekit_options_are_honoured(shared_family: Family, tmp_path: Path) ->
         "seed": ["--random-seed", "9", "--low-cpu-memory", "--async-write"],
     }.items():
         outputs[name] = tmp_path / name
-        result = run(
-            str(BIN / "mergekit-yaml"), str(recipe), str(outputs[name]), "--quiet", *options
-        )
+        result = ran("mergekit.scripts.run_yaml", recipe, outputs[name], "--quiet", *options)
         assert result.returncode == 0, result.stderr
         assert "writing experts" not in result.stderr
         if name == "seed":

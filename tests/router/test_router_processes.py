@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from tests.conftest import Family
-from tests.support.commands import done, torchrun
+from tests.support.commands import done, two
 from tests.support.naive import load_model
 from tests.support.seeds import held_out
 from upit_merge.engine.hidden_states import Stream
@@ -47,7 +47,7 @@ def test_a_run_of_two_has_the_router_of_one(shared_family: Family, merge, tmp_pa
     alone = merge(document, "alone")
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(yaml.safe_dump(document, sort_keys=False))
-    result = torchrun("run", recipe, tmp_path / "shared", module="upit_merge")
+    result = two("run", recipe, tmp_path / "shared", module="upit_merge")
     assert result.returncode == 0, result.stderr
     assert_alike(tmp_path / "shared", alone)
     steps = [report(out)["refined"]["last_step"]["loss"] for out in (tmp_path / "shared", alone)]
@@ -71,7 +71,7 @@ def test_the_command_of_two_does_what_one_does(
     shared = shutil.copytree(alone, tmp_path / "shared")
     words = ["--data", str(shared_family.seed_file()), *SMALL, *arguments]
     result = done("router", alone, *words, "--quiet")
-    result = torchrun("router", shared, *words, module="upit_merge")
+    result = two("router", shared, *words, module="upit_merge")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("are replaced") == 1
     assert_alike(shared, alone)
@@ -89,7 +89,7 @@ def test_two_measure_what_one_does(shared_family: Family, merge, tmp_path: Path)
         if name == "one":
             done(*words_with_json, "--quiet")
         else:
-            result = torchrun(*words_with_json, module="upit_merge")
+            result = two(*words_with_json, module="upit_merge")
             assert result.returncode == 0, result.stderr
             assert result.stdout.count("Held-out perplexity") == 1
         found.append(json.loads((tmp_path / f"{name}.json").read_text()))

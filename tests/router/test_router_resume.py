@@ -267,7 +267,7 @@ def test_a_full_disk_is_told(out, shared_family, monkeypatch) -> None:
 def test_cut_off_between_two_files_it_is_no_model_and_then_the_new_one(
     out, shared_family, tmp_path, monkeypatch
 ) -> None:
-    data = shared_family.seed_file()
+    data = shared_family.seed_file(count=6, name="six.jsonl")  # it is trained on at every step
     words = ("--objective", "upit", "--upit-train-experts", "--upit-epochs", "1")
     whole = copied(out, tmp_path / "whole")
     done(*command(whole, data, *words))

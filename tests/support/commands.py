@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from click.testing import CliRunner, Result
 
 from tests.conftest import Family
+from tests.support.warm import Program
 from upit_merge.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -56,3 +60,27 @@ def torchrun(*arguments: object, module: str) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
     )
+
+
+def two(*arguments: object, module: str) -> subprocess.CompletedProcess[str]:
+    """What `torchrun` starts, without its launcher: the same environment, and both to their end."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with contextlib.ExitStack() as stack:
+        files = [[stack.enter_context(TemporaryFile("w+")) for _ in range(2)] for _ in range(2)]
+        programs = []
+        for rank, (out, err) in enumerate(files):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, **size, **store, **own}
+            words = (module, *arguments)
+            programs.append(Program(*words, stdout=out, stderr=err, env=environment, cwd=ROOT))
+        status = max(abs(program.wait(300)) for program in programs)
+        said = ["", ""]
+        for pair in files:
+            for index, file in enumerate(pair):
+                file.seek(0)
+                said[index] += file.read()
+    return subprocess.CompletedProcess([*map(str, arguments)], status, *said)

@@ -259,7 +259,7 @@ def _edit_trials(kind: str, recipe: Path, before: Path, out: Path) -> Iterator[A
         return state
 
     # Of writing and flushing there is much, and all of it aside: not every moment is tried.
-    for name, step in (("replace", 1), ("unlink", 2), ("pwrite", 25), ("fsync", 12)):
+    for name, step in (("replace", 1), ("unlink", 6), ("pwrite", 25), ("fsync", 12)):
         for count in range(1, 200, step):
             shutil.copytree(before, out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,4 +40,6 @@ class ExactJson(Json):
         return array_cast(storage, self.pa_type)
 
 
-register_feature(ExactJson, "UpitExactJson")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # that the library may change this
+    register_feature(ExactJson, "UpitExactJson")
