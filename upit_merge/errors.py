@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import unicodedata
@@ -94,7 +95,8 @@ def _cut(text: str, length: int) -> str:
 def argument(value: object) -> str:
     """Return a path or another word as it is typed in a command, in any shell if that is possible."""
     text = str(value)
-    if re.fullmatch(r"[\w@%+=:,./\\~-]+", text):
+    bare = r"[\w@%+=:,./\\~-]+" if os.name == "nt" else r"[\w@%+=:,./~-]+"
+    if re.fullmatch(bare, text):
         return text
     # In double quotes bash and zsh would expand these; cmd takes no other quotes.
     return shlex.quote(text) if set(text) & set('$`!"\\') else f'"{text}"'

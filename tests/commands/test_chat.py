@@ -285,6 +285,8 @@ def test_files_that_cannot_be_saved(talker: Path, name: str, sentence: str) -> N
     talked.say("hello")
     told = refusal(talked.command, f"save {talker / name}")
     assert told.replace(str(talker), "@") == sentence
+    told = refusal(talked.command, "save ~nobody-of-this-name/file")
+    assert told == "~nobody-of-this-name/file cannot be written (No such file or directory)."
     assert sorted(talker.iterdir()) == before
 
 

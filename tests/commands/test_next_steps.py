@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.conftest import TINY, Family, build_family, byte_tokenizer
 from tests.support.commands import done, refused
 from tests.support.seeds import held_out
+from upit_merge.commands.chat import ChatOptions, chat
+from upit_merge.errors import argument
+from upit_merge.report.spoken import Screen
 
 
 def steps(*words: object) -> dict[str, str]:
@@ -71,6 +77,31 @@ def test_of_commands_that_change_a_mixture(moe: Path, four: Family, data: Path) 
     taken = steps("extract", moe, "dense", "--expert", "0")
     typed(taken["compare the two"], HELD_OUT_DATA=data)
     typed(taken["make it an expert of another mixture"], OTHER=moe)
+
+
+def test_data_that_the_report_names(family: Family, data: Path, monkeypatch) -> None:
+    """Of a mixture whose gates were fitted, the seed data and what lies beside it are known."""
+    monkeypatch.chdir(family.root)
+    shutil.copy(data, "held-out.jsonl")
+    family.seed_file()
+    recipe = family.write_recipe(family.recipe(router={"data": "seed.jsonl"}))
+    done("run", recipe, "out")
+    line = steps("extract", "out", "dense", "--expert", "0")["compare the two"]
+    assert line == "upit-merge evaluate out --data held-out.jsonl --against dense"
+    screen, lines = Screen(io.StringIO()), iter(["ab", "/quit"])
+    chat("out", ChatOptions(device="cpu", max_new_tokens=2), screen, read=lambda _: next(lines))
+    told = screen.console.file.getvalue()
+    assert "upit-merge evaluate out --data held-out.jsonl\n" in told
+    assert "upit-merge router out --data seed.jsonl\n" in told
+
+
+def test_what_to_plan_after_a_run(moe: Path, four: Family, caplog) -> None:
+    """It is not to be replaced, and the question can be asked all the same."""
+    recipe = four.write_recipe(four.recipe())
+    assert "--overwrite" not in done("plan", recipe, moe).output
+    assert f"{moe} holds an earlier output: `upit-merge run` leaves it as it is" in caplog.text
+    (moe / "upit_report.json").unlink()
+    assert "is not empty" in refused("plan", recipe, moe)
 
 
 def test_of_evaluate(moe: Path, data: Path, four: Family) -> None:
@@ -160,3 +191,10 @@ def test_of_the_beginning(family: Family, data: Path) -> None:
     for line in found.values():
         assert line.endswith(" out-2/")
         typed(line)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a backslash parts folders")
+@pytest.mark.parametrize("name", ["a\\b", "a\\\\", "a b", "$HOME", "`id`", "it's", 'say "a"', "#1"])
+def test_a_name_is_typed_as_it_is(name: str) -> None:
+    line = f"printf %s {argument(name)}"
+    assert subprocess.run(["bash", "-c", line], capture_output=True, text=True).stdout == name

@@ -141,6 +141,9 @@ GGUF = (
     "docs/troubleshooting.md shows under GGUF."
 )
 OF_RUN = "has no weights itself, but checkpoints of a run;"
+OR_ALL = (
+    "name one of them, such as {0}/checkpoint-1000, or in a recipe all of them by {0}/checkpoint-*."
+)
 BITSANDBYTES = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
 
 CASES = {
@@ -233,13 +236,13 @@ CASES = {
         "stage3_gather_16bit_weights_on_model_save: true.",
     ),
     "a run": Case(
-        recipe(models=[{"model": "@sft"}]), f"The checkpoint sft {OF_RUN} write sft/checkpoint-*."
+        recipe(models=[{"model": "@sft"}]), f"The checkpoint sft {OF_RUN} {OR_ALL.format('sft')}"
     ),
     "a run with a slash": Case(
-        recipe(models=[{"model": "@sft/"}]), f"The checkpoint sft {OF_RUN} write sft/checkpoint-*."
+        recipe(models=[{"model": "@sft/"}]), f"The checkpoint sft {OF_RUN} {OR_ALL.format('sft')}"
     ),
     "a run of adapters": Case(
-        adapters_parent, f"The adapter lora {OF_RUN} write lora/checkpoint-*."
+        adapters_parent, f"The adapter lora {OF_RUN} {OR_ALL.format('lora')}"
     ),
     "a run as base": Case(
         as_base("sft"),

@@ -209,8 +209,8 @@ def test_wrong_prompts_are_said_to_be_where_they_are(tmp_path, prompts, told) ->
         (
             "p.yml",
             "- a",
-            "{} is not a mapping of experts' numbers to lists of prompts; write `0: [a prompt, "
-            "another]` and so on.",
+            "{} is not a mapping of experts' numbers to lists of prompts; write `0: "
+            '["a prompt", "another"]` and so on.',
         ),
         ("p.yml", "0: [", "{} is not valid YAML (line 1, column 5: while parsing a flow node"),
         (

@@ -148,6 +148,8 @@ def data_options() -> list[click.Option]:
     options = setting_options(DATA_SETTINGS)
     for option in options:
         option.required = option.name == "data"
+        # It is no seed of anything here.
+        option.help = (option.help or "").replace("Seed samples: ", "Samples: ")
     return options
 
 

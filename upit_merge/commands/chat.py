@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from upit_merge.commands.dialogue.voices import Voice, VoiceOptions, check_exper
 from upit_merge.engine.choices import Choices
 from upit_merge.engine.generation import Answer
 from upit_merge.errors import UpitError, argument, first_line, one_line, shown
-from upit_merge.report.next_steps import HELD_OUT, SEED, next_lines
+from upit_merge.report.next_steps import SEED, held_out_beside, next_lines, seed_data_of
 from upit_merge.report.spoken import Screen
 from upit_merge.runtime.interrupt import ends_at_once
 
@@ -138,8 +139,9 @@ def _next_steps(reference: str, voice: Voice) -> Iterator[tuple[str, str]]:
     if voice.num_experts is None:
         yield "see what a mixture with it would be", "upit-merge plan recipe.yml out/"
         return
-    yield "measure what you saw", f"upit-merge evaluate {model} --data {HELD_OUT}"
-    yield "fit the gates anew", f"upit-merge router {model} --data {SEED}"
+    seeds = seed_data_of(Path(reference))
+    yield "measure what you saw", f"upit-merge evaluate {model} --data {held_out_beside(seeds)}"
+    yield "fit the gates anew", f"upit-merge router {model} --data {argument(seeds or SEED)}"
 
 
 class Session:
@@ -360,7 +362,7 @@ class Session:
             raise UpitError("/save takes the name of a new file; write /save FILE.")
         if not any(talk.messages for talk in self._talks):
             raise UpitError("There is no conversation to save yet; say something first.")
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         lines = [json.dumps(talk.document(), ensure_ascii=False) for talk in self._talks]
         try:
             with path.open("x", encoding="utf-8", errors="backslashreplace") as file:

@@ -25,7 +25,7 @@ from upit_merge.output.staging import (
 )
 from upit_merge.report.document import read_report
 from upit_merge.report.expert_card import expert_card
-from upit_merge.report.next_steps import HELD_OUT, tell_next
+from upit_merge.report.next_steps import held_out_beside, seed_data_of, tell_next
 from upit_merge.resizing.extracting import ExtractedModel
 from upit_merge.runtime.parallel import map_in_order, progress_bar
 
@@ -82,10 +82,11 @@ def extract_expert(
     kind = model.family.title
     print(f"{_told(chosen, architecture.num_experts)} of {out} is in {dense}, a dense {kind}.")
     mixture, expert = argument(out), argument(dense)
+    held_out = held_out_beside(seed_data_of(out))
     tell_next(
         (
             "compare the two",
-            f"upit-merge evaluate {mixture} --data {HELD_OUT} --against {expert}",
+            f"upit-merge evaluate {mixture} --data {held_out} --against {expert}",
         ),
         ("make it an expert of another mixture", f"upit-merge extend OTHER --model {expert}"),
     )

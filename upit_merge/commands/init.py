@@ -77,8 +77,8 @@ def write_recipe(folder: Path, output: Path, options: InitOptions) -> None:
             overwritten.
     """
     asks = not options.yes and is_terminal()
-    _check_free(output, force=options.force, asks=asks)
     survey = survey_folder(folder, options.open)
+    _check_free(output, force=options.force, asks=asks)
     choices = choose(survey, _bases_beside(folder, options.open))
     if not options.models and not choices.experts:
         raise nothing_found(folder, survey, choices.base)

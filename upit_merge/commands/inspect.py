@@ -24,6 +24,7 @@ from upit_merge.io.results import check_is_not_data
 from upit_merge.io.text_file import replace_text, write_json
 from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.output.staging import check_output_exists
+from upit_merge.report.next_steps import SEED, seed_data_of
 from upit_merge.report.routing_advice import advice_on, pairs_named
 from upit_merge.report.routing_page import (
     MARK,
@@ -109,7 +110,7 @@ def inspect_output(out: Path, settings: RouterSettings, options: InspectOptions)
             with explained_failures(options.json):
                 write_json(options.json, document)
     if not options.quiet:
-        _tell(out, settings.data or "", document, options)
+        _tell(out, document, options)
     return document
 
 
@@ -187,7 +188,7 @@ def _document(
     document: dict[str, Any] = {
         "model": out.resolve().name,
         "format": model.format.title,
-        "data": one_line(Path(data).name if Path(data).expanduser().exists() else data),
+        "data": one_line(Path(data).name if Path(os.path.expanduser(data)).exists() else data),
         "samples": len(lengths),
         "tokens": sum(lengths),
         "shown": {"samples": len(excerpt.lengths), "tokens": excerpt.num_tokens},
@@ -216,7 +217,9 @@ def _document(
         **_usage(counts.shares, counts.chosen, layers),
         "pairs": [_pair_record(pair) for pair in pairs],
     }
-    document["advice"] = advice_on(document, document["model"], document["data"])
+    document["advice"] = advice_on(
+        document, document["model"], Path(seed_data_of(out) or SEED).name
+    )
     return document
 
 
@@ -298,7 +301,7 @@ def _views(seen: Observation, num_experts: int) -> Views:
 # ---- the terminal ------------------------------------------------------------------------------
 
 
-def _tell(out: Path, data: str, document: Mapping[str, Any], options: InspectOptions) -> None:
+def _tell(out: Path, document: Mapping[str, Any], options: InspectOptions) -> None:
     show(_experts(document))
     usage, limits = document["usage"], document["thresholds"]
     even = document["tokens"] * document["chosen"] / document["num_experts"]
@@ -310,7 +313,7 @@ def _tell(out: Path, data: str, document: Mapping[str, Any], options: InspectOpt
     )
     twins = [pair for pair in document["pairs"] if pair["by_weights"] or pair["by_routing"]]
     print(f"Twins: {pairs_named([pair['experts'] for pair in twins]) or 'none'}.")
-    for advice in advice_on(document, str(out), data):
+    for advice in advice_on(document, str(out), seed_data_of(out) or SEED):
         print(advice["text"])
         if "command" in advice:
             print(f"  {advice['command']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -22,11 +23,13 @@ from upit_merge.merge.similarity import cosine
 from upit_merge.models.dense import DenseArchitecture, family_of
 from upit_merge.models.families import DenseFamily
 from upit_merge.models.formats import FORMATS, PLAIN, MixtureFormat
-from upit_merge.output.staging import check_output_is_free
+from upit_merge.output.staging import REPORT, check_output_is_free
 from upit_merge.report.tables import lineage_table, show
 from upit_merge.router.router_gain import SampleLosses, measure_router_gain
 from upit_merge.runtime.device import resolve_devices
 from upit_merge.runtime.interrupt import ends_at_once
+
+LOG = logging.getLogger(__name__)
 
 
 def plan_recipe(
@@ -54,7 +57,13 @@ def plan_recipe(
     if data is not None:
         recipe = _with_data(recipe, data, subset=subset, split=split)
     devices = resolve_devices(options.device, multi_gpu=options.multi_gpu)
-    if out is not None:
+    if out is not None and (out / REPORT).is_file():
+        LOG.warning(
+            "%s holds an earlier output: `upit-merge run` leaves it as it is if this recipe made "
+            "it, and refuses it otherwise.",
+            out,
+        )
+    elif out is not None:
         check_output_is_free(out)
     with ends_at_once(lambda: "Interrupted."), opened(recipe, options.open) as inputs:
         seeds = seed_set(inputs, options)

@@ -82,7 +82,7 @@ def load_prompts(path: Path) -> dict[int, list[Any]]:
     if not isinstance(document, Mapping):
         raise UpitError(
             f"{path} is not a mapping of experts' numbers to lists of prompts; write "
-            "`0: [a prompt, another]` and so on."
+            '`0: ["a prompt", "another"]` and so on.'
         )
     try:
         return dict(with_numbers(document, PromptSource(path)))

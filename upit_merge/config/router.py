@@ -126,7 +126,7 @@ refine: {steps: 100}
     prompts: Prompts | None = Field(
         None,
         description="Instead of data, one of which must be given: a few lines for each expert, by "
-        "its number, such as {0: [Write a function], 1: [What is 7 times 8?]}; a text each, or a "
+        'its number, such as {0: ["Write a function"], 1: ["What is 7 times 8?"]}; a text each, or a '
         "list of messages.",
     )
     subset: Name | None = Field(None, description="Configuration name of a dataset id.")

@@ -51,8 +51,8 @@ ONE_STEP = Leaving(
 )
 MANY_STEPS = Leaving(
     ("checkpoint-[0-9]*/",),
-    "The {role} {folder} has no weights itself, but checkpoints of a run; write "
-    "{folder}/checkpoint-*.",
+    "The {role} {folder} has no weights itself, but checkpoints of a run; name one of them, such "
+    "as {found}, or in a recipe all of them by {folder}/checkpoint-*.",
 )
 
 # The first that is recognised counts: the narrower kinds come first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from upit_merge.errors import UpitError
@@ -19,7 +20,7 @@ def check_is_not_data(path: Path, data: str) -> None:
         UpitError: `path` is the data, one of its files, or a file of results in JSON's place that
             holds anything but one JSON object.
     """
-    source = Path(data).expanduser() if data else None
+    source = Path(os.path.expanduser(data)) if data else None
     if source is not None and source.exists():
         place = path.resolve()
         if source.resolve() in (place, *place.parents):

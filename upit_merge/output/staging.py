@@ -350,4 +350,5 @@ def check_output_exists(out: Path) -> None:
         UpitError: naming it.
     """
     if not out.is_dir():
-        raise UpitError(f"The folder {out} does not exist; give the output of a upit recipe.")
+        what = "is a file" if out.is_file() else "does not exist"
+        raise UpitError(f"The folder {out} {what}; give the folder that a upit recipe made.")

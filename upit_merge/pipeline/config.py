@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ class Pipeline:
 
     @property
     def out(self) -> Path:
-        return Path(self.config.output).expanduser()
+        return Path(os.path.expanduser(self.config.output))
 
     @property
     def prepared(self) -> Path:
@@ -232,7 +233,7 @@ class Pipeline:
         """Return the keys of a training block, from the file if it names one."""
         settings = block or {}
         if isinstance(settings, str):
-            settings = load_mapping(Path(settings).expanduser(), "training configuration")
+            settings = load_mapping(Path(os.path.expanduser(settings)), "training configuration")
             for key in _FILLED_IN:  # a configuration that is run by itself has them
                 settings.pop(key, None)
         for key in _FILLED_IN:

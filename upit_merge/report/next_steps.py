@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from upit_merge.config.router import DATA_SETTINGS, RouterSettings
-from upit_merge.errors import argument
+from upit_merge.errors import UpitError, argument
 from upit_merge.io.hub import OpenOptions
+from upit_merge.report.document import read_report
 
 # Set where a command is a step of a larger one, which says itself what comes next; a variable of
 # the environment, because steps may be processes of their own.
@@ -35,10 +36,20 @@ def only_steps() -> Iterator[None]:
 def held_out_beside(data: str | None) -> str:
     """Return held-out data for a command: what `split` wrote beside the seed data, or a stand-in."""
     if data is not None:
-        folder = Path(data).expanduser().parent
+        folder = Path(os.path.expanduser(data)).parent
         for found in sorted(folder.glob("held-out.*")) if folder.is_dir() else ():
             return argument(found.as_posix())
     return HELD_OUT
+
+
+def seed_data_of(out: Path) -> str | None:
+    """Return the seed data that the report of a mixture names, if that is a file or folder here."""
+    try:
+        router = read_report(out).document.get("router") or {}
+    except UpitError:
+        return None
+    data = router.get("settings", {}).get("data")
+    return data if isinstance(data, str) and Path(os.path.expanduser(data)).exists() else None
 
 
 def data_words(settings: RouterSettings, names: Sequence[str] = DATA_SETTINGS) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 from upit_merge.errors import argument, counted
 
 
-def advice_on(document: Mapping[str, Any], out: str, data: str) -> list[dict[str, str]]:
+def advice_on(document: Mapping[str, Any], out: str, seeds: str) -> list[dict[str, str]]:
     """Return what to do about what was found: a `text`, and mostly the `command` that does it.
 
     Args:
         document: What `upit-merge inspect --json` writes.
-        out, data: As they are to stand in the commands.
+        out, seeds: The mixture, and seed data: as they are to stand in the commands.
     """
     experts, chosen = document["num_experts"], document["chosen"]
     if document["few_tokens"]:
@@ -28,7 +28,7 @@ def advice_on(document: Mapping[str, Any], out: str, data: str) -> list[dict[str
     idle = [row["expert"] for row in document["experts"] if row["state"] != "used"]
     twins = [pair["experts"] for pair in document["pairs"] if pair["by_weights"]]
     left = max(chosen, experts - len({*idle, *(max(pair) for pair in twins)}))
-    shrink = f"upit-merge shrink {argument(out)} --data {argument(data)} --experts {left}"
+    shrink = f"upit-merge shrink {argument(out)} --data {argument(seeds)} --experts {left}"
     if idle and left < experts:
         found.append(
             {
@@ -44,7 +44,7 @@ def advice_on(document: Mapping[str, Any], out: str, data: str) -> list[dict[str
                 "text": "Every expert is used over all layers, but some not at all in one "
                 f"({counted(len(dead), 'dead place')}): fit the gates anew, on text of every kind "
                 "that the model is to know, and not on what it is measured on.",
-                "command": f"upit-merge router {argument(out)} --data seed.jsonl",
+                "command": f"upit-merge router {argument(out)} --data {argument(seeds)}",
             }
         )
     if twins and left < experts:
@@ -62,7 +62,7 @@ def advice_on(document: Mapping[str, Any], out: str, data: str) -> list[dict[str
             {
                 "text": f"The router cannot tell experts {pairs_named(same)} apart, though their "
                 "weights differ: fit the gates anew.",
-                "command": f"upit-merge router {argument(out)} --data seed.jsonl",
+                "command": f"upit-merge router {argument(out)} --data {argument(seeds)}",
             }
         )
     for earlier, later in pairwise(found):

@@ -53,7 +53,7 @@ def _hub_ids(label: str) -> list[str]:
     """Return the ids of the models a reference names: local folders mean nothing to other people."""
     ids = []
     for reference in filter(None, split_reference(label)):
-        local = looks_like_path(reference) or Path(reference).expanduser().is_dir()
+        local = looks_like_path(reference) or Path(os.path.expanduser(reference)).is_dir()
         name = _id_of_cached(reference) if local else reference.partition("@")[0]
         if name and is_hub_id(name):
             ids.append(name)

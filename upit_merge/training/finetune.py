@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -216,7 +217,7 @@ def _trainer(job: FinetuneJob, folder: Path, newest: Path | None) -> ExpertTrain
         complete_head(trainer.model)
         # The name others know it by, not where it lies on this machine.
         name = str(model.model_name_or_path)
-        shown_name = name if Path(name).expanduser().is_dir() else name.partition("@")[0]
+        shown_name = name if Path(os.path.expanduser(name)).is_dir() else name.partition("@")[0]
         for config in trainer.model.peft_config.values():
             config.base_model_name_or_path = shown_name
     if job.extra.train_modules != "all":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -195,7 +196,7 @@ def _expert_number(rival: Rival) -> int | None:
 def _source(rival: Rival, options: VoiceOptions) -> _Source:
     base, adapter = split_reference(rival.reference)
     for part in (base, adapter):
-        if part and looks_like_path(part) and not Path(part).expanduser().exists():
+        if part and looks_like_path(part) and not Path(os.path.expanduser(part)).exists():
             raise UpitError(
                 f"The model {one_line(part)} does not exist (looked in {Path.cwd()}); correct the "
                 "path."
