@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
@@ -188,6 +189,7 @@ def test_a_compressed_file_is_not_split_in_silence(
     mixed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (mixed / "7.jsonl.gz").write_bytes(b"\x1f\x8b")
+    (mixed / "5.csv").unlink()
     done("split", mixed)
     assert [record.getMessage() for record in caplog.records] == [
         "1 compressed file passed over in mixed, such as 7.jsonl.gz; unpack what is to be read."
@@ -240,3 +242,60 @@ def test_data_that_changes_while_it_is_read(change: int) -> None:
     parts = ["train"] * (9 + change)
     with pytest.raises(UpitError, match=r"^d.jsonl was written to while"):
         write_parts(DataSource("d.jsonl"), parts, {"train": Path("train.jsonl")})
+
+
+def test_what_is_passed_over_is_named_once(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (mixed / "more").mkdir()
+    for name in ("6.tsv", "notes.md", ".hidden"):
+        (mixed / name).write_text("text\nmore\n")
+    done("split", mixed)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Passed over in mixed: 5.csv, 6.tsv, more/, notes.md; what is to be split, too, must be "
+        ".jsonl, .json, .parquet or .txt, and in no folder of its own."
+    ]
+    caplog.clear()
+    for number in range(20):
+        (mixed / f"{number:02}.csv").write_text("text\nmore\n")
+    done("split", mixed, "--force")
+    (record,) = caplog.records
+    assert "08.csv, 09.csv and 14 more;" in record.getMessage()
+    caplog.clear()
+    done("split", mixed / "5.csv", "--out", "alone", "--seed-samples", 0, "--held-out", 0)
+    assert not caplog.records
+
+
+def test_a_table_s_columns_that_no_model_reads_keep_what_is_null(
+    mixed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        {"messages": CHAT, "meta": {"a": n, "b": None}, "none": None, "n": n} for n in range(10)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), mixed / "6.parquet")
+    caplog.set_level(logging.INFO)
+    done("split", mixed)
+    found = [row for row in map(json.loads, written()) if "meta" in row]
+    assert sorted(found, key=lambda row: row["n"]) == rows
+    told = [r.getMessage() for r in caplog.records if "without a value" in r.getMessage()]
+    assert told == [
+        "mixed/3.parquet has keys without a value, which models are not given: left out."
+    ]
+    assert in_parts("mixed")
+
+
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_a_number_that_python_does_not_read(sign: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The last that it reads has 4,300 digits."""
+    last, number = sign + "9" * 4300, sign + "9" * 4301
+    json.loads(last)
+    with pytest.raises(ValueError, match="4300"):
+        json.loads(number)
+    Path("d.jsonl").write_text("\n".join([f'{{"text": "x", "n": {last}}}', *rest()]))
+    done("split", "d.jsonl")
+    assert not caplog.records
+    Path("d.jsonl").write_text("\n".join([*rest(), f'{{"text": "x", "n": {number}}}']))
+    done("split", "d.jsonl", "--force")
+    assert [record.getMessage() for record in caplog.records] == [
+        "d.jsonl line 27 has a number of 4,301 digits: it is written as it is, and other programs "
+        "may refuse the file."
+    ]
+    assert f'{{"text": "x", "n": {number}}}' in written()

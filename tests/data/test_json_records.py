@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.support.seeds import CHAT
 from tests.support.spoilt import refusal
+from upit_merge.data import lines
 from upit_merge.data.examples import read_seed_data
 from upit_merge.data.json_records import json_records
 from upit_merge.errors import UpitError
@@ -70,6 +74,14 @@ def member(draw: st.DrawFn, value: str) -> str:
     return draw(SPACES) + key + draw(SPACES) + ":" + draw(SPACES) + value + draw(SPACES)
 
 
+@contextlib.contextmanager
+def pieces(size: int) -> Iterator[None]:
+    """Lists are read so many bytes at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "_PIECE", size)
+        yield
+
+
 @given(st.lists(values(), max_size=4), SPACES)
 def test_the_text_of_each_record_says_what_the_list_does(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], space: str
@@ -78,11 +90,13 @@ def test_the_text_of_each_record_says_what_the_list_does(
     path = tmp_path_factory.getbasetemp() / "list.json"
     path.write_bytes(whole.encode())
     found = list(json_records(path))
+    with pieces(1):
+        assert list(map(repr, json_records(path))) == list(map(repr, found))
     assert [all_of(record.text) for record in found] == all_of(whole)
     assert not any("\n" in record.text or "\r" in record.text for record in found)
     for record, text in zip(found, texts, strict=True):
-        said = [name for name in ("NaN", "-Infinity") if name in json_numbers(all_of(text))]
-        assert (record.constant is not None) == bool(said)
+        said = {"NaN", "-Infinity", "9" * 5000} & json_numbers(all_of(text))
+        assert (record.oddity is not None) == bool(said)
 
 
 def json_numbers(value: Any) -> set[str]:
@@ -114,10 +128,12 @@ def test_a_broken_list_is_told_as_the_parser_tells_it(
     path = tmp_path_factory.getbasetemp() / "broken.json"
     path.write_text(broken)
     wrong = mistake(broken.removesuffix("\n"))
+    size = data.draw(st.integers(1, 50))
     if wrong is None:
-        list(json_records(path))
+        with pieces(size):
+            list(json_records(path))
         return
-    with pytest.raises(UpitError) as found:
+    with pieces(size), pytest.raises(UpitError) as found:
         list(json_records(path))
     if "trailing comma" not in wrong.msg:  # which newer parsers look for
         told = f"{wrong.msg.removesuffix(' at')} at column {wrong.colno}"
@@ -130,6 +146,28 @@ def mistake(text: str) -> json.JSONDecodeError | None:
     except json.JSONDecodeError as error:
         return error
     return None
+
+
+def test_of_a_long_list_little_is_held_at_a_time() -> None:
+    """On one line, of characters that take four bytes each in a Python text."""
+    record = json.dumps({"text": "\U0001f600" * 50 + "a" * 10_000}, ensure_ascii=False)
+    Path("d.json").write_text(f"[{', '.join([record] * 2000)}]", encoding="utf-8")
+    size = Path("d.json").stat().st_size
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in json_records(Path("d.json"))) == 2000
+        assert tracemalloc.get_traced_memory()[1] < size
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [1, 7, 2**20])
+def test_a_list_that_is_not_utf8(size: int) -> None:
+    Path("d.json").write_bytes(b'\r\n [{"text": "\xc3\xbc"},\n{"text": "a\xfc"}]')
+    with pieces(size):
+        assert refusal(read_seed_data, "d.json") == (
+            "d.json line 3 is not UTF-8 text (byte 0xfc at column 12); save the file as UTF-8."
+        )
 
 
 # ---- what values cannot hold ----------------------------------------------------------------

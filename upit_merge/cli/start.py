@@ -82,7 +82,7 @@ def init(folder: Path, output: Path, allow_pickle: bool, **values: Any) -> None:
 @click.option("--subset", help="Configuration name of a dataset id.")
 @click.option("--split", default="train", show_default=True, help="Split of a dataset id.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
-@click.option("--force", is_flag=True, help="Replace files of those names.")
+@click.option("--force", is_flag=True, help="Replace what an earlier split wrote.")
 @click.option("--quiet", is_flag=True, help="No table, no advice.")
 def split(
     data: str,

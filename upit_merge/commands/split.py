@@ -13,11 +13,13 @@ from pathlib import Path
 
 from rich.table import Table
 
+from upit_merge.commands.first_recipe.draft import quoted
 from upit_merge.data.examples import local_data
 from upit_merge.data.partition import (
     HELD_OUT,
     PARTS,
     SEED,
+    SUFFIXES,
     TRAIN,
     Amount,
     DataSource,
@@ -28,6 +30,8 @@ from upit_merge.data.partition import (
 from upit_merge.errors import UpitError, argument, counted, shown
 from upit_merge.io.disk import explained_failures
 from upit_merge.io.text_file import sync_file
+from upit_merge.output.lock import exclusive
+from upit_merge.output.staging import remove_if_empty
 from upit_merge.report.next_steps import tell_next
 from upit_merge.report.tables import show
 
@@ -48,7 +52,7 @@ class SplitOptions:
         seed_samples, held_out: How many samples, or which fraction; None: a tenth, up to 1,000.
         group_by: Column whose values are represented in every file as in the whole.
         seed: Of the random choice.
-        force: Replace files that are there.
+        force: Replace files that are there, and remove what else is of an earlier split.
         quiet: Print nothing.
     """
 
@@ -92,10 +96,17 @@ def split_data(source: DataSource, out: Path, options: SplitOptions) -> None:
     Raises:
         UpitError: the data cannot be read or is too little, or files are there already.
     """
-    suffix = ".parquet" if source.is_table else ".jsonl"
+    suffix = SUFFIXES[source.is_table]
     wanted = {SEED: options.seed_samples, HELD_OUT: options.held_out, TRAIN: None}
     files = {part: out / f"{part}{suffix}" for part in PARTS if wanted[part] != 0}
     _check_free(source, out, files, force=options.force)
+    if names := source.passed_over:
+        LOG.warning(
+            "Passed over in %s: %s; what is to be split, too, must be .jsonl, .json, .parquet or "
+            ".txt, and in no folder of its own.",
+            source.name,
+            _some(names),
+        )
     samples = read_samples(source, options.group_by)
     part_of = divide(
         samples,
@@ -105,7 +116,7 @@ def split_data(source: DataSource, out: Path, options: SplitOptions) -> None:
         seed=options.seed,
     )
     with explained_failures(out):
-        _write(source, part_of, out, files)
+        _write(source, part_of, out, files, force=options.force)
     if options.quiet:
         return
     show(_table(part_of, files))
@@ -128,34 +139,64 @@ def _check_free(source: DataSource, out: Path, files: Mapping[str, Path], *, for
     path = local_data(source.name)
     if path is not None and path.is_dir() and out.is_dir() and path.samefile(out):
         raise UpitError(f"{out} is the folder that is split; give another one as --out.")
-    for file in files.values():
+    written = {*files.values()}
+    for file in [*files.values(), *_others(out, files)]:
         if any(file.exists() and file.samefile(data) for data in source.files):
             raise UpitError(f"{file} is the data itself; give another folder as --out.")
         if file.is_dir() or (os.path.lexists(file) and not force):
-            remedy = "" if file.is_dir() else ", or pass --force to replace it"
+            action = "replace" if file in written else "remove"
+            remedy = "" if file.is_dir() else f", or pass --force to {action} it"
             raise UpitError(f"{file} is there already; give another folder as --out{remedy}.")
 
 
+def _others(out: Path, files: Mapping[str, Path]) -> list[Path]:
+    """Return what else an earlier split may have written, which may share samples with `files`."""
+    every = [out / f"{part}{suffix}" for suffix in SUFFIXES for part in PARTS]
+    return [path for path in every if path not in files.values()]
+
+
+def _some(names: Sequence[str], most: int = 10) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def _write(
-    source: DataSource, part_of: Sequence[str], out: Path, files: Mapping[str, Path]
+    source: DataSource,
+    part_of: Sequence[str],
+    out: Path,
+    files: Mapping[str, Path],
+    *,
+    force: bool,
 ) -> None:
-    """Write all files aside, and move them into place last."""
-    is_new = not out.exists()
+    """Write all files aside, and move them into place last; then remove others of an earlier split.
+
+    Raises:
+        UpitError: another run is writing there, or has just written.
+    """
+    created = [path for path in (out, *out.parents) if not path.exists()]
     drafts = {part: path.with_name(f".{path.name}.draft") for part, path in files.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)  # it may be a link to anything
-        write_parts(source, part_of, drafts)
-        for draft in drafts.values():
-            sync_file(draft)
-        for part, draft in drafts.items():
-            os.replace(draft, files[part])
+        with exclusive(out):
+            _check_free(source, out, files, force=force)  # another split may have just ended
+            try:
+                for draft in drafts.values():
+                    draft.unlink(missing_ok=True)  # it may be a link to anything
+                write_parts(source, part_of, drafts)
+                for draft in drafts.values():
+                    sync_file(draft)
+                for part, draft in drafts.items():
+                    os.replace(draft, files[part])
+                for old in _others(out, files):
+                    if os.path.lexists(old):
+                        old.unlink()
+                        LOG.info("%s removed: it was of an earlier split.", old)
+            finally:
+                for draft in drafts.values():
+                    draft.unlink(missing_ok=True)
     finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
-        if is_new and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+        for folder in created:
+            remove_if_empty(folder)
 
 
 def _table(part_of: Sequence[str], files: Mapping[str, Path]) -> Table:
@@ -171,7 +212,7 @@ def _table(part_of: Sequence[str], files: Mapping[str, Path]) -> Table:
 
 def _next_steps(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     """Yield what each file is given to."""
-    yield "fine-tune on it", f"data: {files[TRAIN].as_posix()}"
+    yield "fine-tune on it", f"data: {quoted(files[TRAIN].as_posix())}"
     if seeds := files.get(SEED):
         yield "then, a recipe", f"upit-merge init . --data {argument(seeds.as_posix())}"
     if held_out := files.get(HELD_OUT):

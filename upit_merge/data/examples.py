@@ -12,7 +12,7 @@ import csv
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain, groupby
@@ -131,6 +131,16 @@ def files_of(path: Path) -> list[Path]:
     return files
 
 
+def passed_over(folder: Path) -> list[str]:
+    """Return the names of what is not read of a folder, but for what is hidden or compressed."""
+    read = {*files_of(folder)}
+    return [
+        one_line(file.name) + "/" * file.is_dir()
+        for file in sorted(folder.iterdir())
+        if not (file in read or file.name.startswith(".") or _is_compressed_data(file))
+    ]
+
+
 def _is_compressed_data(path: Path) -> bool:
     inner = Path(path.stem).suffix.lower()
     return path.suffix.lower() in _COMPRESSED and inner in EXTENSIONS
@@ -233,9 +243,17 @@ def _parquet_records(path: Path, column: str | None, text: str, whole: bool) -> 
         _check_names([*names] if whole else [name for name in names if name in columns], path)
         chosen = None if whole else columns
         batches = (batch.to_pylist() for batch in file.iter_batches(columns=chosen))
+        is_told = False
         for row, record in enumerate(chain.from_iterable(batches), 1):
             source = f"{path} row {row}"
-            yield source, _without_padding(record) if whole else _from_table(record, source)
+            if not whole:
+                yield source, _from_table(record, source)
+                continue
+            kept = _whole(record, columns)
+            if not is_told and kept != record:
+                is_told = True
+                LOG.info("%s has keys without a value, which models are not given: left out.", path)
+            yield source, kept
 
 
 @contextmanager
@@ -270,6 +288,14 @@ def _from_table(record: dict[str, Any], source: str) -> dict[str, Any]:
         if isinstance(value, list | dict):
             check_finite(value, f"`{name}`", source)
     return dict(_without_padding(record))
+
+
+def _whole(record: dict[str, Any], columns: Collection[str]) -> dict[str, Any]:
+    """Return a row of which the columns that models read are as they are read of the table."""
+    return {
+        name: _without_padding(value) if name in columns else value
+        for name, value in record.items()
+    }
 
 
 def _without_padding(value: Any, *, inside: bool = False) -> Any:

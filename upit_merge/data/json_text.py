@@ -23,6 +23,7 @@ class NotingDecoder(json.JSONDecoder):
     Attributes:
         lossy: Whether a value said less than its text; set it to False to ask of the next.
         constant: NaN, Infinity or -Infinity, if the text had one; None likewise.
+        digits: Of a whole number that is too long for Python to read; 0 likewise.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,14 @@ class NotingDecoder(json.JSONDecoder):
         """Begin anew."""
         self.lossy = False
         self.constant: str | None = None
+        self.digits = 0
+
+    @property
+    def oddity(self) -> str | None:
+        """What the text has that other programs may not read, in words."""
+        if self.constant is not None:
+            return f"{self.constant}, which is no JSON"
+        return f"a number of {self.digits:,} digits" if self.digits else None
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -53,6 +62,7 @@ class NotingDecoder(json.JSONDecoder):
         try:
             return int(text)
         except ValueError:  # Python reads no more than some thousand digits
+            self.digits = len(text.lstrip("-"))
             return self._number(text)
 
     def _constant(self, text: str) -> float:

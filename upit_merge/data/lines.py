@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
 from upit_merge.errors import UpitError
+
+_PIECE = 2**20  # bytes
 
 NumberedLines = Iterator[tuple[int, str]]  # from 1
 
@@ -36,3 +39,34 @@ def whole_lines(path: Path) -> NumberedLines:
                     f"{path} line {number} is not UTF-8 text (byte 0x{line[error.start]:02x} at "
                     f"column {error.start + 1}); save the file as UTF-8."
                 ) from error
+
+
+def text_pieces(path: Path) -> Iterator[str]:
+    """Yield the text of a file piece by piece, but for a byte order mark and the last line's end.
+
+    However long its lines are, little of it is held at a time.
+
+    Raises:
+        UpitError: as `whole_lines`.
+    """
+    held = ""  # line ends, which may be the last one
+    for piece in _decoded(path):
+        text = (held + piece).rstrip("\r\n")
+        held = (held + piece)[len(text) :]
+        if text:
+            yield text
+    if held := held.removesuffix("\n").rstrip("\r"):
+        yield held
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with path.open("rb") as file:
+        try:
+            while data := file.read(_PIECE):
+                yield decoder.decode(data)
+            yield decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            for _ in whole_lines(path):  # which tells where
+                pass
+            raise

@@ -22,6 +22,7 @@ from upit_merge.data.examples import (
     iter_examples,
     load_hub,
     local_data,
+    passed_over,
     readable_table,
     records_of,
 )
@@ -33,6 +34,7 @@ from upit_merge.errors import UpitError, counted, first_line, shown
 LOG = logging.getLogger(__name__)
 
 TRAIN, SEED, HELD_OUT = PARTS = ("train", "seed", "held-out")
+SUFFIXES = (".jsonl", ".parquet")  # of what is no table, and of tables
 
 # If not given, a tenth of the samples each, but not more than are of use.
 _SHARE, _MOST = 10, 1000
@@ -64,6 +66,12 @@ class DataSource:
         """
         path = local_data(self.name)
         return [] if path is None else files_of(path)
+
+    @property
+    def passed_over(self) -> list[str]:
+        """The names of what is not read of a folder; see `passed_over`."""
+        path = local_data(self.name)
+        return passed_over(path) if path is not None and path.is_dir() else []
 
     @property
     def is_table(self) -> bool:
@@ -242,23 +250,22 @@ def _all_lines(source: DataSource) -> Iterator[str]:
     """Yield every row as a line of JSON; those that are JSON already, as they are."""
     is_told = False
     for file in source.files:
-        for where, line, constant in _lines_of_file(file):
-            if constant is not None and not is_told:
+        for where, line, oddity in _lines_of_file(file):
+            if oddity is not None and not is_told:
                 is_told = True
                 LOG.warning(
-                    "%s has %s, which is no JSON: it is written as it is, and other programs may "
-                    "refuse the file.",
+                    "%s has %s: it is written as it is, and other programs may refuse the file.",
                     where,
-                    constant,
+                    oddity,
                 )
             yield line
 
 
 def _lines_of_file(path: Path) -> Iterator[tuple[str, str, str | None]]:
-    """Yield where each row is from, its line, and what in it is no JSON though it is written."""
+    """Yield where each row is from, its line, and what in it other programs may not read."""
     if path.suffix.lower() in JSON_EXTENSIONS:
         for record in json_records(path):
-            yield record.source, record.text, record.constant
+            yield record.source, record.text, record.oddity
         return
     for where, row in records_of(path, whole=True):
         yield where, *_line(where, row)
@@ -275,7 +282,7 @@ def _line(where: str, row: Any) -> tuple[str, str | None]:
     decoder = NotingDecoder()
     if "NaN" in line or "Infinity" in line:  # as a number, or in a text
         decoder.decode(line)
-    return line, decoder.constant
+    return line, decoder.oddity
 
 
 def _write_tables(source: DataSource, part_of: Sequence[str], paths: Mapping[str, Path]) -> None:

@@ -106,5 +106,7 @@ class Draft:
 
 def quoted(value: str) -> str:
     """Return a text as YAML reads it back, on one line."""
-    text = yaml.safe_dump(value, allow_unicode=True, width=1_000_000, default_style=None)
+    breaks = value.splitlines() not in ([], [value])  # which only double quotes keep on a line
+    style = '"' if breaks else None
+    text = yaml.safe_dump(value, allow_unicode=not breaks, width=1_000_000, default_style=style)
     return str(text).splitlines()[0]
