@@ -7,7 +7,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import pytest
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -142,6 +145,31 @@ def _config(out: Path, data: Path) -> list[str]:
     return []
 
 
+def _like_before(path: Path, content: bytes) -> None:
+    """Put another file in the place of one, of the same size and time of change."""
+    state = path.stat()
+    assert len(content) == state.st_size
+    new = path.with_name("new")
+    new.write_bytes(content)
+    os.utime(new, ns=(state.st_atime_ns, state.st_mtime_ns))
+    os.replace(new, path)
+
+
+def _weight_of_the_same_time(out: Path, data: Path) -> list[str]:
+    path = out / "model.safetensors"
+    content = path.read_bytes()
+    _like_before(path, content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    return []
+
+
+def _config_of_the_same_time(out: Path, data: Path) -> list[str]:
+    path = out / "config.json"
+    content = path.read_bytes()
+    assert content.count(b'"num_experts_per_tok": 2') == 1
+    _like_before(path, content.replace(b'"num_experts_per_tok": 2', b'"num_experts_per_tok": 1'))
+    return []
+
+
 def _tokenizer(out: Path, data: Path) -> list[str]:
     path = out / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -159,6 +187,7 @@ def _text(out: Path, data: Path) -> list[str]:
     "change",
     [
         *(_weight, _config, _tokenizer, _text),
+        *(_weight_of_the_same_time, _config_of_the_same_time),
         *(["--sample", "7"], ["--max-length", "8"], ["--compute", "bfloat16"]),
         *(["--batch-tokens", "60"],),
     ],
@@ -205,14 +234,115 @@ def test_what_cannot_be_trusted_is_measured_in_silence(
     assert evaluated(out, data)[2] == (first[2] if harm == "folder" else 0)
 
 
+@pytest.mark.parametrize("cache", ["file", "~nosuchuser/c", "\udcff"])
 def test_a_folder_that_cannot_be_written_is_no_failure(
-    out: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: Path, data: Path, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("UPIT_MERGE_CACHE", str(tmp_path / "file"))
+    folder = cache if cache.startswith("~") else str(tmp_path / cache)
+    monkeypatch.setenv("UPIT_MERGE_CACHE", folder)
     first = evaluated(out, data)
     assert first[2] > 0
     assert evaluated(out, data) == first
+
+
+def test_another_version_of_what_computes_is_measured(
+    out: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluated(out, data)
+
+    def version(package: str) -> str:
+        return "5.99.0" if package == "transformers" else metadata.version(package)
+
+    monkeypatch.setattr(measured, "version", version, raising=False)
+    assert evaluated(out, data) == first
+    assert evaluated(out, data)[2] == 0
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        *("evaluate.MixtureMeasurement.of", "evaluate.check_router_memory"),
+        *("measured_mixture.run_mixture", "measured_mixture.sample_losses"),
+        *("measured_mixture.assigned", "session.seed_set_for"),
+    ],
+)
+def test_a_model_that_is_replaced_meanwhile_has_its_own_numbers(
+    shared_family: Family, merge, data: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one of fewer experts comes in its place, as of `shrink`, or of a mere `mv`."""
+    router = {"data": str(shared_family.seed_file())}
+    out, other = (
+        merge(shared_family.recipe(parameters={"num_experts": count}, router=router), str(count))
+        for count in (4, 3)
+    )
+    with monkeypatch.context() as patched:
+        _swapped_at(f"upit_merge.commands.{moment}", out, other, patched)
+        done("evaluate", out, "--data", data, "--control")
+    assert not other.exists()
+    second = evaluated(out, data, "--control")
+    assert second[2] > 0
+    without_cache()
+    assert evaluated(out, data, "--control") == second
+
+
+def _swapped_at(moment: str, old: Path, new: Path, patched: pytest.MonkeyPatch) -> None:
+    """Put a folder in the place of another one when a function is first called."""
+    original = resolve_name(moment)
+
+    def swapped(*args: Any, **kwargs: Any) -> Any:
+        if new.exists():
+            old.rename(old.with_name("moved"))
+            new.rename(old)
+        return original(*args, **kwargs)
+
+    patched.setattr(moment, swapped)
+
+
+@pytest.mark.parametrize("moment", ["checkpoint_losses", "opened_rival"])
+def test_a_rival_that_is_replaced_meanwhile_has_its_own_numbers(
+    shared_family: Family,
+    out: Path,
+    data: Path,
+    tmp_path: Path,
+    moment: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rival, other = tmp_path / "rival", tmp_path / "other"
+    shutil.copytree(shared_family.checkpoints[0], rival)
+    shutil.copytree(shared_family.checkpoints[1], other)
+    words = ["--against", f"rival={rival}"]
+    with monkeypatch.context() as patched:
+        # The check of all models opens them, too.
+        patched.setattr("upit_merge.commands.evaluate.check_rivals", lambda *_: None)
+        _swapped_at(f"upit_merge.commands.compare.{moment}", rival, other, patched)
+        done("evaluate", out, "--data", data, *words)
+    second = evaluated(out, data, *words)
+    without_cache()
+    assert evaluated(out, data, *words)[0] == second[0]
+
+
+def test_numbers_of_another_shape_are_measured_again(
+    shared_family: Family, out: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are whole, and lie where this model's would; one row, or one expert, is missing."""
+    words = ["--control", "--against", f"rival={shared_family.base}"]
+    first = evaluated(out, data, *words)
+    without_cache()
+    found: list[tuple[Any, Measured]] = []
+    with monkeypatch.context() as patched:
+        for module in ("measured_mixture", "compare"):
+            patched.setattr(f"upit_merge.commands.{module}.keep", lambda *both: found.append(both))
+        evaluated(out, data, *words)
+    assert len(found) == 4
+    for cut in range(2):
+        for identity, numbers in found:
+            less = {
+                name: t[:-1] if cut == 0 or t.ndim == 1 else t[:, :-1]
+                for name, t in numbers.tensors.items()
+            }
+            keep(identity, Measured(less, numbers.facts))
+        assert evaluated(out, data, *words) == first
 
 
 def test_there_is_an_end_to_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

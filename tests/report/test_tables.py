@@ -85,6 +85,28 @@ def test_similarities(count: int, name: str, capsys: pytest.CaptureFixture[str])
     assert (len(tables) > 1) == (count > 3)
 
 
+@pytest.mark.parametrize("numbered", [True, False])
+def test_names_that_differ_in_their_middle_are_told_apart_in_every_part(
+    numbered: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    labels = [f"/home/somebody/run-{run}/checkpoint-of-the-end" for run in ("a", "b", "a-2")]
+    if numbered:
+        table = _cosine_table(labels, [[0.5] * 3] * 3)
+    else:
+        table = Table()
+        table.add_column("model", overflow="fold")
+        for kind in ("conversations", "novels", "everything"):
+            table.add_column(kind, justify="right")
+        for label in labels:
+            table.add_row(label, *["0.5000"] * 3)
+    tables = checked(table, [["0.5000"] * 3] * 3, capsys, 40)
+    assert len(tables) > 1
+    for part in tables:
+        names = {re.sub("^[0-9] ?", "", row[0]) for row in part[1:]}
+        assert len(names) == 3
+
+
 @pytest.mark.parametrize("width", [40, 80, 120])
 @pytest.mark.parametrize("kinds", [1, 2, 8, 30])
 @pytest.mark.parametrize("experts", [8, 64])

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from upit_merge.commands.measured import Measured, keep, kept
+from upit_merge.commands.measured_files import ModelFiles
 from upit_merge.commands.preview import checkpoint_losses
 from upit_merge.config.recipe import METHOD, parse_recipe
 from upit_merge.errors import UpitError
@@ -23,7 +25,6 @@ from upit_merge.models.formats import found_format
 from upit_merge.models.mixture import inspect_mixture, opened_mixture
 from upit_merge.models.published import PublishedMixture
 from upit_merge.models.tokenizer import has_tokenizer, load_tokenizer
-from upit_merge.output.identity import file_states
 from upit_merge.router.evaluation import run_mixture
 from upit_merge.router.pretrain import computed_mixture
 from upit_merge.router.stage import RouterStage
@@ -127,15 +128,20 @@ def rival_losses(
     """
     model, processes = held_out.model, held_out.processes
     device, settings = model.device, held_out.settings
+    named = zip(split_reference(rival.reference), ("model to compare with", "adapter"), strict=True)
+    folders = [resolve(part, options, role=role) for part, role in named if part]
+    files = ModelFiles.before_opening(*folders)
     with opened_rival(rival, model.vocab_size, held_out_folder, options) as other:
         members = [other] if isinstance(other, PublishedMixture) else other.models
+        own = [path for member in members for path in member.files()]
         identity = {
-            "files": file_states([path for member in members for path in member.files()], ""),
+            "files": files.identity(own),
             "samples": held_out.seeds.digest(),
             "compute": [model.arithmetic.identity(), device.type],
         }
-        before = processes.gather(kept(identity) if processes.is_first else None)[0]
-        if before is not None:
+        found = kept(identity) if processes.is_first and identity["files"] else None
+        before = processes.gather(found)[0]
+        if before is not None and _is_sums(before, len(held_out.everything)):
             LOG.info("The model %s was measured on these samples before.", rival.name)
             return before.tensors["sums"]
         if isinstance(other, PublishedMixture):
@@ -147,9 +153,16 @@ def rival_losses(
                 other, held_out.seeds, settings, device, quiet=quiet, label=label
             )
             sums = losses.sums.sum(2)[:, 0]
-        if processes.is_first:
+        # Looked at once more: the files may have been written while they were read.
+        if processes.is_first and identity["files"] and files.identity(own):
             keep(identity, Measured({"sums": sums}))
         return sums
+
+
+def _is_sums(found: Measured, samples: int) -> bool:
+    """Return whether these are numbers of so many samples."""
+    sums = found.tensors.get("sums")
+    return sums is not None and (sums.dtype, tuple(sums.shape)) == (torch.float64, (samples,))
 
 
 def _check_same_tokenizer(rival: Rival, folder: Path, held_out_folder: Path) -> None:

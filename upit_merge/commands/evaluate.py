@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from upit_merge.commands.compare import Rival, check_rivals, rival_losses
+from upit_merge.commands.measured_files import ModelFiles
 from upit_merge.commands.measured_mixture import MixtureMeasurement
 from upit_merge.commands.options import MixtureOptions
 from upit_merge.commands.preflight import check_router_memory
@@ -88,6 +89,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             check_is_not_data(path, settings.data or "")
     if options.plot is not None:
         check_format(options.plot)
+    files = ModelFiles.before_opening(out)
     with (
         joined() as processes,
         ends_at_once(lambda: "Interrupted."),
@@ -106,7 +108,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             with processes.together():
                 vocab_size = read_mixture(session.moe).dense_settings()["vocab_size"]
                 check_rivals(options.against, vocab_size, out, options.open)
-        evaluation, samples = _evaluate(session, settings, options, Path(scratch))
+        evaluation, samples = _evaluate(session, files, settings, options, Path(scratch))
         if processes.is_first:
             _tell(evaluation, options)
             record = condensed(evaluation, settings.data, samples)
@@ -232,7 +234,11 @@ def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[st
 
 
 def _evaluate(
-    session: RouterSession, settings: RouterSettings, options: EvaluateOptions, scratch: Path
+    session: RouterSession,
+    files: ModelFiles,
+    settings: RouterSettings,
+    options: EvaluateOptions,
+    scratch: Path,
 ) -> tuple[Evaluation, str]:
     """Return the evaluation, and a digest of what it was made on."""
     out = session.edit.out
@@ -240,7 +246,7 @@ def _evaluate(
     with processes.together():
         control = _control(session, scratch) if options.control else None
         held_out = session.stage(settings, scratch, column=options.group_by)
-    measured = MixtureMeasurement.of(session, held_out, control)
+    measured = MixtureMeasurement.of(session, files, held_out, control)
     parts = ["mixture"]
     if options.experts and held_out.model.num_experts > 1:
         parts.append("experts")

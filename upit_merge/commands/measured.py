@@ -8,8 +8,9 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,23 @@ from upit_merge.io.untrusted import own_file
 LOG = logging.getLogger(__name__)
 
 # Raised whenever the same models and samples give other numbers than before.
-_MEASUREMENT = 1
+_MEASUREMENT = 2
+# What computes; the last four, where they are installed, instead of torch for some layers.
+_COMPUTES = (
+    *("transformers", "numpy", "scipy"),
+    *("flash-linear-attention", "causal-conv1d", "mamba-ssm", "kernels"),
+)
 # The oldest go.
 _MOST_FILES = 200
 _MOST_BYTES = 2_000_000_000
 
 
 def cache_folder() -> Path:
-    """Return where it is kept: $UPIT_MERGE_CACHE, or `upit-merge` beside the Hub's own cache."""
+    """Return where it is kept: $UPIT_MERGE_CACHE, or `upit-merge` beside the Hub's own cache.
+
+    Raises:
+        RuntimeError: the home folder it begins with is nobody's.
+    """
     if own := os.environ.get("UPIT_MERGE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "upit-merge"
@@ -62,21 +72,25 @@ class Measured:
 
 def kept(identity: Mapping[str, Any]) -> Measured | None:
     """Return what was kept under this identity; None if there is nothing, or nothing whole."""
-    path = _path(identity)
     try:
+        path = _path(identity)
         own_file(path, path.parent)
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found = Measured(tensors, json.loads(facts["facts"]))
-    except (OSError, SafetensorError, UpitError, ValueError, RecursionError, KeyError):
+    except (OSError, SafetensorError, UpitError, ValueError, RuntimeError, KeyError):
         return None
     return found if found.digest() == facts.get("sha256") else None
 
 
 def keep(identity: Mapping[str, Any], measured: Measured) -> None:
     """Keep what was measured; where nothing can be written, nothing is."""
-    path = _path(identity)
+    try:
+        path = _path(identity)
+    except RuntimeError as error:
+        LOG.debug("Nothing is kept (%s)", error)
+        return
     tensors = {name: tensor.contiguous() for name, tensor in measured.tensors.items()}
     measured = Measured(tensors, measured.facts)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
@@ -86,7 +100,7 @@ def keep(identity: Mapping[str, Any], measured: Measured) -> None:
         save_file(tensors, draft, facts)
         os.replace(draft, path)
         _drop_the_oldest(path.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         LOG.debug("%s is not kept (%s)", path, error)
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -105,5 +119,11 @@ def _drop_the_oldest(folder: Path) -> None:
 
 def _path(identity: Mapping[str, Any]) -> Path:
     made_by = {"upit-merge": __version__, "measurement": _MEASUREMENT, "torch": torch.__version__}
-    text = json.dumps({**made_by, **identity}, sort_keys=True)
+    text = json.dumps({**made_by, **dict(_versions(_COMPUTES)), **identity}, sort_keys=True)
     return cache_folder() / "losses" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+
+
+def _versions(packages: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            yield package, version(package)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from upit_merge.commands.measured import Measured, keep, kept
+from upit_merge.commands.measured_files import ModelFiles
 from upit_merge.commands.session import RouterSession
 from upit_merge.config.router import OF_DATA
-from upit_merge.output.identity import file_states
 from upit_merge.router.assignment import assigned, sample_losses
 from upit_merge.router.evaluation import Routing, run_mixture
 from upit_merge.router.pretrain import computed_mixture, refined_gates
@@ -35,24 +35,30 @@ class MixtureMeasurement:
 
     Attributes:
         session: The mixture's.
+        files: What its files were before it was opened.
         held_out: Runs the samples through it.
         control: The stage that made its gates, with shuffled buckets, if they are to be compared.
         before: What earlier calls have measured, by part.
     """
 
     session: RouterSession
+    files: ModelFiles
     held_out: RouterStage
     control: RouterStage | None
     before: dict[str, Measured]
 
     @classmethod
     def of(
-        cls, session: RouterSession, held_out: RouterStage, control: RouterStage | None
+        cls,
+        session: RouterSession,
+        files: ModelFiles,
+        held_out: RouterStage,
+        control: RouterStage | None,
     ) -> MixtureMeasurement:
         """Look what earlier calls have measured; all processes must call this."""
-        measurement = cls(session, held_out, control, {})
+        measurement = cls(session, files, held_out, control, {})
         for part in ("mixture", "experts", "control")[: 2 if control is None else 3]:
-            found = kept(measurement._identity(part)) if held_out.processes.is_first else None
+            found = measurement._kept(part) if held_out.processes.is_first else None
             if (known := held_out.processes.gather(found)[0]) is not None:
                 measurement.before[part] = known
         return measurement
@@ -70,10 +76,9 @@ class MixtureMeasurement:
                 setattr(routing, name, known.tensors[name].double())
             routing.entropy = known.tensors["entropy"]
             return sums, routing
-        identity = self._identity("mixture")
         sums, routing = run_mixture(replace(self.held_out, label=label))
         counts = {name: getattr(routing, name).to(torch.int32) for name in _COUNTS}
-        self._keep(identity, Measured({"sums": sums, "entropy": routing.entropy, **counts}))
+        self._keep("mixture", Measured({"sums": sums, "entropy": routing.entropy, **counts}))
         return sums, routing
 
     def experts(self) -> SampleLosses:
@@ -85,7 +90,6 @@ class MixtureMeasurement:
                 control = SampleLosses(*exact, known.facts["control_told"])
             sums, counts = known.tensors["sums"], known.tensors["counts"]
             return SampleLosses(sums, counts, known.facts["told"], control)
-        identity = self._identity("experts")
         losses = sample_losses(self.held_out)
         tensors = {"sums": losses.sums, "counts": losses.counts}
         facts: dict[str, Any] = {"told": dict(losses.told)}
@@ -93,7 +97,7 @@ class MixtureMeasurement:
             tensors["control_sums"] = losses.control.sums
             tensors["control_counts"] = losses.control.counts
             facts["control_told"] = dict(losses.control.told)
-        self._keep(identity, Measured(tensors, facts))
+        self._keep("experts", Measured(tensors, facts))
         return losses
 
     def shuffled(self) -> Tensor:
@@ -102,14 +106,13 @@ class MixtureMeasurement:
             return known.tensors["sums"]
         control = self.control
         assert control is not None
-        identity = self._identity("control")
         gates: Sequence[Tensor] = control.gates(assigned(control))
         if control.settings.refine is not None:
             device, settings = control.model.device, control.settings
             exact = computed_mixture(self.session.moe, device, settings)
             gates, _ = refined_gates(control, gates, exact)
         sums = run_mixture(self.held_out, gates)[0]
-        self._keep(identity, Measured({"sums": sums}))
+        self._keep("control", Measured({"sums": sums}))
         return sums
 
     def told(self, parts: Sequence[str]) -> Iterator[str]:
@@ -126,20 +129,55 @@ class MixtureMeasurement:
             named = " and ".join(names[part] for part in known)
             yield f"Measured on these samples before, and not computed again: {named}."
 
-    def _keep(self, identity: dict[str, Any], measured: Measured) -> None:
-        if self.held_out.processes.is_first:
+    def _kept(self, part: str) -> Measured | None:
+        identity = self._identity(part)
+        found = None if identity is None else kept(identity)
+        return found if found is not None and self._fits(part, found) else None
+
+    def _keep(self, part: str, measured: Measured) -> None:
+        # Looked at once more: the files may have been written while they were read.
+        if self.held_out.processes.is_first and (identity := self._identity(part)) is not None:
             keep(identity, measured)
 
-    def _identity(self, part: str) -> dict[str, Any]:
+    def _fits(self, part: str, found: Measured) -> bool:
+        """Return whether these are numbers of this model's size, on so many samples."""
+        model, samples = self.held_out.model, len(self.held_out.everything)
+        routed = [samples, len(model.mixture_layers)]
+        wanted: dict[str, tuple[torch.dtype, list[int]]] = {"sums": (torch.float64, [samples])}
+        if part == "mixture":
+            wanted["entropy"] = torch.float64, routed
+            wanted |= {name: (torch.int32, [*routed, model.num_experts]) for name in _COUNTS}
+        elif part == "experts":
+            wanted = _losses("", samples, model.num_experts)
+            if "control_sums" in found.tensors:
+                controlled = found.tensors["control_sums"].shape[:1].numel()
+                wanted |= _losses("control_", controlled, model.num_experts)
+            told = [name.replace("sums", "told") for name in wanted if name.endswith("sums")]
+            if not all(isinstance(found.facts.get(name), dict) for name in told):
+                return False
+        return wanted == {n: (t.dtype, list(t.shape)) for n, t in found.tensors.items()}
+
+    def _identity(self, part: str) -> dict[str, Any] | None:
+        """Return what a part is known by; None if it is no longer what was opened."""
+        if (files := self.files.identity(self.session.moe.files())) is None:
+            return None
         identity = {
             "part": part,
-            "files": file_states(self.session.moe.files(), ""),
+            "files": files,
             "held-out": _described(self.held_out),
         }
         if part == "control":
             assert self.control is not None
             identity["control"] = _described(self.control)
         return identity
+
+
+def _losses(name: str, samples: int, experts: int) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Return what `SampleLosses` of so many samples are made of."""
+    return {
+        f"{name}sums": (torch.float64, [samples, experts, 2]),
+        f"{name}counts": (torch.float64, [samples, 2]),
+    }
 
 
 def _described(stage: RouterStage) -> dict[str, Any]:

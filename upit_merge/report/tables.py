@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from upit_merge.report.markdown import are_least
 # Characters of a name, and of the words above numbers, that are not broken to make room.
 _WHOLE_NAME = 20
 _WHOLE_HEADER = 12
+_NUMBER = re.compile(r"^\d+ ")
 
 
 def show(table: Table) -> None:
@@ -64,11 +66,15 @@ def _fitted(table: Table, width: int) -> Iterator[Table]:
 
 
 def _abbreviated(names: list[Any]) -> list[Any]:
-    """Return long names without their middle, unless they would be the same; they stand above."""
+    """Return long names without their middle, unless they would be the same; they stand above.
+
+    A number before a name does not make it another: nobody sees by it which model is meant.
+    """
     half = _WHOLE_NAME // 2
     texts = [str(name) for name in names]
     short = [t if len(t) <= _WHOLE_NAME else f"{t[: half - 5]}…{t[-half - 4 :]}" for t in texts]
-    return names if len(set(short)) < len(set(texts)) else short
+    unlike = [{_NUMBER.sub("", text, count=1) for text in shown} for shown in (short, texts)]
+    return names if len(unlike[0]) < len(unlike[1]) else short
 
 
 def _natural_width(header: Any, cells: Iterable[Any]) -> int:
