@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from tests.conftest import Family
 from tests.support.commands import done, two
 from tests.support.seeds import held_out
-from upit_merge.commands import measured
+from upit_merge.commands import compare, measured
 from upit_merge.commands.measured import Measured, cache_folder, keep, kept
 
 KNOWN = "This mixture was measured on these samples before: nothing of it was computed."
@@ -299,7 +299,7 @@ def _swapped_at(moment: str, old: Path, new: Path, patched: pytest.MonkeyPatch) 
     patched.setattr(moment, swapped)
 
 
-@pytest.mark.parametrize("moment", ["checkpoint_losses", "opened_rival"])
+@pytest.mark.parametrize("moment", ["checkpoint_losses", "opened_rival", "after opening"])
 def test_a_rival_that_is_replaced_meanwhile_has_its_own_numbers(
     shared_family: Family,
     out: Path,
@@ -315,7 +315,19 @@ def test_a_rival_that_is_replaced_meanwhile_has_its_own_numbers(
     with monkeypatch.context() as patched:
         # The check of all models opens them, too.
         patched.setattr("upit_merge.commands.evaluate.check_rivals", lambda *_: None)
-        _swapped_at(f"upit_merge.commands.compare.{moment}", rival, other, patched)
+        if moment == "after opening":
+            original = compare.opened
+
+            @contextlib.contextmanager
+            def opened(*args: Any) -> Iterator[Any]:
+                with original(*args) as inputs:
+                    rival.rename(tmp_path / "moved")
+                    other.rename(rival)
+                    yield inputs
+
+            patched.setattr(compare, "opened", opened)
+        else:
+            _swapped_at(f"upit_merge.commands.compare.{moment}", rival, other, patched)
         done("evaluate", out, "--data", data, *words)
     second = evaluated(out, data, *words)
     without_cache()
