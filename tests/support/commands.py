@@ -8,12 +8,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from click.testing import CliRunner, Result
 
 from tests.conftest import Family
-from tests.support.warm import Program
+from tests.support.warm import ran_together
 from upit_merge.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -69,18 +68,9 @@ def two(*arguments: object, module: str) -> subprocess.CompletedProcess[str]:
         port = free.getsockname()[1]
     size = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with contextlib.ExitStack() as stack:
-        files = [[stack.enter_context(TemporaryFile("w+")) for _ in range(2)] for _ in range(2)]
-        programs = []
-        for rank, (out, err) in enumerate(files):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            environment = {**os.environ, **size, **store, **own}
-            words = (module, *arguments)
-            programs.append(Program(*words, stdout=out, stderr=err, env=environment, cwd=ROOT))
-        status = max(abs(program.wait(300)) for program in programs)
-        said = ["", ""]
-        for pair in files:
-            for index, file in enumerate(pair):
-                file.seek(0)
-                said[index] += file.read()
+    each = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in (0, 1)]
+    options = [{"env": {**os.environ, **size, **store, **own}, "cwd": ROOT} for own in each]
+    both = ran_together((module, *arguments), options, timeout=300)
+    status = max(abs(one.returncode) for one in both)
+    said = ("".join(one.stdout for one in both), "".join(one.stderr for one in both))
     return subprocess.CompletedProcess([*map(str, arguments)], status, *said)

@@ -21,16 +21,17 @@ def blank(_drawn: Any, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def kept_blank() -> Iterator[None]:
+def _saved_by(save: Any) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_save", save)
+        yield
+
+
+def kept_blank() -> contextlib.AbstractContextManager[None]:
     """Draw nothing inside."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_save", blank)
-        yield
+    return _saved_by(blank)
 
 
-@contextlib.contextmanager
-def really_drawn() -> Iterator[None]:
+def really_drawn() -> contextlib.AbstractContextManager[None]:
     """Draw as ever inside."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_save", _save)
-        yield
+    return _saved_by(_save)

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -154,13 +154,29 @@ def _stream(
 
 def ran(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a program to its end; see `Program`. What it says on both streams is kept."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        status = Program(*words, stdout=out, stderr=err, **options).wait()
-        said = []
-        for file in (out, err):
-            file.seek(0)
-            said.append(file.read())
-    return subprocess.CompletedProcess([str(word) for word in words], status, *said)
+    return ran_together(words, [options])[0]
+
+
+def ran_together(
+    words: Sequence[object], options: Sequence[Mapping[str, Any]], timeout: float | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run the same words as several programs at once, each with its options, to their end."""
+    with contextlib.ExitStack() as stack:
+        files = [
+            [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in options
+        ]
+        programs = [
+            Program(*words, stdout=out, stderr=err, **own)
+            for (out, err), own in zip(files, options, strict=True)
+        ]
+        found = []
+        for program, streams in zip(programs, files, strict=True):
+            status = program.wait(timeout)
+            for file in streams:
+                file.seek(0)
+            said = [file.read() for file in streams]
+            found.append(subprocess.CompletedProcess([*map(str, words)], status, *said))
+        return found
 
 
 @functools.cache
