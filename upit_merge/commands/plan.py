@@ -19,6 +19,7 @@ from upit_merge.errors import UpitError
 from upit_merge.merge.inputs import opened
 from upit_merge.merge.passes import find_lineage, measure_similarity
 from upit_merge.merge.right_base import warn_of_foreign_base
+from upit_merge.merge.signs import signs_of
 from upit_merge.merge.similarity import cosine
 from upit_merge.models.dense import DenseArchitecture, family_of
 from upit_merge.models.families import DenseFamily
@@ -73,6 +74,8 @@ def plan_recipe(
         warn_of_foreign_base(inputs, gram)
         lineage = find_lineage(inputs, gram)
         show(_cosine_table(inputs.labels, cosine(gram.sum(0)).tolist()))
+        for line in signs_of(inputs, gram).lines():
+            print(line)
         show(lineage_table(lineage, inputs.labels))
         total = sum(shard.num_bytes for shard in shards)
         parameters = total // inputs.dtype.itemsize
