@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.paper.arms import ARMS, Arm
-from benchmarks.paper.jobs import claim_folder, jobs_for
+from benchmarks.paper.jobs import claim_folder, jobs_for, run_job
 from benchmarks.paper.results import Results
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.sweep import chosen, sweep_jobs, sweep_table
@@ -68,10 +68,13 @@ def main() -> None:
         resolve_device(options.device)
         claim_folder(options.folder, scale)
         if not options.tables:
-            work = partial(run_jobs, options.folder, device=options.device, workers=options.workers)
-            work(scale, sweep_jobs(scale))
+            folder, device, workers = options.folder, options.device, options.workers
+            run_jobs(
+                folder, sweep_jobs(scale), partial(run_job, folder, scale, device=device), workers
+            )
             if not options.sweep:
-                work(chosen(options.folder, scale), jobs_for(options.seeds, arms))
+                work = partial(run_job, folder, chosen(folder, scale), device=device)
+                run_jobs(folder, jobs_for(options.seeds, arms), work, workers)
         results = Results.read(options.folder, options.seeds)
         tables = [*all_tables(results), sweep_table(options.folder, scale)]
         print_tables(results, tables)

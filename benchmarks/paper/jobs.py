@@ -64,13 +64,13 @@ class Job:
     def label(self) -> str:
         return self.name if self.seed == SHARED else f"seed {self.seed}: {self.name}"
 
-    def needs(self) -> Job | None:
-        """The job that must be done before."""
+    def needs(self) -> list[Job]:
+        """The jobs that must be done before."""
         if isinstance(self.kind, Stage1):
-            return Job(SHARED, BASE)
+            return [Job(SHARED, BASE)]
         if isinstance(self.kind, Arm):
-            return Job(self.seed, self.kind.stage1)
-        return None
+            return [Job(self.seed, self.kind.stage1)]
+        return []
 
     def result_file(self, folder: Path) -> Path:
         return seed_folder(folder, self.seed) / "results" / f"{self.name}.json"

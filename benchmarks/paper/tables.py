@@ -14,7 +14,6 @@ from benchmarks.paper.verdicts import OURS, PAPER, Claim, verdicts
 from upit_merge.errors import UpitError
 from upit_merge.io.text_file import replace_text
 
-BEGIN, END = "<!-- benchmarks.paper: begin -->", "<!-- benchmarks.paper: end -->"
 TITLES = {
     "main": "Equal data",
     "ablations": "UpIT, with one thing changed",
@@ -137,12 +136,26 @@ def write_section(results: Results, tables: Sequence[Table], folder: Path) -> No
     Raises:
         UpitError: README.md has no marks.
     """
-    path = folder / "README.md"
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UpitError(f"{path} does not have the lines {BEGIN} and {END}; add them.")
+    replace_section(folder / "README.md", "benchmarks.paper", tables)
+    draw(results, folder / "paper.png")
+
+
+def replace_section(path: Path, name: str, tables: Sequence[Table]) -> None:
+    """Replace what is between a benchmark's marks in a page.
+
+    Raises:
+        UpitError: it has no marks.
+    """
+    begin, end = marks(name)
+    before, begun, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (begun and ended):
+        raise UpitError(f"{path} does not have the lines {begin} and {end}; add them.")
     parts = [f"{table.title}:\n\n{table.markdown()}" for table in tables if table.rows]
     text = "\n\n".join(["", *parts, ""])
-    replace_text(path, f"{before}{begin}{text}{end}{after}")
-    draw(results, folder / "paper.png")
+    replace_text(path, f"{before}{begun}{text}{ended}{after}")
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Return the lines around what a benchmark writes."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"

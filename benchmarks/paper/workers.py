@@ -1,17 +1,30 @@
-"""Jobs of benchmarks.paper, shared between worker processes."""
+"""Jobs of benchmarks.paper and benchmarks.real, shared between worker processes."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-from benchmarks.paper.jobs import Job, run_job
-from benchmarks.paper.scales import Scale
 from upit_merge.runtime.parallel import progress_bar
+
+
+class Job(Protocol):
+    """A unit of work, which knows where its result is."""
+
+    @property
+    def label(self) -> str: ...
+
+    def needs(self) -> Sequence[Any]: ...
+
+    def result(self, folder: Path) -> Any: ...
+
+
+_Job = TypeVar("_Job", bound=Job)
 
 
 def prepare_worker() -> None:
@@ -30,9 +43,8 @@ def prepare_worker() -> None:
 
 def run_jobs(
     folder: Path,
-    scale: Scale,
-    jobs: Sequence[Job],
-    device: str,
+    jobs: Sequence[_Job],
+    work: Callable[[_Job], Any],
     workers: int,
     *,
     quiet: bool = False,
@@ -41,7 +53,7 @@ def run_jobs(
 
     Args:
         jobs: With everything they need among them, or done already.
-        device: Of all workers.
+        work: Does one of them and writes its result; it is sent to the workers.
         workers: Processes; 0 to work in this one.
 
     Returns:
@@ -59,7 +71,7 @@ def run_jobs(
         if not workers:
             for job in waiting:
                 started = time.perf_counter()
-                run_job(folder, scale, job, device)
+                work(job)
                 finished(job, time.perf_counter() - started)
             return done
         # Started before torch is loaded in the children, whose arithmetic libraries ask for it.
@@ -73,7 +85,7 @@ def run_jobs(
                 ready = [job for job in waiting if is_ready(job, folder)]
                 for job in ready[: workers - len(running)]:
                     waiting.remove(job)
-                    future = pool.submit(run_job, folder, scale, job, device)
+                    future = pool.submit(work, job)
                     running[future] = (job, time.perf_counter())
                 if not running:
                     raise ValueError(f"{waiting[0].label} needs what is not among the jobs")
@@ -87,5 +99,4 @@ def run_jobs(
 
 
 def is_ready(job: Job, folder: Path) -> bool:
-    needed = job.needs()
-    return needed is None or needed.result(folder) is not None
+    return all(needed.result(folder) is not None for needed in job.needs())

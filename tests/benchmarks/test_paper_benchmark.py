@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,11 @@ from benchmarks.paper.data import (
     symbol_domain,
     visits,
 )
-from benchmarks.paper.jobs import claim_folder, jobs_for
+from benchmarks.paper.jobs import claim_folder, jobs_for, run_job
 from benchmarks.paper.results import Results
 from benchmarks.paper.scales import SCALES, LearningRates, Scale
 from benchmarks.paper.sweep import KINDS, SWEEP_SEED, chosen, sweep_arms, sweep_jobs, sweep_table
-from benchmarks.paper.tables import BEGIN, END, all_tables, print_tables, write_section
+from benchmarks.paper.tables import all_tables, marks, print_tables, write_section
 from benchmarks.paper.verdicts import CONTRADICTED, HELD, NOT_SEEN, OURS, PAPER, judge
 from benchmarks.paper.workers import run_jobs
 from upit_merge.errors import UpitError
@@ -71,19 +72,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = jobs_for(SEEDS, TRIED)
     with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(paper_jobs, "load_corpus", small_corpus)
-        done = run_jobs(folder, TINY, jobs, "cpu", workers=0, quiet=True)
+        done = run_jobs(folder, jobs, partial(run_job, folder, TINY, device="cpu"), 0, quiet=True)
     assert len(done) == len(jobs) == 1 + len(SEEDS) * (1 + len(TRIED))
     return folder
 
 
 def test_nothing_is_computed_twice(finished: Path) -> None:
     jobs = jobs_for(SEEDS, TRIED)
-    assert run_jobs(finished, TINY, jobs, "cpu", workers=0, quiet=True) == []
+    assert (
+        run_jobs(finished, jobs, partial(run_job, finished, TINY, device="cpu"), 0, quiet=True)
+        == []
+    )
     lost = next(job for job in jobs if job.seed == 1 and job.name == UPIT)
     before = lost.result(finished)
     lost.result_file(finished).unlink()
     # In a process of its own, as by default, and on a device that is named in full.
-    assert run_jobs(finished, TINY, jobs, "cpu:0", workers=1, quiet=True) == [f"seed 1: {UPIT}"]
+    assert run_jobs(
+        finished, jobs, partial(run_job, finished, TINY, device="cpu:0"), 1, quiet=True
+    ) == [f"seed 1: {UPIT}"]
     after = lost.result(finished)
     assert before
     assert after
@@ -117,12 +123,13 @@ def test_tables_and_plot_are_written(finished: Path, tmp_path: Path, capsys) -> 
     readme.write_text("by hand\n")
     with pytest.raises(UpitError, match="does not have the lines"):
         write_section(results, tables, tmp_path)
-    readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    begin, end = marks("benchmarks.paper")
+    readme.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
     for _ in range(2):
         write_section(results, tables, tmp_path)
         text = readme.read_text()
-        assert text.startswith(f"above\n{BEGIN}\n")
-        assert text.endswith(f"{END}\nbelow\n")
+        assert text.startswith(f"above\n{begin}\n")
+        assert text.endswith(f"{end}\nbelow\n")
         assert "old" not in text
         assert text.count("UpIT beats vanilla upcycling |") == 1
     assert (tmp_path / "paper.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,158 @@
+"""What benchmarks.real measures: models before post-training, and after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from benchmarks.paper.measures import parameters
+from benchmarks.real.arms import EXPERTS, FINISHED, Arm, Situation
+from benchmarks.real.recipes import merged, random_gates
+from benchmarks.real.stages import STAGE_ROWS
+from benchmarks.real.text import Rows, load_rows, write_samples
+from benchmarks.real.training import Schedule, in_batches, load, losses, train
+from upit_merge.training.trainable import routers
+
+SEED_SAMPLES = 32  # of every kind, for the router: 96 in all
+SCALES = (0.5, 0.7, 1.0)  # of the sum of the deltas, besides the average's 1/3
+TEMPERATURES = (0.5, 2.0)
+POST_ROWS = 261  # of every kind: 100,224 tokens
+CURVE = (0.05, 0.1, 0.25, 0.5)  # of post-training
+
+Losses = dict[str, list[float]]
+
+
+def measured(model: PreTrainedModel, rows: Rows, *, test: bool = True) -> Losses:
+    """Return mean losses by kind, nats per token, on the validation rows and the test rows."""
+    found = {"validation": losses(model, rows.validation)}
+    return found | ({"test": losses(model, rows.test)} if test else {})
+
+
+# ---- before post-training
+
+
+def look_at(folder: Path, situation: Situation, seed: int) -> dict[str, Any]:
+    """Measure everything that can be made of a situation's checkpoints without training."""
+    rows, base = load_rows(folder), folder / "base"
+    checkpoints = situation.checkpoints(folder, seed)
+    found: dict[str, Losses] = {}
+    if situation == FINISHED:
+        found["base"] = measured(load(base), rows)
+    for number, checkpoint in enumerate(checkpoints, 1):
+        found[f"checkpoint {number}"] = measured(load(checkpoint), rows)
+    for scale in (1 / EXPERTS, *SCALES):
+        found[f"sum {scale:.2g}"] = measured(blend(base, checkpoints, scale), rows)
+    own = folder / f"seed-{seed}"
+    samples = own / "seed.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    write_samples(samples, tokenizer, rows.drawn(seed, 0, STAGE_ROWS), SEED_SAMPLES)
+    moe = merged(base, checkpoints, moe_folder(folder, situation, seed), seed, samples)
+    model = load(moe)
+    found["mixture"] = measured(model, rows)
+    for temperature in TEMPERATURES:
+        with_temperature(model, temperature)
+        found[f"temperature {temperature:g}"] = measured(model, rows)
+        with_temperature(model, 1 / temperature)
+    for count in {1, EXPERTS}:
+        with_experts_per_token(model, count)
+        found[f"top-{count}"] = measured(model, rows)
+    with_experts_per_token(model, 2)
+    set_gates(model, random_gates(moe, seed))
+    found["random gates"] = measured(model, rows)
+    return {"losses": found, "parameters": parameters(model)}
+
+
+def moe_folder(folder: Path, situation: Situation, seed: int) -> Path:
+    return folder / f"seed-{seed}" / f"moe-{situation.name.replace(' ', '-')}"
+
+
+def blend(base: Path, checkpoints: Sequence[Path], scale: float) -> PreTrainedModel:
+    """The base plus so much of the sum of the deltas, in memory; 1 / their number is the average."""
+    model, others = load(base), [load(checkpoint).state_dict() for checkpoint in checkpoints]
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            if ".mlp." in name:  # nothing else was trained
+                delta = sum((other[name] - weight for other in others), torch.zeros_like(weight))
+                weight.add_(delta, alpha=scale)
+    return model
+
+
+@torch.no_grad()
+def with_temperature(model: PreTrainedModel, temperature: float) -> None:
+    for router in routers(model):
+        router.weight.div_(temperature)
+
+
+def with_experts_per_token(model: PreTrainedModel, count: int) -> None:
+    model.config.num_experts_per_tok = count
+    for router in routers(model):
+        router.top_k = count
+
+
+@torch.no_grad()
+def set_gates(model: PreTrainedModel, gates: Sequence[Tensor]) -> None:
+    for router, gate in zip(routers(model), gates, strict=True):
+        router.weight.copy_(gate)
+
+
+def chosen(found: dict[str, Losses], prefix: str) -> str:
+    """Return the name that begins so and is best on the validation rows."""
+    names = [name for name in found if name.startswith(prefix)]
+    return min(names, key=lambda name: mean(found[name]["validation"]))
+
+
+# ---- after it
+
+
+def post_train(
+    folder: Path, arm: Arm, rate: float, seed: int, before: dict[str, Any]
+) -> dict[str, Any]:
+    """Train an arm on the seed's rows, in an order that all arms share, and measure it."""
+    torch.manual_seed(seed)
+    rows, looked = load_rows(folder), before["losses"]
+    model = started(folder, arm, seed, looked)
+    batches = in_batches(rows.drawn(seed, STAGE_ROWS, POST_ROWS), seed)
+    points = {math.ceil(share * len(batches)): share for share in CURVE}
+    curve: list[tuple[float, list[float]]] = []
+
+    def look(step: int) -> None:
+        if step in points:
+            curve.append((points[step], measured(model, rows, test=False)["validation"]))
+
+    schedule = replace(Schedule(rate), **arm.training)
+    seconds = train(model, batches, schedule, after_step=look)
+    return {
+        "losses": measured(model, rows),
+        "curve": curve,
+        "training": seconds,
+        "tokens": sum(batch.numel() for batch in batches),
+        "parameters": parameters(model),
+    }
+
+
+def started(folder: Path, arm: Arm, seed: int, looked: dict[str, Losses]) -> PreTrainedModel:
+    """The model that an arm trains."""
+    base, checkpoints = folder / "base", arm.situation.checkpoints(folder, seed)
+    if arm.start == "last":
+        return load(checkpoints[-1])
+    if arm.start == "merge":
+        return blend(base, checkpoints, float(chosen(looked, "sum ").split()[1]))
+    if arm.start == "copies":
+        out = folder / f"seed-{seed}" / "copies"
+        return load(merged(base, checkpoints[-1:], out, seed, None))
+    moe = moe_folder(folder, arm.situation, seed)
+    model = load(moe)
+    if arm.start == "random gates":
+        set_gates(model, random_gates(moe, seed))
+    else:
+        best = chosen({"temperature 1": looked["mixture"], **looked}, "temperature ")
+        with_temperature(model, float(best.split()[1]))
+    return model

@@ -1,0 +1,225 @@
+"""Tables of benchmarks.real: what is worth what before post-training, after it, and the claims."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.merge_plot import Table
+from benchmarks.paper.results import spread
+from benchmarks.paper.verdicts import judge
+from benchmarks.real.arms import (
+    DENSE,
+    FINISHED,
+    HEAD_START,
+    MERGES,
+    MIXTURES,
+    RANDOM,
+    SITUATIONS,
+    VANILLA,
+    Arm,
+    Rates,
+    Situation,
+)
+from benchmarks.real.jobs import Job
+from benchmarks.real.measure import CURVE, Losses, chosen
+from benchmarks.real.text import KINDS
+
+Values = list[list[float]]  # by seed, by kind, nats per token
+
+
+def perplexity(losses: Sequence[float]) -> float:
+    """Geometric mean of the kinds' perplexities."""
+    return math.exp(mean(losses))
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is there of some seeds; a row has the seeds on which it is done."""
+
+    folder: Path
+    seeds: Sequence[int]
+    rates: Rates
+
+    def looks(self, situation: Situation) -> list[dict[str, Losses]]:
+        found = [Job(seed, situation).result(self.folder) for seed in self.seeds]
+        return [result["losses"] for result in found if result]
+
+    def arm(self, arm: Arm) -> dict[int, dict[str, Any]]:
+        """By seed, at the rate that was chosen."""
+        rate = self.rates[arm.rates_of]
+        found = {seed: Job(seed, arm, rate).result(self.folder) for seed in self.seeds}
+        return {seed: result for seed, result in found.items() if result}
+
+
+def rivals(look: dict[str, Losses]) -> Iterator[tuple[str, list[float]]]:
+    """Yield what can be made of a situation's checkpoints, and its losses by kind.
+
+    What was chosen was chosen on the validation rows.
+    """
+
+    def test(name: str) -> list[float]:
+        return look[name]["test"]
+
+    checkpoints = [name for name in look if name.startswith("checkpoint ")]
+    if "base" in look:
+        yield "base", test("base")
+    yield "best checkpoint", test(chosen(look, "checkpoint "))
+    yield "average of the checkpoints", test(chosen(look, "sum 0.33"))
+    yield "base + scaled sum of the deltas", test(chosen(look, "sum "))
+    yield "mixture, random gates", test("random gates")
+    yield "mixture, temperature 1, top-2", test("mixture")
+    settings = {f"mixture of {name}": look[name] for name in SETTINGS if name in look}
+    yield "mixture, temperature or k chosen", settings[chosen(settings, "mixture")]["test"]
+    best = [min(test(name)[kind] for name in checkpoints) for kind in range(len(KINDS))]
+    yield "every kind by its best checkpoint", best
+
+
+SETTINGS = ("mixture", "temperature 0.5", "temperature 2", "top-1", "top-3")
+
+
+def look_table(results: Results, situation: Situation) -> Table:
+    looks = [dict(rivals(look)) for look in results.looks(situation)]
+    rows = []
+    for name in looks[0] if looks else ():
+        values = [look[name] for look in looks]
+        rows.append([name, *_cells(values)])
+    title = f"{situation.name[0].upper()}{situation.name[1:]}, before post-training ({len(looks)} seeds)"
+    return Table(title, ["perplexity", *KINDS, "mean"], rows)
+
+
+def _cells(values: Values) -> list[str]:
+    by_kind = [f"{mean(math.exp(v[kind]) for v in values):.2f}" for kind in range(len(KINDS))]
+    return [*by_kind, spread([perplexity(v) for v in values])]
+
+
+def trained_table(results: Results) -> Table:
+    reference = {s: _test(r) for s, r in results.arm(DENSE).items()}
+    rows = []
+    for arm in (DENSE, VANILLA, *MIXTURES, RANDOM, *MERGES):
+        found = results.arm(arm)
+        if not found:
+            continue
+        first = next(iter(found.values()))
+        size = first["parameters"]
+        paired = [_change(_test(r), reference[s]) for s, r in found.items() if s in reference]
+        rows.append(
+            [
+                arm.name,
+                *_cells([_test(r) for r in found.values()]),
+                spread(paired, sign="+") if paired and arm != DENSE else "",
+                f"{size['total'] / 1e6:.0f}",
+                f"{size['active'] / 1e6:.0f}",
+                str(len(found)),
+            ]
+        )
+    columns = ["after 100 k tokens more", *KINDS, "mean", "against dense, %"]
+    return Table("After post-training", [*columns, "parameters, M", "active, M", "seeds"], rows)
+
+
+def head_start_table(results: Results) -> Table:
+    rows = []
+    for arm in (MIXTURES[0], *HEAD_START, RANDOM, DENSE):
+        if found := results.arm(arm).get(0):
+            curve = dict(found["curve"])
+            cells = [f"{perplexity(curve[s]):.2f}" if s in curve else "" for s in CURVE]
+            end = perplexity(found["losses"]["validation"])
+            rows.append([arm.name, *cells, f"{end:.2f}", f"{perplexity(_test(found)):.2f}"])
+    columns = ["perplexity of validation rows, seed 0", *(f"{share:.0%}" for share in CURVE)]
+    return Table("Over post-training", [*columns, "end", "end, test rows"], rows)
+
+
+# ---- claims
+
+
+@dataclass(frozen=True)
+class Claim:
+    text: str
+    gains: Callable[[Results], list[float]]  # percent of perplexity by seed, > 0 where it holds
+
+
+def _of_look(situation: Situation, better: str, worse: str) -> Callable[[Results], list[float]]:
+    def gains(results: Results) -> list[float]:
+        looks = [dict(rivals(look)) for look in results.looks(situation)]
+        return [-_change(look[better], look[worse]) for look in looks]
+
+    return gains
+
+
+def _of_arms(better: Arm, worse: Arm) -> Callable[[Results], list[float]]:
+    def gains(results: Results) -> list[float]:
+        ours, theirs = results.arm(better), results.arm(worse)
+        return [-_change(_test(ours[s]), _test(theirs[s])) for s in ours if s in theirs]
+
+    return gains
+
+
+MIXTURE = "mixture, temperature or k chosen"
+CLAIMS = [
+    *(
+        Claim(
+            f"{situation.name}: the mixture beats the best dense merge, before training",
+            _of_look(situation, MIXTURE, "base + scaled sum of the deltas"),
+        )
+        for situation in SITUATIONS
+    ),
+    *(
+        Claim(
+            f"{situation.name}: fitted gates beat random ones, before training",
+            _of_look(situation, "mixture, temperature 1, top-2", "mixture, random gates"),
+        )
+        for situation in SITUATIONS
+    ),
+    Claim(
+        "temperature and k chosen on validation rows beat the defaults (finished specialists)",
+        _of_look(FINISHED, MIXTURE, "mixture, temperature 1, top-2"),
+    ),
+    Claim("UpIT beats dense fine-tuning (the paper's regime)", _of_arms(MIXTURES[1], DENSE)),
+    Claim(
+        "a mixture of finished specialists beats dense fine-tuning", _of_arms(MIXTURES[0], DENSE)
+    ),
+    Claim("a mixture of a run in order beats dense fine-tuning", _of_arms(MIXTURES[2], DENSE)),
+    Claim("vanilla upcycling beats dense fine-tuning", _of_arms(VANILLA, DENSE)),
+    Claim("UpIT beats vanilla upcycling (the paper's regime)", _of_arms(MIXTURES[1], VANILLA)),
+    Claim("router initialisation beats random gates, trained", _of_arms(MIXTURES[0], RANDOM)),
+    Claim("the mixture beats the dense merge, both trained on", _of_arms(MIXTURES[0], MERGES[0])),
+]
+
+
+def claim_table(results: Results) -> Table:
+    rows = []
+    for claim in CLAIMS:
+        if gains := claim.gains(results):
+            word = judge("better", gains) if len(gains) > 1 else "one seed"
+            told = " / ".join(f"{gain:+.2f}" for gain in gains)
+            rows.append([claim.text, word, spread(gains, sign="+"), told])
+    return Table("Claims", ["", "verdict", "gain of perplexity, %", "by seed"], rows)
+
+
+def all_tables(results: Results) -> list[Table]:
+    tables = [claim_table(results)]
+    tables += [look_table(results, situation) for situation in SITUATIONS]
+    return [*tables, trained_table(results), head_start_table(results)]
+
+
+def _test(result: dict[str, Any]) -> list[float]:
+    return list(result["losses"]["test"])
+
+
+def _change(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """By how much a perplexity is above another, percent, of the logarithms."""
+    return 100 * (mean(ours) - mean(theirs))
+
+
+def seconds(folder: Path, seeds: Sequence[int]) -> float:
+    """What all jobs that are done took of a core."""
+    total = 0.0
+    for seed in seeds:
+        for path in (folder / f"seed-{seed}" / "results").glob("*.json"):
+            total += json.loads(path.read_text(encoding="utf-8"))["cpu_seconds"]
+    return total

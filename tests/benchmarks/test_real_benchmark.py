@@ -1,0 +1,170 @@
+"""benchmarks.real, with a tiny model in place of SmolLM2: every job, and what is read out of them."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from benchmarks.paper.tables import marks, replace_section
+from benchmarks.paper.verdicts import HELD
+from benchmarks.paper.workers import run_jobs
+from benchmarks.real import measure, stages
+from benchmarks.real.arms import ARMS, DENSE, FINISHED, HEAD_START, MIXTURES, SITUATIONS, SWEEP
+from benchmarks.real.jobs import Job, arm_jobs, best_rates, run_job, stage_jobs, sweep_jobs
+from benchmarks.real.tables import CLAIMS, Results, all_tables, rivals
+from benchmarks.real.text import CONTEXT, KINDS, Rows, plain
+from benchmarks.real.training import ROWS, Schedule, in_batches, load, losses, train
+from upit_merge.demo.training import TrainingBudget, save, train_tokenizer
+from upit_merge.demo.training import model_config as demo_config
+
+STEPS, POST_ROWS = 4, 8
+SMALL = TrainingBudget(vocab_size=300, hidden_size=64, layers=1, context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All jobs of one seed, done in this process."""
+    folder = tmp_path_factory.mktemp("real")
+    tokenizer = train_tokenizer(["a few words, again and again"] * 20, SMALL.vocab_size)
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(demo_config(SMALL, tokenizer)).to(torch.bfloat16)
+        save(folder / "base", base, tokenizer)
+        counts = {"trained": 2 * STEPS * ROWS + POST_ROWS, "test": 4, "validation": 2, "verdict": 4}
+        ids = {
+            name: [torch.randint(3, len(tokenizer), (count, CONTEXT)) for _ in KINDS]
+            for name, count in counts.items()
+        }
+        torch.save(ids, folder / "rows.pt")
+        patch.setattr(stages, "STAGE_ROWS", STEPS * ROWS)
+        patch.setattr(measure, "STAGE_ROWS", STEPS * ROWS)
+        patch.setattr(measure, "POST_ROWS", POST_ROWS)
+        patch.setattr(measure, "SEED_SAMPLES", 4)
+        first = [*stage_jobs([0]), *(Job(0, situation) for situation in SITUATIONS)]
+        first += sweep_jobs(0)
+        work = partial(run_job, folder)
+        assert len(run_jobs(folder, first, work, 0, quiet=True)) == len(first)
+        rest = arm_jobs(0, best_rates(folder, 0))
+        assert len(rest) == len(ARMS)
+        done = run_jobs(folder, rest, work, 0, quiet=True)
+        assert len(done) == len(ARMS) - 2  # of which two were swept
+        assert run_jobs(folder, first + rest, work, 0, quiet=True) == []
+    return folder
+
+
+def test_best_rates_are_those_of_the_lowest_validation_loss(finished: Path) -> None:
+    rates = best_rates(finished, 0)
+    for arm in (DENSE, MIXTURES[0]):
+        results = [Job(0, arm, rate).result(finished) for rate in SWEEP]
+        values = [sum(result["losses"]["validation"]) for result in results if result]
+        assert rates[arm.rates_of] == SWEEP[values.index(min(values))]
+
+
+def test_rivals_are_what_a_model_made_by_hand_computes(finished: Path) -> None:
+    result = Job(0, FINISHED).result(finished)
+    assert result is not None
+    rows = Rows(**torch.load(finished / "rows.pt", weights_only=True))
+    checkpoints = FINISHED.checkpoints(finished, 0)
+    dense = [AutoModelForCausalLM.from_pretrained(c, dtype=torch.float32) for c in checkpoints]
+    by_hand = AutoModelForCausalLM.from_pretrained(finished / "base", dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in by_hand.named_parameters():
+            weight.copy_(sum(dict(model.named_parameters())[name] for model in dense) / 3)
+    look = dict(rivals(result["losses"]))
+    found = look["average of the checkpoints"]
+    for kind, test in enumerate(rows.test):
+        logits = by_hand(input_ids=test).logits[:, :-1].log_softmax(-1)
+        nll = -logits.gather(2, test[:, 1:, None]).mean()
+        assert found[kind] == pytest.approx(float(nll.detach()), rel=2e-5)
+    singles = [losses(model, rows.test) for model in dense]
+    best = [min(values) for values in zip(*singles, strict=True)]
+    assert look["every kind by its best checkpoint"] == pytest.approx(best, rel=1e-5)
+
+
+def test_only_ffns_and_gates_are_trained(finished: Path) -> None:
+    model = load(measure.moe_folder(finished, FINISHED, 0))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    rows = torch.randint(3, 200, (2 * ROWS, CONTEXT))
+    seen: list[bool] = []
+
+    def look(step: int) -> None:
+        gate = model.model.layers[0].mlp.gate.weight
+        experts = model.model.layers[0].mlp.experts.gate_up_proj
+        seen.append(torch.equal(gate, before["model.layers.0.mlp.gate.weight"]))
+        seen.append(torch.equal(experts, before["model.layers.0.mlp.experts.gate_up_proj"]))
+
+    train(model, in_batches([rows]), Schedule(1e-3, gates_alone=0.5), after_step=look)
+    assert seen == [False, True, False, False]
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]) == (".mlp." not in name), name
+
+
+def test_schedule_rises_and_falls_to_zero() -> None:
+    factors = [Schedule(1.0, warmup=3).factor(step, 10) for step in range(11)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[3:] == sorted(factors[3:], reverse=True)
+    assert factors[-1] == pytest.approx(0.0)
+
+
+def test_visits_in_order_see_every_row_once() -> None:
+    drawn = [torch.arange(1000 * kind, 1000 * kind + 384) for kind in range(3)]
+    seen = torch.cat([stages.visited(drawn, visit % 3, visit // 3) for visit in range(6)])
+    assert sorted(seen.tolist()) == sorted(torch.cat(drawn).tolist())
+    first = stages.visited(drawn, 0, 0)
+    assert mean((first < 1000).double().tolist()) == pytest.approx(0.8, abs=0.01)
+
+
+def test_seeds_draw_other_rows_and_parts_that_do_not_overlap() -> None:
+    rows = Rows(*([torch.arange(100).view(-1, 1)] * 3 for _ in range(4)))
+    first, second = rows.drawn(0, 0, 40), rows.drawn(0, 40, 40)
+    assert not set(first[0].flatten().tolist()) & set(second[0].flatten().tolist())
+    assert not torch.equal(first[0], rows.drawn(1, 0, 40)[0])
+    with pytest.raises(ValueError, match="too few"):
+        rows.drawn(0, 90, 40)
+
+
+def test_manual_pages_lose_what_formats_them() -> None:
+    page = ".TH X 1\n.SH NAME\nx \\- macht \\fBetwas\\fP\n.TP\n\\(bu eins\n'\\\" Kommentar\n"
+    assert list(plain(page)) == ["NAME", "x - macht etwas", "* eins"]
+
+
+def test_tables_say_what_the_results_do(finished: Path, tmp_path: Path) -> None:
+    results = Results(finished, [0], best_rates(finished, 0))
+    tables = [table for table in all_tables(results) if table.rows]
+    assert len(tables) == 1 + len(SITUATIONS) + 2
+    claims = tables[0].rows
+    assert len(claims) == len(CLAIMS)
+    assert {row[1] for row in claims} == {"one seed"}
+    trained = {row[0]: row for row in tables[-2].rows}
+    result = Job(0, DENSE, results.rates["dense"]).result(finished)
+    assert result is not None
+    value = math.exp(mean(result["losses"]["test"]))
+    assert trained[DENSE.name][1 + len(KINDS)] == f"{value:.2f}"
+    assert {arm.name for arm in HEAD_START} <= {row[0] for row in tables[-1].rows}
+    page = tmp_path / "README.md"
+    begin, end = marks("benchmarks.real")
+    page.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
+    replace_section(page, "benchmarks.real", tables)
+    assert "old" not in page.read_text()
+    assert page.read_text().endswith(f"{end}\nbelow\n")
+
+
+def test_a_claim_is_held_where_all_seeds_agree(finished: Path, tmp_path: Path) -> None:
+    for seed, gain in enumerate((0.05, 0.06, 0.07)):
+        folder = tmp_path / f"seed-{seed}" / "results"
+        folder.mkdir(parents=True)
+        for arm, loss in ((DENSE, 2.0), (MIXTURES[1], 2.0 - gain)):
+            path = folder / f"{arm.name}, rate {SWEEP[0]:g}.json"
+            path.write_text(json.dumps({"losses": {"test": [loss] * 3}, "parameters": {}}))
+    results = Results(tmp_path, [0, 1, 2], dict.fromkeys(("dense", "mixture"), SWEEP[0]))
+    (claim,) = [c for c in CLAIMS if "the paper's regime" in c.text and "dense" in c.text]
+    assert claim.gains(results) == pytest.approx([5.0, 6.0, 7.0])
+    from benchmarks.real.tables import claim_table
+
+    (row,) = [row for row in claim_table(results).rows if row[0] == claim.text]
+    assert row[1] == HELD
