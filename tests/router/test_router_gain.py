@@ -38,14 +38,14 @@ def made_up(skill: float, noise: float = 0.05, seed: int = 0) -> SampleLosses:
     return SampleLosses(halves * TARGETS / 2, counts)
 
 
-def test_specialised_experts_are_worth_it() -> None:
+def test_specialised_experts_differ() -> None:
     worth = measure_router_gain(made_up(skill=0.2))
     # Over the best single expert: the right one, on the three quarters that are not its own.
     assert worth.held_out_gain == pytest.approx(0.15, abs=0.01)
     assert worth.gain > worth.held_out_gain
     assert worth.agreement > 0.9
     assert worth.chance == pytest.approx(0.25, abs=0.03)
-    assert "is worth it" in worth.verdict()
+    assert worth.verdict().startswith("The experts differ on these samples")
     assert worth.warnings() == []
 
 
@@ -55,14 +55,14 @@ def test_noise_is_not_sold_as_expertise() -> None:
     assert abs(worth.held_out_gain) < 0.01
     assert worth.agreement == pytest.approx(worth.chance, abs=0.1)
     assert worth.is_noise
-    assert worth.verdict().startswith("The experts hardly differ on this data")
+    assert worth.verdict().startswith("How the experts differ on these samples is within the noise")
     assert worth.warnings() == [worth.verdict()]
 
 
 def test_small_differences_are_called_small() -> None:
     worth = measure_router_gain(made_up(skill=0.008, noise=0.002))
     assert not worth.is_noise
-    assert worth.verdict().startswith("The experts differ little")
+    assert worth.verdict().startswith("The experts differ little on these samples")
 
 
 def test_held_out_gain_is_what_a_loop_finds() -> None:
@@ -102,7 +102,7 @@ def test_one_expert_that_takes_nearly_everything_is_told() -> None:
 def test_too_little_to_tell(samples: int, experts: int) -> None:
     losses = SampleLosses(torch.rand(samples, experts, 2), torch.ones(samples, 2))
     worth = measure_router_gain(losses)
-    assert "too few" in worth.verdict()
+    assert "too few samples, or experts, to tell how much" in worth.verdict()
     assert json.dumps(worth.to_report(), allow_nan=False)
 
 
@@ -206,5 +206,5 @@ def test_plan_tells_whether_it_is_worth_it(family, tmp_path, router) -> None:
     before = sorted(tmp_path.rglob("*"))
     result = done("plan", recipe, "--data", seeds, "--quiet")
     assert "best for samples" in result.stdout
-    assert "nats per token" in result.stdout
+    assert "average of the checkpoints" in result.stdout
     assert sorted(tmp_path.rglob("*")) == before

@@ -46,21 +46,24 @@ def run(recipe: Path, out: Path, overwrite: bool, **values: Any) -> None:
 )
 @click.argument("recipe", type=PATH)
 @click.argument("out", type=PATH, required=False)
-@click.option("--data", help="Find out on this seed data whether a router is worth it.")
+@click.option("--data", help="Find out on this data whether a mixture is worth its bytes.")
 @click.option("--subset", help="Configuration name of --data, if that is a dataset id.")
 @click.option("--split", help="Split of --data, if that is a dataset id; train if not given.")
+@click.option("--group-by", metavar="COLUMN", help="Column of --data with the kind of text.")
 def plan(
     recipe: Path,
     out: Path | None,
     data: str | None,
     subset: str | None,
     split: str | None,
+    group_by: str | None,
     **values: Any,
 ) -> None:
     """Check RECIPE and its models and show what `run` would make and need; writes nothing.
 
     With the folder OUT, check also that the output would fit its disk. With --data, compute the
-    loss of every sample under every checkpoint, and tell what choosing among them could gain.
+    loss of every sample under every checkpoint, and tell whether choosing among them is better than
+    the best dense model that can be made of them: one of them, their average, or a scaled sum.
     """
     from upit_merge.commands.plan import plan_recipe
     from upit_merge.config.recipe import load_recipe
@@ -69,7 +72,7 @@ def plan(
 
     options = run_options(parse_merge_options(values))
     parsed, _source = load_recipe(recipe, _teller(options.quiet))
-    plan_recipe(parsed, options, out, data, subset=subset, split=split)
+    plan_recipe(parsed, options, out, data, subset=subset, split=split, group_by=group_by)
     if not options.quiet:
         words = ["upit-merge run", argument(recipe), argument(out or free_folder("out"))]
         tell_next(("make it", " ".join(words)))

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from upit_merge.commands.foretell import NO_ROUTER, planned_router_time
+from upit_merge.commands.outlook import look_ahead
 from upit_merge.commands.preflight import needs
-from upit_merge.commands.preview import checkpoint_losses
 from upit_merge.commands.run import RunOptions, seed_set
 from upit_merge.config.recipe import Recipe
 from upit_merge.config.router import RouterSettings, check_data_is_named
-from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.errors import UpitError
 from upit_merge.merge.inputs import opened
 from upit_merge.merge.passes import find_lineage, measure_similarity
@@ -26,7 +24,6 @@ from upit_merge.models.families import DenseFamily
 from upit_merge.models.formats import FORMATS, PLAIN, MixtureFormat
 from upit_merge.output.staging import REPORT, check_output_is_free
 from upit_merge.report.tables import lineage_table, show
-from upit_merge.router.router_gain import SampleLosses, measure_router_gain
 from upit_merge.runtime.device import resolve_devices
 from upit_merge.runtime.interrupt import ends_at_once
 
@@ -41,19 +38,25 @@ def plan_recipe(
     *,
     subset: str | None = None,
     split: str | None = None,
+    group_by: str | None = None,
 ) -> None:
     """Validate, compute the lineage, and print it with what a run would need of this machine.
 
     Args:
         out: Where the output would go, to see whether it fits the disk.
-        data: Seed data on which to find out whether the checkpoints differ enough for a router.
+        data: Seed data on which to find out whether the mixture would be worth its bytes.
         subset, split: Of the data, see `RouterSettings.for_data`.
+        group_by: Column of the data that tells kinds of text apart.
 
     Raises:
         UpitError: as `run_recipe` would.
     """
     recipe = recipe.with_seed(options.seed)
     check_data_is_named({"data": data, "subset": subset, "split": split})
+    if group_by is not None and data is None:
+        raise UpitError(
+            f"--group-by {group_by} names a column of --data, which is not given; give both."
+        )
     planned = recipe.router
     if data is not None:
         recipe = _with_data(recipe, data, subset=subset, split=split)
@@ -67,7 +70,7 @@ def plan_recipe(
     elif out is not None:
         check_output_is_free(out)
     with ends_at_once(lambda: "Interrupted."), opened(recipe, options.open) as inputs:
-        seeds = seed_set(inputs, options)
+        seeds = seed_set(inputs, options, group_by)
         shards = inputs.shards(options.max_shard_bytes)
         required = needs(inputs, devices, seeds, shards)
         gram = measure_similarity(inputs, devices, quiet=options.quiet)
@@ -101,21 +104,12 @@ def plan_recipe(
             for sentence in planned_router_time(inputs, seeds, settings, devices[0]):
                 print(sentence)
         if data is not None and seeds is not None and recipe.router is not None:
-            losses = checkpoint_losses(
-                inputs,
-                seeds,
-                recipe.router,
-                devices[0],
-                quiet=options.quiet,
-                quick=has_fast_bfloat16(),
+            outlook = look_ahead(
+                inputs, seeds, recipe.router, devices[0], bytes_ours=total, quiet=options.quiet
             )
-            show(_loss_table(inputs.labels, losses))
-            print(measure_router_gain(losses).verdict())
-            if idle := _hardly_best(losses):
-                print(
-                    f"Hardly ever the best: checkpoint(s) {', '.join(map(str, idle))}. The router "
-                    "will hardly use them; leave them out, or take others."
-                )
+            show(outlook.table())
+            for sentence in outlook.sentences():
+                print(sentence)
     for sentence in required.shortages(out):
         raise UpitError(sentence)
 
@@ -141,28 +135,6 @@ def _with_data(recipe: Recipe, data: str, **of_data: str | None) -> Recipe:
     router = recipe.router or RouterSettings(data=data)
     router = router.for_data(data, **of_data).model_copy(update={"assign": "lowest"})
     return recipe.model_copy(update={"router": router})
-
-
-def _hardly_best(losses: SampleLosses) -> list[int]:
-    """Return the checkpoints that are best for less than a tenth of an even share of the samples."""
-    best = torch.bincount(losses.means.argmin(1), minlength=losses.sums.shape[1])
-    return [i for i, count in enumerate(best.tolist()) if count * len(best) < 0.1 * best.sum()]
-
-
-def _loss_table(labels: list[str], losses: SampleLosses) -> Table:
-    means = losses.means
-    best = torch.bincount(means.argmin(1), minlength=len(labels)).tolist()
-    table = Table(
-        title="Checkpoints' FFNs on the shared backbone (loss in nats per token)",
-        title_justify="left",
-    )
-    table.add_column("checkpoint", overflow="fold")
-    about = "≈ " if losses.is_estimated else ""
-    for column in ("best for samples", f"{about}loss on all"):
-        table.add_column(column, justify="right")
-    for index, (label, loss) in enumerate(zip(labels, means.mean(0).tolist(), strict=True)):
-        table.add_row(f"{index} {label}", str(best[index]), f"{loss:.4f}")
-    return table
 
 
 def _cosine_table(labels: list[str], rows: list[list[float]]) -> Table:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from upit_merge.merge.inputs import Inputs
 from upit_merge.models.formats import PROJECTIONS, ffn_tensor
 from upit_merge.models.mixture import mixture_config, mixture_specs
 from upit_merge.router.assignment import sample_losses
+from upit_merge.router.blends import DenseModels
 from upit_merge.router.pretrain import computed_mixture
 from upit_merge.router.router_gain import SampleLosses
 from upit_merge.router.stage import RouterStage
@@ -78,6 +80,24 @@ class PlannedMixture:
         return (first if factor == 1 else first * factor).to(dtype)
 
 
+@contextlib.contextmanager
+def planned_stage(
+    inputs: Inputs,
+    seeds: SeedSet,
+    settings: RouterSettings,
+    device: torch.device,
+    *,
+    quiet: bool,
+    quick: bool = False,
+    label: str = "",
+) -> Iterator[RouterStage]:
+    """Open a stage that runs the planned mixture; see `checkpoint_losses`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = computed_mixture(PlannedMixture(inputs), device, settings, quick=quick)
+        seed, folder = inputs.recipe.seed, Path(scratch)
+        yield RouterStage(model, seeds, settings, seed, folder, quiet=quiet, label=label)
+
+
 def checkpoint_losses(
     inputs: Inputs,
     seeds: SeedSet,
@@ -94,8 +114,18 @@ def checkpoint_losses(
         label: Of the progress bar.
         quick: On the CPU, `compute: auto` means products in bfloat16, see `Arithmetic`.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        model = computed_mixture(PlannedMixture(inputs), device, settings, quick=quick)
-        seed, folder = inputs.recipe.seed, Path(scratch)
-        stage = RouterStage(model, seeds, settings, seed, folder, quiet=quiet, label=label)
+    with planned_stage(
+        inputs, seeds, settings, device, quiet=quiet, quick=quick, label=label
+    ) as stage:
         return sample_losses(stage)
+
+
+def dense_models(inputs: Inputs) -> DenseModels:
+    """Return what dense models can be made of: what the mixture is to be made of."""
+    return DenseModels(
+        inputs.base,
+        inputs.checkpoints,
+        (*inputs.backbone, *inputs.shared),
+        inputs.architecture,
+        inputs.dtype,
+    )

@@ -326,7 +326,7 @@ class _Run:
         write_json(folder / REPORT, record)
 
 
-def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
+def seed_set(inputs: Inputs, options: RunOptions, column: str | None = None) -> SeedSet | None:
     """Read the router's seed data, before the long work so that its mistakes show early."""
     settings = inputs.recipe.router
     if settings is None or inputs.tokenizer is None:
@@ -344,6 +344,7 @@ def seed_set(inputs: Inputs, options: RunOptions) -> SeedSet | None:
         context=context_length(inputs.settings_donor),
         vocab_size=inputs.architecture.settings["vocab_size"],
         seed=inputs.recipe.seed,
+        column=column,
     )
     if settings.names_experts:
         named(seeds.samples, settings, inputs.num_experts)

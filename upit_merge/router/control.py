@@ -46,16 +46,18 @@ def loss_sweeps(settings: RouterSettings, num_experts: int, num_samples: int) ->
     return estimated
 
 
-def control_pairs(estimated: Tensor, seed: int) -> list[Pair]:
+def control_pairs(estimated: Tensor, seed: int, size: int | None = None) -> list[Pair]:
     """Choose which samples are given to which experts, the samples spread over all of them.
 
     Args:
         estimated: Losses to first order, nats per token, (num_samples, num_experts).
         seed: Of what is left to chance.
+        size: How many samples, instead of `control_size`; of more, the first are the same.
     """
     samples, experts = estimated.shape
+    size = control_size(samples) if size is None else size
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(samples, generator=generator)[: control_size(samples)].sort().values
+    chosen = torch.randperm(samples, generator=generator)[:size].sort().values
     single = int(estimated.mean(0).argmin())
     pairs: list[Pair] = []
     for sample in chosen.tolist():

@@ -18,6 +18,8 @@ _SMALL_GAIN = 0.01
 _ERRORS = 2.0
 # One expert is the best one for nearly everything.
 _NEARLY_ALL = 0.8
+# What differing experts do not say: dense models of the same checkpoints may be better still.
+_ANSWER = "Whether the mixture is worth its bytes, `upit-merge evaluate` tells."
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ class RouterGain:
         return values | {"verdict": self.verdict()}
 
     def verdict(self) -> str:
-        """Return what the numbers say, in plain words."""
+        """Return what the numbers say of the experts, in plain words."""
         if self.chance != self.chance:
-            return "There are too few samples, or experts, to tell whether a router is worth it."
+            return "There are too few samples, or experts, to tell how much the experts differ."
         found = (
             f"the right expert for each sample gains {self.held_out_gain:.4f} ± "
             f"{self.standard_error:.4f} nats per token ({-math.expm1(-self.held_out_gain):.1%} of "
@@ -107,15 +109,10 @@ class RouterGain:
         )
         if self.is_noise:
             return (
-                f"The experts hardly differ on this data: {found}. That is within the noise, so no "
-                "router can do much with them; use checkpoints that specialised, or other data."
+                f"How the experts differ on these samples is within the noise: {found}. {_ANSWER}"
             )
-        if self.is_small:
-            return (
-                f"The experts differ little on this data: {found}. A router can gain no more than "
-                "that before the mixture is trained further."
-            )
-        return f"The experts differ on this data: {found}. A router is worth it."
+        little = "little " if self.is_small else ""
+        return f"The experts differ {little}on these samples: {found}. {_ANSWER}"
 
     def warnings(self, *, with_verdict: bool = True) -> list[str]:
         """Return what users should not overlook.

@@ -138,12 +138,13 @@ class RouterStage:
 
     # ---- losses ----------------------------------------------------------------------------
 
-    def exact_losses(self, pairs: Sequence[Pair], name: str) -> PairLosses:
+    def exact_losses(self, pairs: Sequence[Pair], name: str, *, finite: bool = True) -> PairLosses:
         """Return the exact losses of some samples under some experts.
 
         Args:
             pairs: A sample and an expert each.
             name: Under which they are kept.
+            finite: Refuse losses that are not.
 
         Raises:
             UpitError: a loss is NaN or infinite.
@@ -178,8 +179,9 @@ class RouterStage:
             sums = self.processes.total(
                 self.model.losses(samples, states, on_progress=bar.part(self.effort.head))
             )
-        for (_, expert), loss in zip(pairs, sums, strict=True):
-            _check_finite(expert, loss)
+        if finite:
+            for (_, expert), loss in zip(pairs, sums, strict=True):
+                _check_finite(expert, loss)
         self.progress.keep(name, {"sums": sums})
         self.progress.drop_states()
         return PairLosses(pairs, sums, counts)

@@ -1,0 +1,189 @@
+"""What `plan --data` finds out: would the mixture be worth its bytes?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from upit_merge.commands.preview import dense_models, planned_stage
+from upit_merge.config.router import RouterSettings
+from upit_merge.data.tokens import SeedSet
+from upit_merge.engine.arithmetic import has_fast_bfloat16
+from upit_merge.merge.inputs import Inputs
+from upit_merge.report.tables import best_in_bold
+from upit_merge.router.assignment import sample_losses
+from upit_merge.router.blends import mergekit_recipe
+from upit_merge.router.control import loss_sweeps
+from upit_merge.router.evaluation import Groups
+from upit_merge.router.rivals import best_choice, dense_rivals, exact_part
+from upit_merge.router.router_gain import RouterGain, SampleLosses, measure_router_gain
+from upit_merge.router.worth import Rival, Worth
+
+# What the dense models may cost, beside the losses of the checkpoints.
+SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Checkpoints on some samples, beside what else could be made of them.
+
+    Attributes:
+        labels: The checkpoints' names.
+        losses: Of the checkpoints' FFNs on the mixture's backbone.
+        worth: The best checkpoint for each sample beside dense models.
+        one_mixture: These losses are those of the checkpoints themselves.
+        recipe: The mergekit recipe of what is to be used instead, if that is made by one.
+    """
+
+    labels: Sequence[str]
+    losses: SampleLosses
+    worth: Worth
+    one_mixture: bool
+    recipe: str | None
+
+    @property
+    def gain(self) -> RouterGain:
+        """How much the checkpoints differ."""
+        return measure_router_gain(self.losses)
+
+    def table(self) -> Table:
+        """Tabulate perplexities of all that was measured; the least of every column is bold."""
+        groups = [*self.worth.groups]
+        table = Table(
+            title="Perplexity on this data (lower is better), and how much lower the best "
+            "checkpoint per sample is",
+            title_justify="left",
+        )
+        table.add_column("model", overflow="fold")
+        for column in ("perplexity", *groups, "best for samples", "choice is lower by", "samples"):
+            table.add_column(column, justify="right")
+        rows = [*self._rows()]
+        values = [[math.inf if v is None else v for v in row.perplexities] for row in rows]
+        for row, cells in zip(rows, best_in_bold(values, ".2f"), strict=True):
+            shown = [Text("") if math.isinf(float(cell.plain)) else cell for cell in cells]
+            if row.is_estimated:
+                shown = [Text(f"≈ {cell.plain}", cell.style) for cell in shown]
+            table.add_row(row.name, *shown, row.best_for, row.gain, row.samples)
+        return table
+
+    def _rows(self) -> Iterator[_Row]:
+        worth = self.worth
+        best = torch.bincount(self.losses.means.argmin(1), minlength=len(self.labels)).tolist()
+        singles = {int(r.facts["checkpoint"]): r for r in worth.rivals if r.kind == "single"}
+        for index, label in enumerate(self.labels):
+            name, rival = f"{index} {label}", singles.get(index)
+            if self.one_mixture and rival is not None and not self.losses.is_estimated:
+                yield self._row(rival, name, str(best[index]))
+                continue
+            beside = "" if self.one_mixture else ", its FFN on the shared backbone"
+            ours = self._ffn_alone(index)
+            yield _Row(f"{name}{beside}", ours, str(best[index]), "", "", self.losses.is_estimated)
+            if rival is not None and not self.one_mixture:
+                yield self._row(rival, f"{name}, as it is")
+        for rival in worth.rivals:
+            if rival.kind in ("average", "sum"):
+                yield self._row(rival)
+        own = [worth.perplexity(), *(worth.perplexity(group=group) for group in worth.groups)]
+        yield _Row("best checkpoint per sample", own, "", "", f"{worth.samples:,}")
+        for rival in worth.rivals:
+            if rival.kind == "random":
+                yield self._row(rival, "mixture with random gates")
+
+    def _ffn_alone(self, index: int) -> list[float | None]:
+        sums, counts = self.losses.sums[:, index].sum(1), self.losses.counts.sum(1)
+        members = [torch.arange(len(sums)), *map(torch.tensor, self.worth.groups.values())]
+        return [math.exp(min(700.0, float(sums[m].sum() / counts[m].sum()))) for m in members]
+
+    def _row(self, rival: Rival, name: str = "", best_for: str = "") -> _Row:
+        worth = self.worth
+        found = worth.gain(rival)
+        values = [worth.perplexity(rival), *(worth.perplexity(rival, g) for g in worth.groups)]
+        margin = f" ± {found.share_error:.1%}" if math.isfinite(found.error) else ""
+        return _Row(
+            name or rival.name, values, best_for, f"{found.share:.1%}{margin}", f"{found.samples:,}"
+        )
+
+    def sentences(self) -> Iterator[str]:
+        """Yield the verdict, and what else there is to say."""
+        yield self.worth.verdict()
+        if self.recipe is not None:
+            yield f"The recipe that makes it, for mergekit-yaml:\n\n{self.recipe}"
+        means = self.losses.means
+        best = torch.bincount(means.argmin(1), minlength=len(self.labels))
+        idle = [i for i, count in enumerate(best.tolist()) if count * len(best) < 0.1 * best.sum()]
+        if idle:
+            yield (
+                f"Hardly ever the best: checkpoint(s) {', '.join(map(str, idle))}. The router "
+                "will hardly use them; leave them out, or take others."
+            )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the table; `perplexities` are of all, then by group."""
+
+    name: str
+    perplexities: Sequence[float | None]
+    best_for: str
+    gain: str
+    samples: str
+    is_estimated: bool = False
+
+
+def look_ahead(
+    inputs: Inputs,
+    seeds: SeedSet,
+    settings: RouterSettings,
+    device: torch.device,
+    *,
+    bytes_ours: int,
+    quiet: bool,
+) -> Outlook:
+    """Compare the best checkpoint for each sample with the dense models of the same checkpoints.
+
+    The dense models cost half of what the checkpoints' own losses do, at most.
+
+    Args:
+        bytes_ours: What the mixture will take on disk.
+
+    Raises:
+        UpitError: a loss is NaN or infinite.
+    """
+    models, count = dense_models(inputs), len(seeds.samples)
+    quick = has_fast_bfloat16()
+    with planned_stage(inputs, seeds, settings, device, quiet=quiet, quick=quick) as stage:
+        losses = sample_losses(stage)
+        allowance = SHARE * count * loss_sweeps(settings, stage.model.num_experts, count)
+        # Of formats that need more experts than there are checkpoints, the last is there twice.
+        losses = _of_checkpoints(losses, len(inputs.checkpoints))
+        exact = exact_part(stage, losses, allowance / 2)
+        ours = best_choice(exact)
+        known = ours.isfinite().nonzero().flatten().tolist()
+        rivals = dense_rivals(
+            models, stage, exact, known=known, allowance=allowance / (2 if losses.control else 1),
+            random=len(inputs.checkpoints) > 1,
+        )  # fmt: skip
+    groups = Groups.of(seeds.samples)
+    worth = Worth.of(
+        ours,
+        exact.counts.sum(1),
+        rivals,
+        {name: members for name, members in groups.members.items() if name != groups.whole},
+        bytes_ours=bytes_ours,
+        bytes_dense=models.num_bytes,
+        ours_kind="choice",
+    )
+    recipe = None
+    if worth.outcome == "not_worth" and worth.advised is not None:
+        recipe = mergekit_recipe(worth.advised, inputs.base.label, inputs.labels, inputs.dtype)
+    return Outlook(inputs.labels, losses, worth, models.one_mixture, recipe)
+
+
+def _of_checkpoints(losses: SampleLosses, count: int) -> SampleLosses:
+    control = losses.control and _of_checkpoints(losses.control, count)
+    return SampleLosses(losses.sums[:, :count], losses.counts, losses.told, control)

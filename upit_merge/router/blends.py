@@ -1,0 +1,220 @@
+"""Dense models that are weighted sums of others, computed as they are read and never written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import yaml
+
+from upit_merge.io.sources import DenseModel
+from upit_merge.io.tensor_file import TensorSpec, row_blocks
+from upit_merge.models.dense import DenseArchitecture, dense_settings
+from upit_merge.models.formats import PROJECTIONS, ffn_tensor
+from upit_merge.models.mixture import mixture_config, mixture_specs
+from upit_merge.models.views import View
+from upit_merge.router.worth import Rival
+
+# Of the base, then of the checkpoints.
+Weights = tuple[float, ...]
+
+_COMPARED_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class DenseModels:
+    """What dense models can be made of, as they are opened for a merge.
+
+    Attributes:
+        base, checkpoints: As Llamas, cut as the mixture's architecture wants them.
+        around: The models that the rest of the mixture, beside its experts, comes from.
+        mixture: What they become.
+        dtype: Of what is made.
+    """
+
+    base: DenseModel
+    checkpoints: Sequence[DenseModel]
+    around: Sequence[DenseModel]
+    mixture: DenseArchitecture
+    dtype: torch.dtype
+
+    @cached_property
+    def whole(self) -> list[DenseModel]:
+        """The base and the checkpoints with whole FFNs."""
+        return [self._uncut(model) for model in (self.base, *self.checkpoints)]
+
+    def _uncut(self, model: DenseModel) -> DenseModel:
+        if self.mixture.settings["shared"] != "split":
+            return model
+        assert isinstance(model, View)
+        return model.seen
+
+    @cached_property
+    def architecture(self) -> DenseArchitecture:
+        """That of a mixture which computes what a checkpoint computes: nothing beside experts."""
+        form, last = self.mixture.format, self.whole[-1]
+        shared = next(kind for kind in form.shared if kind != "split")
+        settings = {**dense_settings(last), "shared": shared, "dense_layers": 0}
+        specs = {name: last.specs[name] for name, _shape in form.dense_shapes(settings)}
+        return DenseArchitecture(form, settings, specs)
+
+    @cached_property
+    def ffn(self) -> frozenset[str]:
+        """Names of the tensors that become experts."""
+        return frozenset(name for _layer, _projection, name in self.architecture.ffn_names())
+
+    def fit(self, models: Sequence[DenseModel]) -> bool:
+        """Return whether some models have all tensors in the same shapes."""
+        return all(
+            name in model.specs and model.specs[name].shape == spec.shape
+            for model in models
+            for name, spec in self.architecture.specs.items()
+        )
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """What a dense model takes on disk."""
+        return sum(spec.numel for spec in self.architecture.specs.values()) * self.dtype.itemsize
+
+    @cached_property
+    def one_mixture(self) -> bool:
+        """Whether every checkpoint is one of the mixture's experts amid what it has around them."""
+        if self.mixture.settings["dense_layers"]:  # whose FFNs become no experts
+            return False
+        return self._same_around([*self.whole[1:], *(self._uncut(m) for m in self.around)])
+
+    @cached_property
+    def one_backbone(self) -> bool:
+        """Whether the base, too, is the same but for what becomes experts."""
+        return self.one_mixture and self._same_around(self.whole[:2])
+
+    def _same_around(self, models: Sequence[DenseModel]) -> bool:
+        """Return whether models are the same but for what becomes experts.
+
+        Looked at byte by byte, up to the first difference: training that changes anything else
+        changes nearly all of it.
+        """
+        first, *others = {id(model): model for model in models}.values()
+        if not self.fit([first, *others]):
+            return False
+        specs = self.architecture.specs
+        # Small tensors first, and those of layers before the tables.
+        names = sorted(specs.keys() - self.ffn, key=lambda name: (specs[name].numel, name))
+        for name in names if others else ():
+            for start, stop in row_blocks(specs[name], _COMPARED_ELEMENTS):
+                rows = first.rows(name, start, stop)
+                for model in others:
+                    if not torch.equal(rows, model.rows(name, start, stop).to(rows.dtype)):
+                        return False
+        return True
+
+    # ---- weights ---------------------------------------------------------------------------
+
+    def single(self, checkpoint: int) -> Weights:
+        """One checkpoint as it is."""
+        return tuple(float(i == checkpoint + 1) for i in range(len(self.whole)))
+
+    def summed(self, scale: float) -> Weights:
+        """Base + scale · Σ (checkpoint - base); with scale 1 / num_checkpoints, the average."""
+        count = len(self.checkpoints)
+        return (1 - scale * count, *[scale] * count)
+
+    @property
+    def average(self) -> Weights:
+        """The mean of the checkpoints."""
+        count = len(self.checkpoints)
+        return (0.0, *[1 / count] * count)
+
+
+class BlendedModels:
+    """Some dense models as the experts of one mixture, a `TensorSource`.
+
+    Args:
+        models: What they are made of.
+        blends: The weights of each. Of several, the backbone is the last checkpoint's own: where
+            not all backbones are the same, there must be one blend.
+    """
+
+    label = "a sum of the checkpoints"
+
+    def __init__(self, models: DenseModels, blends: Sequence[Weights]) -> None:
+        architecture = models.architecture
+        form, donor = architecture.format, models.whole[-1]
+        count = max(len(blends), form.fewest_experts)
+        self._models, self._blends = models, blends
+        self._around = models.single(len(models.checkpoints) - 1) if len(blends) > 1 else blends[0]
+        body, gates = mixture_specs(architecture, count, models.dtype)
+        constants = form.constants(architecture.settings, count)
+        self._constants = {constant.name: constant for constant in constants}
+        self._backbone = {
+            own: dense
+            for dense in architecture.specs
+            for own in form.outputs_of(dense, architecture.settings)
+        }
+        self._ffn = {
+            form.expert_tensor(layer, expert, p): (
+                blends[min(expert, len(blends) - 1)],
+                ffn_tensor(layer, p),
+            )
+            for layer in architecture.mixture_layers
+            for expert in range(count)
+            for p in PROJECTIONS
+        }
+        self.specs: Mapping[str, TensorSpec] = {spec.name: spec for spec in [*body, *gates]}
+        self.config: Mapping[str, Any] = mixture_config(
+            architecture, donor, donor, count, min(2, count), models.dtype
+        )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor as a merge would write it; gates there are none."""
+        return self.rows(name, 0, self.specs[name].shape[0])
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) of the same."""
+        dtype = self.specs[name].dtype
+        if name in self._ffn:
+            weights, dense = self._ffn[name]
+            return self._blended(weights, dense, start, stop).to(dtype)
+        if constant := self._constants.get(name):
+            return torch.full((stop - start, *constant.shape[1:]), constant.value, dtype=dtype)
+        dense = self._backbone[name]
+        factor = self._models.architecture.format.factor(dense)
+        rows = self._blended(self._around, dense, start, stop)
+        return (rows if factor == 1 else rows * factor).to(dtype)
+
+    def _blended(self, weights: Weights, dense: str, start: int, stop: int) -> torch.Tensor:
+        """Return the sum in float32; a single model's rows as they are stored."""
+        used = [(w, m) for w, m in zip(weights, self._models.whole, strict=True) if w]
+        if len(used) == 1 and used[0][0] == 1:
+            return used[0][1].rows(dense, start, stop)
+        total: torch.Tensor | None = None
+        for weight, model in used:
+            part = model.rows(dense, start, stop).float() * weight
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+
+def mergekit_recipe(
+    rival: Rival, base: str, checkpoints: Sequence[str], dtype: torch.dtype
+) -> str | None:
+    """Return the mergekit recipe that makes a dense rival; None of a checkpoint as it is.
+
+    Args:
+        base, checkpoints: How they are named: folders or Hub ids.
+        dtype: Of the output; sums are made in float32.
+    """
+    if rival.kind not in ("average", "sum"):
+        return None
+    weight = rival.facts["scale"] if rival.kind == "sum" else 1.0
+    models = [{"model": name, "parameters": {"weight": float(weight)}} for name in checkpoints]
+    document: dict[str, Any] = {"merge_method": "linear", "models": models}
+    if rival.kind == "sum":
+        document = {"merge_method": "task_arithmetic", "base_model": base, "models": models}
+    document["dtype"] = "float32"
+    if dtype != torch.float32:
+        document["out_dtype"] = str(dtype).removeprefix("torch.")
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=10**6)

@@ -1,0 +1,335 @@
+"""The losses of the dense models that a mixture has to beat, as far as there is time for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from upit_merge.engine.layerwise import LayerwiseMixture
+from upit_merge.models.gates import training_free_gates
+from upit_merge.router.blends import BlendedModels, DenseModels, Weights
+from upit_merge.router.control import Pair, control_pairs, control_size
+from upit_merge.router.evaluation import run_mixture
+from upit_merge.router.progress import Progress
+from upit_merge.router.router_gain import SampleLosses
+from upit_merge.router.stage import RouterStage
+from upit_merge.router.worth import Rival
+
+# Samples whose losses are exact, where those of the rest are to first order.
+_EXACT = 32
+# Samples that a scale is chosen on: a parabola needs few.
+_FEWEST_FOR_SCALE, _MOST_FOR_SCALE = 4, 12
+# Shares of what may be spent: for the scale, for random gates.
+_FOR_SCALE, _FOR_RANDOM = 0.3, 0.15
+# Samples through random gates; with fewer than the first there would be nothing to see.
+_FEWEST_RANDOM, _MOST_RANDOM = 8, 16
+# A second checkpoint is measured as itself if as many samples as this are left for each.
+_FOR_SECOND = 40
+# Multiples of the average's scale whose losses make the parabola.
+_POINTS = (0.0, 1.0, 2.0)
+# The largest multiple of it, and the largest scale, that is taken.
+_MOST_TIMES, _MOST_SCALE = 4.0, 1.5
+# A scale so near to the average's, by share, is the average.
+_SAME = 0.1
+
+
+@dataclass(frozen=True)
+class Ration:
+    """Which samples are spent on what.
+
+    Attributes:
+        scale: Those that the scale of the sum is chosen on, none if there is no sum.
+        judged: Those that dense models are compared on; none of the former.
+        random: Those that random gates are tried on.
+        singles: How many checkpoints are measured as themselves.
+    """
+
+    scale: list[int]
+    judged: list[int]
+    random: list[int]
+    singles: int
+
+
+def rationed(
+    order: Sequence[int],
+    known: Sequence[int],
+    allowance: float,
+    *,
+    blends: int,
+    singles: bool,
+    mixture: float,
+) -> Ration:
+    """Divide what may be spent.
+
+    Args:
+        order: All samples, the first to be taken first.
+        known: Samples that the mixture's own losses are known of, of the same.
+        allowance: Sweeps of one sample through a dense model; infinite if all may be measured.
+        blends: How many dense models are to be made: the average, and the sum if there is a base
+            that it can be made with.
+        singles: The checkpoints are to be measured as themselves.
+        mixture: What a sample through the mixture costs, in such sweeps; 0 if none is to go.
+    """
+    whole = set(known)
+    count = 0
+    if blends > 1 and len(order) > 1:
+        count = len(order) // 2
+        if math.isfinite(allowance):
+            affordable = int(_FOR_SCALE * allowance / len(_POINTS))
+            most = min(_MOST_FOR_SCALE, len(order) // 2)
+            count = min(most, max(_FEWEST_FOR_SCALE, affordable))
+    # Samples that ours is not known of can still show the scale.
+    last_first = [*reversed(order)]
+    scale = sorted(last_first, key=lambda index: index in whole)[:count]
+    left = [index for index in order if index in whole and index not in set(scale)]
+    if not math.isfinite(allowance):
+        return Ration(sorted(scale), sorted(left), sorted(known) if mixture else [], 2 * singles)
+    random: list[int] = []
+    if mixture:
+        affordable = min(_MOST_RANDOM, int(_FOR_RANDOM * allowance / mixture))
+        random = [i for i in order if i in whole][:affordable]
+        random = random if len(random) >= _FEWEST_RANDOM else []
+    rest = allowance - len(_POINTS) * len(scale) - mixture * len(random)
+    alone = 2 if rest / (blends + 2) >= _FOR_SECOND else 1
+    models = blends + alone * singles
+    judged = left[: max(0, int(rest / max(1, models)))]
+    return Ration(sorted(scale), sorted(judged), sorted(random), alone * singles)
+
+
+def exact_part(stage: RouterStage, losses: SampleLosses, allowance: float) -> SampleLosses:
+    """Return losses by halves; where all but a few are to first order, the exact ones alone.
+
+    Args:
+        allowance: Sweeps of one sample that may be spent on some more.
+
+    Returns:
+        Of all samples; infinite where no exact loss is known.
+    """
+    if losses.control is None:
+        return losses
+    samples, experts, _ = losses.sums.shape
+    sums = torch.full((samples, experts, 2), math.inf, dtype=torch.float64)
+    counts = torch.tensor([sample.halves for sample in stage.seeds.samples], dtype=torch.float64)
+    size = control_size(samples)
+    pairs = control_pairs(losses.means, stage.seed)
+    members = sorted({sample for sample, _ in pairs})
+    sums[torch.tensor(members)] = losses.control.sums
+    per_sample = len(pairs) / max(1, len(members))
+    more = min(_EXACT, samples, size + int(allowance / per_sample)) - size
+    if more > 0:
+        wanted: list[Pair] = control_pairs(losses.means, stage.seed, size + more)
+        pairs = [pair for pair in wanted if pair[0] not in set(members)]
+        found = stage.exact_losses(pairs, "more-exact")
+        sample, expert = torch.tensor(pairs).T
+        sums[sample, expert] = found.sums
+    return SampleLosses(sums, counts, losses.told)
+
+
+def best_choice(losses: SampleLosses) -> Tensor:
+    """Return the loss of the best expert for each sample, chosen by one half and judged on the other.
+
+    Both ways: a sample's tokens all count, each under the expert that the other half chose.
+
+    Args:
+        losses: By halves; infinite where unknown.
+
+    Returns:
+        Nats summed over a sample's targets, float64, (num_samples,); NaN where a half has no target
+        or nothing is known.
+    """
+    chosen = losses.sums.argmin(1)  # (samples, 2): the halves' own choices
+    judged = losses.sums.gather(1, chosen.flip(1).unsqueeze(1)).squeeze(1).sum(1)
+    told = (losses.counts.min(1).values > 0) & judged.isfinite()
+    return torch.where(told, judged, torch.nan)
+
+
+def spread(stage: RouterStage) -> list[int]:
+    """Return all samples in an order of which every beginning has some of every kind of text."""
+    generator = torch.Generator().manual_seed(stage.seed)
+    shuffled = torch.randperm(len(stage.everything), generator=generator).tolist()
+    seen: dict[object, int] = {}
+    turn: dict[int, int] = {}
+    for index in shuffled:
+        label = stage.seeds.samples[index].label
+        turn[index] = seen[label] = seen.get(label, 0) + 1
+    return sorted(shuffled, key=turn.__getitem__)
+
+
+def dense_rivals(
+    models: DenseModels,
+    stage: RouterStage,
+    losses: SampleLosses,
+    *,
+    known: Sequence[int] | None = None,
+    allowance: float = math.inf,
+    random: bool = False,
+) -> list[Rival]:
+    """Measure the dense models that can be made of a mixture's checkpoints; nothing is written.
+
+    The best scale of the sum is where a parabola through the losses of three has its least, on
+    samples that the sum is then not judged on. Where the backbones are equal, `losses` has the
+    checkpoints' already, and what is measured goes through the layers at the same time.
+
+    Args:
+        models: What they are made of.
+        stage: Has the samples and the mixture, and says how it is computed.
+        losses: Of the checkpoints' FFNs on the mixture's backbone, infinite where unknown, see
+            `exact_part`.
+        known: Samples that the mixture's own losses are known of; all if not given.
+        allowance: Sweeps of one sample through a dense model that may be spent.
+        random: Try the stage's mixture with random gates, too.
+    """
+    count = len(models.checkpoints)
+    blendable = count > 1 and models.fit(models.whole[1:])
+    with_sum = blendable and models.fit(models.whole)
+    singles = not models.one_mixture
+    order = spread(stage)
+    ration = rationed(
+        order,
+        order if known is None else known,
+        allowance,
+        blends=blendable + with_sum,
+        singles=singles,
+        mixture=stage.effort.mixture if random else 0.0,
+    )
+    measured = _Measured(models, stage)
+    rivals = []
+    if singles:
+        chosen = _promising(losses, ration.singles)
+    else:
+        chosen = []
+        sums = losses.sums.sum(2)
+        for index, model in enumerate(models.checkpoints):
+            own = torch.where(sums[:, index].isfinite(), sums[:, index], torch.nan)
+            rivals.append(Rival("single", _single_name(index, model.label), own, _of(index)))
+    average = torch.full((len(order),), torch.nan, dtype=torch.float64)
+    scale = None
+    if ration.scale:
+        scale, average = _best_scale(measured, ration.scale, exhaustive=math.isinf(allowance))
+    # A checkpoint that nothing was chosen by can be judged on all samples.
+    alone = ration.judged if math.isfinite(allowance) else order
+    for index in chosen:
+        (own,) = measured.losses([models.single(index)], alone, "single")
+        name = _single_name(index, models.checkpoints[index].label)
+        rivals.append(Rival("single", name, own, _of(index)))
+    blends = [models.average] * blendable
+    if scale is not None:
+        blends.append(models.summed(scale))
+    found = measured.losses(blends, ration.judged, "rivals")
+    if blendable:
+        judged = found.pop(0)
+        both = torch.where(judged.isfinite(), judged, average)
+        rivals.append(Rival("average", "the average of the checkpoints", both))
+    if scale is not None:
+        name = f"base + {scale:.2g} times the sum of the deltas"
+        rivals.append(Rival("sum", name, found.pop(0), {"scale": scale}))
+    if ration.random:
+        rivals.append(random_gates(stage, ration.random))
+    return rivals
+
+
+def random_gates(stage: RouterStage, members: Sequence[int]) -> Rival:
+    """Measure the stage's mixture with training-free gates on some samples."""
+    model = stage.model
+    gates = training_free_gates(
+        model.moe, model.format, model.mixture_layers, model.num_experts, stage.seed
+    )
+    samples = [stage.seeds.samples[index] for index in members]
+    part = replace(stage, seeds=replace(stage.seeds, samples=samples), progress=Progress())
+    sums = torch.full((len(stage.everything),), torch.nan, dtype=torch.float64)
+    sums[torch.tensor([*members])] = run_mixture(part, gates)[0]
+    return Rival("random", "random gates", sums)
+
+
+class _Measured:
+    """Measures blends of models on samples of a stage."""
+
+    def __init__(self, models: DenseModels, stage: RouterStage) -> None:
+        self.models = models
+        self._stage = stage
+        samples = stage.seeds.samples
+        self.targets = torch.tensor([s.num_targets for s in samples], dtype=torch.float64)
+
+    def losses(self, blends: Sequence[Weights], members: Sequence[int], name: str) -> list[Tensor]:
+        """Return every blend's losses, NaN of other samples and where they are not finite."""
+        found = [torch.full_like(self.targets, torch.nan) for _ in blends]
+        if not members or not blends:
+            return found
+        together = self.models.one_backbone
+        sources = [[*range(len(blends))]] if together else [[i] for i in range(len(blends))]
+        for number, part in enumerate(sources):
+            source = BlendedModels(self.models, [blends[i] for i in part])
+            old = self._stage.model
+            model = LayerwiseMixture(source, old.device, old.arithmetic)
+            label = self._stage.label or "dense models to compare with"
+            stage = replace(self._stage, model=model, progress=Progress(), label=label)
+            pairs = [(s, e) for e in range(len(part)) for s in members]
+            sums = stage.exact_losses(pairs, f"{name}-{number}", finite=False).sums.sum(1)
+            sums = torch.where(sums.isfinite(), sums, torch.nan).view(len(part), len(members))
+            for blend, row in zip(part, sums, strict=True):
+                found[blend][torch.tensor([*members])] = row
+        return found
+
+
+def _best_scale(
+    measured: _Measured, members: Sequence[int], *, exhaustive: bool
+) -> tuple[float | None, Tensor]:
+    """Choose the scale of the sum of the deltas on some samples.
+
+    Args:
+        exhaustive: What the parabola says is measured, too.
+
+    Returns:
+        It, None if the average is as good as the best; and the average's losses on these samples.
+    """
+    models = measured.models
+    count = len(models.checkpoints)
+    points = [times / count for times in _POINTS]
+    sums = measured.losses([models.summed(scale) for scale in points], members, "scale")
+    targets = measured.targets[torch.tensor([*members])].sum()
+    means = [float(loss[torch.tensor([*members])].sum() / targets) for loss in sums]
+    times = least_of_parabola(means)
+    times = min(times, _MOST_TIMES, _MOST_SCALE * count)
+    if exhaustive:
+        (own,) = measured.losses([models.summed(times / count)], members, "best-scale")
+        mean = float(own[torch.tensor([*members])].sum() / targets)
+        tried = [(m, t) for m, t in zip([*means, mean], [*_POINTS, times], strict=True) if m == m]
+        times = min(tried, default=(0.0, 1.0))[1]
+    # The base itself is no sum of what was learned; a tenth of it is as little as is of use.
+    scale = float(f"{max(times, 0.1) / count:.2g}")
+    return (None if abs(scale * count - 1) < _SAME else scale), sums[1]
+
+
+def least_of_parabola(means: Sequence[float]) -> float:
+    """Return where the parabola through the losses at 0, 1 and 2 has its least, at least 0.
+
+    Where it has none, or a loss is NaN, the best of the three.
+    """
+    zero, one, two = means
+    bend = (two - 2 * one + zero) / 2
+    if not math.isfinite(bend) or bend <= 0:
+        finite = [(mean, times) for mean, times in zip(means, _POINTS, strict=True) if mean == mean]
+        return min(finite, default=(0.0, 1.0))[1]
+    return max(0.0, -(one - zero - bend) / (2 * bend))
+
+
+def _promising(losses: SampleLosses, count: int) -> list[int]:
+    """Return the experts with the lowest losses, on the samples that all are known of."""
+    sums = losses.sums.sum(2)
+    everyone = sums.isfinite().all(1)
+    if not everyone.any():
+        sums = torch.where(sums.isfinite(), sums, torch.nan).nanmean(0, keepdim=True)
+        return sums[0].argsort(stable=True)[:count].tolist()
+    return sorted(sums[everyone].sum(0).argsort(stable=True)[:count].tolist())
+
+
+def _single_name(index: int, label: str) -> str:
+    return f"checkpoint {index} ({label})"
+
+
+def _of(index: int) -> dict[str, float]:
+    return {"checkpoint": index}
