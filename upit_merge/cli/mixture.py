@@ -145,6 +145,11 @@ def extract(
 @click.option("--no-experts", is_flag=True, help="Leave out the comparison with every expert.")
 @click.option("--control", is_flag=True, help="Compare with gates fitted to shuffled buckets.")
 @click.option(
+    "--no-rivals",
+    is_flag=True,
+    help="Leave out the comparison with the dense models that can be made of the same checkpoints.",
+)
+@click.option(
     "--against",
     multiple=True,
     metavar="[NAME=]MODEL",
@@ -159,6 +164,7 @@ def evaluate(
     card: bool,
     no_experts: bool,
     control: bool,
+    no_rivals: bool,
     against: tuple[str, ...],
     common: dict[str, Any],
     **settings: Any,
@@ -180,6 +186,7 @@ def evaluate(
         card=card,
         experts=not no_experts,
         control=control,
+        rivals=not no_rivals,
         against=tuple(map(Rival.parse, against)),
         **common,
     )

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
-from torch import Tensor
 
 from upit_merge.commands.compare import Rival, check_rivals, rival_losses
 from upit_merge.commands.measured_files import ModelFiles
 from upit_merge.commands.measured_mixture import MixtureMeasurement
 from upit_merge.commands.options import MixtureOptions
 from upit_merge.commands.preflight import check_router_memory
+from upit_merge.commands.rivals import Rivals, Sources, opened_sources, source_folders
 from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.router import RouterSettings
 from upit_merge.errors import UpitError, argument
@@ -27,18 +26,20 @@ from upit_merge.io.text_file import write_json
 from upit_merge.models.mixture import inspect_mixture, read_mixture
 from upit_merge.output.edit import Edit
 from upit_merge.output.staging import REPORT, check_output_exists
-from upit_merge.report.document import Evaluation as Record
 from upit_merge.report.document import read_report
+from upit_merge.report.evaluation_record import Evaluation as Record
+from upit_merge.report.evaluation_record import with_earlier_others
+from upit_merge.report.evaluation_tables import terminal_comparison
 from upit_merge.report.heatmap import check_format, draw_routing
 from upit_merge.report.next_steps import SEED, code_words, data_words, free_folder, tell_next
-from upit_merge.report.tables import best_in_bold, show
-from upit_merge.report.verdict import evaluation_verdict
+from upit_merge.report.tables import show
+from upit_merge.report.verdict import evaluation_verdict, hardly_used_sentence
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.extracting import ExtractedModel
 from upit_merge.router.buckets import assign_by_loss
-from upit_merge.router.evaluation import Evaluation, Groups, rows
-from upit_merge.router.router_gain import measure_router_gain
+from upit_merge.router.evaluation import Evaluation, Groups, disk_bytes, rows
 from upit_merge.router.stage import RouterStage
+from upit_merge.router.worth import Rival as Measured
 from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.runtime.processes import joined
 
@@ -54,6 +55,8 @@ class EvaluateOptions(MixtureOptions):
         card: Put the results on the model card, and into the report.
         experts: Compare with every expert as a dense model, which costs a run for each.
         control: Compare with gates fitted to shuffled buckets, the router's seed data at hand.
+        rivals: Compare with the dense models that can be made of the same checkpoints, and with
+            random gates.
         against: Other models to compare with.
     """
 
@@ -63,6 +66,7 @@ class EvaluateOptions(MixtureOptions):
     card: bool = False
     experts: bool = True
     control: bool = False
+    rivals: bool = True
     against: tuple[Rival, ...] = ()
 
 
@@ -89,7 +93,6 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             check_is_not_data(path, settings.data or "")
     if options.plot is not None:
         check_format(options.plot)
-    files = ModelFiles.before_opening(out)
     with (
         joined() as processes,
         ends_at_once(lambda: "Interrupted."),
@@ -108,12 +111,10 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             with processes.together():
                 vocab_size = read_mixture(session.moe).dense_settings()["vocab_size"]
                 check_rivals(options.against, vocab_size, out, options.open)
-        evaluation, samples = _evaluate(session, files, settings, options, Path(scratch))
+        evaluation, beside, samples = _evaluate(session, settings, options, Path(scratch))
         if processes.is_first:
-            _tell(evaluation, options)
-            record = condensed(evaluation, settings.data, samples)
-            if not options.quiet:
-                print(evaluation_verdict(Record.model_validate(record)))
+            record = condensed(evaluation, beside, settings.data, samples)
+            _tell(evaluation, record, options)
             if options.card:
                 _keep(edit, record, quiet=options.quiet)
             if not options.quiet:
@@ -172,7 +173,7 @@ def _is_on_card(out: Path, record: dict[str, Any]) -> bool:
     """Return whether card and report say this very thing, or there is no report to say it in."""
     document = read_report(out).document
     earlier = document.get("evaluation") or {}
-    merged = json.loads(json.dumps({"others": [], **_with_earlier_others(earlier, record)}))
+    merged = json.loads(json.dumps({"others": [], **with_earlier_others(earlier, record)}))
     return not document or {"others": [], **earlier} == merged
 
 
@@ -186,7 +187,7 @@ def _check_report(out: Path) -> None:
 def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
     """Put an evaluation into report and card; what else was measured on the same text stays."""
     before = read_report(edit.out)
-    record = _with_earlier_others(before.document.get("evaluation") or {}, record)
+    record = with_earlier_others(before.document.get("evaluation") or {}, record)
     edit.emptied()
     gone = write_report_and_card(edit, before, {"evaluation": record}, same_model=True)
     edit.put_into_place({}, gone)
@@ -194,20 +195,13 @@ def _keep(edit: Edit, record: dict[str, Any], *, quiet: bool) -> None:
         print(f"The results are in the report of {edit.out} and on its card.")
 
 
-def _with_earlier_others(earlier: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Return an evaluation with the other models that were measured on the same text before."""
-    if earlier.get("samples_sha256") != record["samples_sha256"]:
-        return record
-    now = record.get("others", [])
-    names = [other["model"] for other in now]
-    kept = [other for other in earlier.get("others", []) if other.get("model") not in names]
-    return {**record, "others": [*kept, *now]}
-
-
-def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[str, Any]:
+def condensed(
+    evaluation: Evaluation, beside: Rivals | None, data: str, samples_sha256: str
+) -> dict[str, Any]:
     """Return what the report keeps of an evaluation: `to_report` without what is per sample.
 
     Args:
+        beside: The dense models of the same checkpoints.
         data: Where the samples are from; of a file only its name is kept.
         samples_sha256: Digest of the samples' tokens.
     """
@@ -219,6 +213,11 @@ def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[st
     for name, shares in rows(evaluation):
         groups[name] = {key: v for key, v in groups[name].items() if key != "entropy"}
         groups[name]["routing"] = shares
+    worth = report.get("worth")
+    if worth and beside is not None:
+        recipe = beside.recipe(evaluation.worth)
+        worth |= {"left_out": beside.left_out} if beside.left_out else {}
+        worth |= {"recipe": recipe} if recipe else {}
     return {
         "data": Path(data).name if Path(data).expanduser().exists() else data,
         "samples_sha256": samples_sha256,
@@ -229,53 +228,67 @@ def condensed(evaluation: Evaluation, data: str, samples_sha256: str) -> dict[st
         "entropy": evaluation.entropy(range(len(evaluation.samples))),
         "agreement": report.get("agreement"),
         **({"estimated": True} if evaluation.is_estimated else {}),
-        **({"others": report["others"]} if "others" in report else {}),
+        **{key: report[key] for key in ("hardly_used", "others") if key in report},
+        **({"worth": worth} if worth else {}),
     }
 
 
 def _evaluate(
     session: RouterSession,
-    files: ModelFiles,
     settings: RouterSettings,
     options: EvaluateOptions,
     scratch: Path,
-) -> tuple[Evaluation, str]:
-    """Return the evaluation, and a digest of what it was made on."""
+) -> tuple[Evaluation, Rivals | None, str]:
+    """Return the evaluation, the models beside it, and a digest of what it was made on."""
     out = session.edit.out
     processes = session.edit.processes
-    with processes.together():
-        control = _control(session, scratch) if options.control else None
-        held_out = session.stage(settings, scratch, column=options.group_by)
-    measured = MixtureMeasurement.of(session, files, held_out, control)
-    parts = ["mixture"]
-    if options.experts and held_out.model.num_experts > 1:
-        parts.append("experts")
-    if control is not None:
-        parts.append("control")
-    if options.against or not measured.before.keys() >= set(parts):
+    with contextlib.ExitStack() as stack:
         with processes.together():
-            check_router_memory(held_out.model, held_out.lengths, settings, out, evaluated=True)
-    if processes.is_first and not options.quiet:
-        for sentence in measured.told(parts):
-            print(sentence)
-    sums, routing = measured.mixture(_label(1, "this mixture", options))
-    samples = held_out.seeds.samples
-    evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
-    if "experts" in parts:
-        buckets = assign_by_loss(measured.experts(), "lowest")
-        evaluation = replace(evaluation, buckets=buckets)
-    if control is not None:
-        evaluation = replace(evaluation, control=measured.shuffled())
-    rivals = {}
-    for number, rival in enumerate(options.against, 2):
-        stage = replace(held_out, label=_label(number, rival.name, options))
-        rivals[rival.name] = rival_losses(rival, stage, out, options.open)
-    return replace(evaluation, rivals=rivals), held_out.seeds.digest()
+            control = _control(session, scratch) if options.control else None
+            held_out = session.stage(settings, scratch, column=options.group_by)
+            sources = Sources(None)
+            files = ModelFiles.before_opening(out)
+            if options.rivals:
+                files = ModelFiles.before_opening(out, *source_folders(session))
+                sources = stack.enter_context(opened_sources(session))
+        parts = ["mixture"]
+        if options.experts and held_out.model.num_experts > 1:
+            parts.append("experts")
+        if control is not None:
+            parts.append("control")
+        beside = "rivals" if "experts" in parts else "blends"
+        if options.rivals:
+            parts.append(beside)
+        measured = MixtureMeasurement.of(session, files, held_out, control, sources, parts)
+        if options.against or not measured.before.keys() >= set(parts):
+            with processes.together():
+                check_router_memory(held_out.model, held_out.lengths, settings, out, evaluated=True)
+        if processes.is_first and not options.quiet:
+            for sentence in measured.told(parts):
+                print(sentence)
+        sums, routing = measured.mixture(_label(1, "this mixture", options))
+        samples = held_out.seeds.samples
+        evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
+        whole, of_expert = disk_bytes(held_out.model)
+        evaluation = replace(evaluation, mixture_bytes=whole, expert_bytes=of_expert)
+        losses = measured.experts() if "experts" in parts else None
+        if losses is not None:
+            evaluation = replace(evaluation, buckets=assign_by_loss(losses, "lowest"))
+        if control is not None:
+            evaluation = replace(evaluation, control=measured.shuffled())
+        label = _label(2, "dense models of its checkpoints", options)
+        found = measured.rivals(beside, losses, label) if options.rivals else None
+        rivals = [*found.models] if found else []
+        for number, rival in enumerate(options.against, 2 + options.rivals):
+            stage = replace(held_out, label=_label(number, rival.name, options))
+            own = rival_losses(rival, stage, out, options.open)
+            rivals.append(Measured("other", rival.name, own))
+    return replace(evaluation, rivals=rivals), found, held_out.seeds.digest()
 
 
 def _label(number: int, name: str, options: EvaluateOptions) -> str:
     """Return what a progress bar says of one model of several."""
-    models = 1 + len(options.against)
+    models = 1 + options.rivals + len(options.against)
     return f"model {number} of {models} ({name})" if models > 1 else ""
 
 
@@ -300,23 +313,22 @@ def _control(session: RouterSession, scratch: Path) -> RouterStage:
     return session.stage(shuffled, scratch, seed=seed, quick=router.compute == "bfloat16")
 
 
-def _tell(evaluation: Evaluation, options: EvaluateOptions) -> None:
+def _tell(evaluation: Evaluation, record: dict[str, Any], options: EvaluateOptions) -> None:
     if options.json is not None:
-        write_json(options.json, evaluation.to_report())
-    everything = range(len(evaluation.samples))
+        kept = {key: record[key] for key in ("worth",) if key in record}
+        write_json(options.json, evaluation.to_report() | kept)
     if not options.quiet:
-        _print(evaluation)
+        _print(evaluation, Record.model_validate(record))
     if options.plot is not None:
         whole = evaluation.groups.whole
         groups = [row for row in rows(evaluation) if row[0] != whole] or list(rows(evaluation))
+        everything = range(len(evaluation.samples))
         draw_routing(options.plot, groups, evaluation.shares(everything).tolist())
 
 
-def _print(evaluation: Evaluation) -> None:
+def _print(evaluation: Evaluation, record: Record) -> None:
     everything = range(len(evaluation.samples))
-    show(_perplexities(evaluation))
-    if evaluation.rivals:
-        show(_beside_others(evaluation))
+    show(terminal_comparison(record))
     show(_routing(evaluation))
     entropy = evaluation.entropy(everything)
     print(
@@ -327,57 +339,17 @@ def _print(evaluation: Evaluation) -> None:
     places = ", ".join(f"{expert} in layer {layer}" for layer, expert in dead[:6])
     more = ", …" if len(dead) > 6 else ""
     print(f"Experts with less than a tenth of an even share: {places + more if dead else 'none'}.")
+    if idle := hardly_used_sentence(record):
+        print(idle)
     if (agreement := evaluation.agreement()) is not None:
         print(
             f"The expert that predicts a sample best is the first choice for "
             f"{agreement['first']:.0%} of its tokens (chance: {agreement['chance']:.0%}), and "
             f"among the chosen for {agreement['chosen']:.0%}."
         )
-        assert evaluation.buckets is not None
-        assert evaluation.buckets.losses is not None
-        print(measure_router_gain(evaluation.buckets.losses).verdict())
-
-
-def _perplexities(evaluation: Evaluation) -> Table:
-    table = Table(title="Held-out perplexity (lower is better)", title_justify="left")
-    table.add_column("text")
-    columns = ["samples", "tokens", "mixture"]
-    if evaluation.control is not None:
-        columns.append("shuffled router")
-    alone = evaluation.experts_alone(range(len(evaluation.samples)))
-    best = 0
-    if alone is not None:
-        best = alone.index(min(alone))
-        about = "≈ " if evaluation.is_estimated else ""
-        columns += [f"{about}expert {best} alone", f"{about}best expert per sample"]
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, members in evaluation.groups.members.items():
-        found = evaluation.group_report(members)
-        values = [found["perplexity"]]
-        if evaluation.control is not None:
-            values.append(found["control_perplexity"])
-        if alone is not None:
-            values += [found["experts_alone"][best], found["best_expert_per_sample"]]
-        counts = (f"{found['samples']:,}", f"{found['targets']:,}")
-        table.add_row(name, *counts, *(f"{value:.2f}" for value in values))
-    return table
-
-
-def _beside_others(evaluation: Evaluation) -> Table:
-    table = Table(title="Perplexity beside other models", title_justify="left")
-    table.add_column("model", overflow="fold")
-    groups = evaluation.groups.members
-    for name in groups:
-        table.add_column(name, justify="right")
-    models: dict[str, Tensor | None] = {**evaluation.rivals, "this mixture": None}
-    values = [
-        [evaluation.perplexity(members, sums) for members in groups.values()]
-        for sums in models.values()
-    ]
-    for model, cells in zip(models, best_in_bold(values, ".2f"), strict=True):
-        table.add_row(model, *cells)
-    return table
+    print(evaluation_verdict(record))
+    if record.worth is not None and record.worth.recipe:
+        print(f"The recipe that makes it, for mergekit-yaml:\n\n{record.worth.recipe}")
 
 
 def _routing(evaluation: Evaluation) -> Table:
@@ -387,9 +359,5 @@ def _routing(evaluation: Evaluation) -> Table:
     for name, _shares in groups:
         table.add_column(name, justify="right")
     for expert in range(len(groups[0][1])):
-        cells = [
-            Text(f"{shares[expert]:.1%}", "bold" if shares[expert] == max(shares) else "")
-            for _name, shares in groups
-        ]
-        table.add_row(str(expert), *cells)
+        table.add_row(str(expert), *(f"{shares[expert]:.1%}" for _name, shares in groups))
     return table

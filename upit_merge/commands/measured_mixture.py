@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upit_merge.commands.measured import Measured, keep, kept
 from upit_merge.commands.measured_files import ModelFiles
+from upit_merge.commands.rivals import Rivals, Sources, measured_rivals
 from upit_merge.commands.session import RouterSession
 from upit_merge.config.router import OF_DATA
 from upit_merge.router.assignment import assigned, sample_losses
@@ -38,6 +39,7 @@ class MixtureMeasurement:
         files: What its files were before it was opened.
         held_out: Runs the samples through it.
         control: The stage that made its gates, with shuffled buckets, if they are to be compared.
+        sources: What it was made from.
         before: What earlier calls have measured, by part.
     """
 
@@ -45,6 +47,7 @@ class MixtureMeasurement:
     files: ModelFiles
     held_out: RouterStage
     control: RouterStage | None
+    sources: Sources
     before: dict[str, Measured]
 
     @classmethod
@@ -54,10 +57,12 @@ class MixtureMeasurement:
         files: ModelFiles,
         held_out: RouterStage,
         control: RouterStage | None,
+        sources: Sources,
+        parts: Sequence[str],
     ) -> MixtureMeasurement:
-        """Look what earlier calls have measured; all processes must call this."""
-        measurement = cls(session, files, held_out, control, {})
-        for part in ("mixture", "experts", "control")[: 2 if control is None else 3]:
+        """Look what earlier calls have measured of some parts; all processes must call this."""
+        measurement = cls(session, files, held_out, control, sources, {})
+        for part in parts:
             found = measurement._kept(part) if held_out.processes.is_first else None
             if (known := held_out.processes.gather(found)[0]) is not None:
                 measurement.before[part] = known
@@ -115,12 +120,29 @@ class MixtureMeasurement:
         self._keep("control", Measured({"sums": sums}))
         return sums
 
+    def rivals(self, part: str, losses: SampleLosses | None, label: str) -> Rivals:
+        """Return the models beside it, see `measured_rivals`.
+
+        Args:
+            part: `rivals`, or `blends` without single models.
+            losses: Of the samples under the experts; None without single models.
+            label: What the progress bars say, if not empty.
+        """
+        if known := self.before.get(part):
+            return Rivals.of_kept(known.tensors, known.facts)
+        stage = replace(self.held_out, label=label)
+        found = measured_rivals(self.session, stage, self.sources, losses)
+        self._keep(part, Measured(*found.to_kept()))
+        return found
+
     def told(self, parts: Sequence[str]) -> Iterator[str]:
         """Yield a sentence on what earlier calls have measured of the parts that are needed."""
         names = {
             "mixture": "the mixture",
             "experts": "its single experts",
             "control": "the shuffled router",
+            "rivals": "the models beside it",
+            "blends": "the models beside it",
         }
         known = [part for part in parts if part in self.before]
         if known == list(parts):
@@ -144,7 +166,11 @@ class MixtureMeasurement:
         model, samples = self.held_out.model, len(self.held_out.everything)
         routed = [samples, len(model.mixture_layers)]
         wanted: dict[str, tuple[torch.dtype, list[int]]] = {"sums": (torch.float64, [samples])}
-        if part == "mixture":
+        if part in ("rivals", "blends"):
+            models = found.facts.get("models")
+            count = len(models) if isinstance(models, list) else 0
+            wanted = {f"rival-{i}": (torch.float64, [samples]) for i in range(count)}
+        elif part == "mixture":
             wanted["entropy"] = torch.float64, routed
             wanted |= {name: (torch.int32, [*routed, model.num_experts]) for name in _COUNTS}
         elif part == "experts":
@@ -159,13 +185,18 @@ class MixtureMeasurement:
 
     def _identity(self, part: str) -> dict[str, Any] | None:
         """Return what a part is known by; None if it is no longer what was opened."""
-        if (files := self.files.identity(self.session.moe.files())) is None:
+        own = self.session.moe.files()
+        if part in ("rivals", "blends"):
+            own = [*own, *self.sources.files()]
+        if (files := self.files.identity(own)) is None:
             return None
         identity = {
             "part": part,
             "files": files,
             "held-out": _described(self.held_out),
         }
+        if part in ("rivals", "blends"):
+            identity["sources"] = self.sources.reason
         if part == "control":
             assert self.control is not None
             identity["control"] = _described(self.control)

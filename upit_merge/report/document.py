@@ -21,6 +21,7 @@ from upit_merge.report.any_version import (
     AnyUnit,
     Part,
 )
+from upit_merge.report.evaluation_record import Evaluation
 from upit_merge.report.sources import Source
 
 Matrix = list[list[float]]
@@ -178,68 +179,6 @@ class PostTraining(Part):
     steps: int | None = None
     seconds: float | None = None
     history: list[LossPoint] = Field(default_factory=list)
-
-
-class GroupResult(Part):
-    """Has the results on a kind of held-out text.
-
-    Attributes:
-        routing: Every expert's share of the routed places, the mean over layers, (num_experts,).
-        experts_alone: Perplexity of every expert as a dense model, (num_experts,).
-    """
-
-    samples: int
-    targets: int
-    perplexity: float
-    routing: list[float] = Field(min_length=1)
-    experts_alone: list[float] | None = None
-    best_expert_per_sample: float | None = None
-    control_perplexity: float | None = None
-
-
-class OtherModel(Part):
-    """Has the results of another model on the same text."""
-
-    model: str
-    perplexity: float
-    groups: dict[str, float] = Field(default_factory=dict)
-
-
-class Evaluation(Part):
-    """Keeps what `upit-merge evaluate --card` measured.
-
-    Attributes:
-        data: What the text is called.
-        whole: The name of the group of all samples.
-        by_layer: Share of the routed places over all text, (num_layers, num_experts).
-        dead_places: Experts with less than a tenth of an even share, counted in every layer.
-        estimated: Whether the single experts' perplexities are losses to first order.
-    """
-
-    data: str
-    whole: str
-    groups: dict[str, GroupResult]
-    by_layer: Matrix = Field(min_length=1)
-    dead_places: int
-    entropy: dict[str, float]
-    agreement: dict[str, float] | None = None
-    estimated: bool = False
-    others: list[OtherModel] = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _has_its_parts(self) -> Evaluation:
-        if self.whole not in self.groups:
-            raise ValueError("has no group of all samples")
-        rows = [*self.by_layer, *(group.routing for group in self.groups.values())]
-        if len({len(row) for row in rows}) != 1:
-            raise ValueError("has rows of several lengths")
-        return self
-
-    @property
-    def kinds(self) -> dict[str, GroupResult]:
-        """Return the groups that are kinds of text; all text, if it is of one kind."""
-        kinds = {name: group for name, group in self.groups.items() if name != self.whole}
-        return kinds or dict(self.groups)
 
 
 class OwnersCard(Part):

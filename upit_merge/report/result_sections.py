@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from upit_merge.errors import counted
 from upit_merge.report.document import (
     BucketRow,
-    Evaluation,
     Extension,
-    GroupResult,
     PostTraining,
     Report,
     Router,
     Shrinking,
 )
-from upit_merge.report.markdown import amount, best_in_bold, code, escaped, picture, table
+from upit_merge.report.evaluation_record import Evaluation
+from upit_merge.report.evaluation_tables import markdown_comparison
+from upit_merge.report.markdown import (
+    amount,
+    best_in_bold,
+    code,
+    escaped,
+    fenced,
+    picture,
+    table,
+    without_local_paths,
+)
 from upit_merge.report.plots import POST_TRAINING, ROUTING
-from upit_merge.report.verdict import evaluation_verdict
+from upit_merge.report.verdict import evaluation_verdict, hardly_used_sentence
 
-# A bound, and no model.
-_ORACLE = "the best expert of each sample"
 _TRAINED = {
     "all": "with all its weights",
     "ffn": "in its experts and gates",
@@ -178,8 +185,9 @@ def evaluation_section(report: Report, pictures: Collection[str]) -> str:
     parts = [
         f"Perplexity on {counted(whole.samples, 'held-out sample')} of {escaped(found.data)} "
         f"({counted(whole.targets, 'predicted token')}); lower is better.",
-        _perplexities(found),
-        evaluation_verdict(found),
+        markdown_comparison(found),
+        evaluation_verdict(found, escaped),
+        _instead(found),
         _experts_alone(found),
     ]
     if ROUTING in pictures:
@@ -188,73 +196,26 @@ def evaluation_section(report: Report, pictures: Collection[str]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _perplexities(found: Evaluation) -> str:
-    """Tabulate the models, in a column per kind of text and one for all of it."""
-    names = _columns(found)
-    groups = {name: found.groups[name] for name in names}
-    rows: list[tuple[str, list[float | None]]] = [
-        ("this mixture", [group.perplexity for group in groups.values()])
-    ]
-    rows += _compared(found, groups)
-    rows += [
-        (
-            escaped(other.model),
-            [other.groups.get(n, _of_all(other.perplexity, n, found)) for n in names],
-        )
-        for other in found.others
-    ]
-    return _perplexity_table("model", names, rows)
-
-
-def _columns(found: Evaluation) -> list[str]:
-    """Return the names of the kinds of text, and last that of all of it."""
-    return [*(name for name in found.groups if name != found.whole), found.whole]
-
-
-def _perplexity_table(
-    title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]]
-) -> str:
-    no_models = [number for number, (name, _) in enumerate(rows) if name.startswith(_ORACLE)]
-    cells = best_in_bold([values for _name, values in rows], no_models)
-    lines = [[name, *row] for (name, _values), row in zip(rows, cells, strict=True)]
-    return table([title, *(f">{escaped(name)}" for name in names)], lines)
+def _instead(found: Evaluation) -> str:
+    """Show the recipe of the dense model that is the better thing, if it is one that has one."""
+    if found.worth is None or not found.worth.recipe:
+        return ""
+    recipe = fenced(without_local_paths(found.worth.recipe), "yaml")
+    return f"mergekit's recipe of that:\n\n{recipe}"
 
 
 def _experts_alone(found: Evaluation) -> str:
     """Tabulate the experts, each as a dense model; nothing if they were not measured."""
-    names = _columns(found)
+    names = found.columns
     columns = [found.groups[name].experts_alone for name in names]
     if any(column is None for column in columns) or len(columns[-1] or []) < 2:
         return ""
-    rows = [
-        (str(expert), list(values))
-        for expert, values in enumerate(zip(*filter(None, columns), strict=True))
-    ]
+    rows = list(zip(*filter(None, columns), strict=True))
+    cells = best_in_bold(rows)
     how = ", estimated to first order" if found.estimated else ""
-    text = _perplexity_table(">expert", names, rows)
+    lines = [[str(expert), *values] for expert, values in enumerate(cells)]
+    text = table([">expert", *(f">{escaped(name)}" for name in names)], lines)
     return f"Every token through one expert alone{how}:\n\n{text}"
-
-
-def _of_all(value: float, name: str, found: Evaluation) -> float | None:
-    return value if name == found.whole else None
-
-
-def _compared(
-    found: Evaluation, groups: dict[str, GroupResult]
-) -> Iterator[tuple[str, list[float | None]]]:
-    """Yield what the mixture is compared with, as far as it was computed."""
-    members = list(groups.values())
-    if any(group.control_perplexity is not None for group in members):
-        yield "gates fitted to shuffled buckets", [g.control_perplexity for g in members]
-    alone = found.groups[found.whole].experts_alone
-    how = " (estimated)" if found.estimated else ""
-    if alone is not None:
-        best = alone.index(min(alone))
-        cells = [g.experts_alone[best] if g.experts_alone else None for g in members]
-        yield f"expert {best} alone, the best of them{how}", cells
-    if any(group.best_expert_per_sample is not None for group in members):
-        cells = [g.best_expert_per_sample for g in members]
-        yield f"{_ORACLE}{how}", cells
 
 
 def _routing_in_words(found: Evaluation) -> str:
@@ -276,6 +237,8 @@ def _routing_sentences(found: Evaluation) -> Iterator[str]:
         f"Of {places} experts in {len(found.by_layer)} layers, {found.dead_places} get less than a "
         "tenth of an even share."
     )
+    if idle := hardly_used_sentence(found):
+        yield idle
     if found.agreement is not None and {"first", "chance"} <= found.agreement.keys():
         yield (
             f"The expert that predicts a sample best is the first choice for "

@@ -1,68 +1,81 @@
-"""What an evaluation says in words: is the mixture better than what it was compared with?"""
+"""What an evaluation says in words: is the mixture worth its bytes?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
-from upit_merge.report.document import Evaluation
-from upit_merge.report.markdown import escaped
+from upit_merge.errors import runs
+from upit_merge.report.evaluation_record import Evaluation, Paired
+from upit_merge.router.paired import Gain
 
-_SAME = 0.002  # relative difference of perplexities that is none
+_NOT_MEASURED = (
+    "Whether the mixture is worth its bytes was not measured: `upit-merge evaluate` compares it "
+    "with the dense models that can be made of the same checkpoints, unless --no-rivals is given."
+)
 
 
-def evaluation_verdict(found: Evaluation) -> str:
-    """Return one paragraph: the mixture beside its experts, a shuffled router and other models."""
-    whole = found.groups[found.whole]
-    sentences = [
-        f"The mixture's perplexity is {', '.join(told)}." for told in [[*_told(found)]] if told
-    ]
-    if not found.others:
-        sentences.append(
-            "Whether it is worth its size, only other models on the same text can tell: the average "
-            "of its checkpoints, or a dense model that was trained on all of the data."
-        )
-        return " ".join(sentences)
-    best = min(found.others, key=lambda other: other.perplexity)
-    name = f'"{escaped(best.model)}"'
-    if whole.perplexity < best.perplexity * (1 - _SAME):
-        sentences.append("Over all of this text it is the best of the models compared.")
-    elif whole.perplexity > best.perplexity * (1 + _SAME):
-        sentences.append(f"Over all of this text {name} is the better model.")
-    else:
-        sentences.append(f"Over all of this text {name} is as good.")
-    if better := [*_better_on_a_kind(found)]:
-        sentences.append(f"By kind: {', '.join(better)}.")
+def evaluation_verdict(found: Evaluation, quoted: Callable[[str], str] = str) -> str:
+    """Return one paragraph: is the mixture worth its bytes, and what could not be compared.
+
+    Args:
+        quoted: Makes text with names in it, which come from elsewhere, fit to be shown.
+    """
+    if found.worth is None:
+        return " ".join([_NOT_MEASURED, *_of_earlier(found, quoted)])
+    sentences = [quoted(found.worth.verdict), *_of_earlier(found, quoted)]
+    if found.worth.left_out:
+        sentences.append(quoted(found.worth.left_out))
     return " ".join(sentences)
 
 
-def _better_on_a_kind(found: Evaluation) -> Iterator[str]:
-    """Yield the kinds of text on which another model is better, and which."""
-    for kind, group in found.kinds.items():
-        if kind == found.whole:
-            continue
-        others = {f'"{escaped(o.model)}"': o.groups[kind] for o in found.others if kind in o.groups}
-        for expert, value in enumerate(group.experts_alone or []):
-            others[f"expert {expert} alone"] = value
-        best = min(others, key=others.__getitem__, default=None)
-        if best is not None and others[best] < group.perplexity * (1 - _SAME):
-            yield f"on {escaped(kind)} {best} is better"
+def _of_earlier(found: Evaluation, quoted: Callable[[str], str]) -> Iterator[str]:
+    """Yield that a model is better which an earlier call has measured on the same text."""
+    ours = found.groups[found.whole].perplexity
+    better = [other for other in found.earlier_others if other.perplexity < ours]
+    if better:
+        best = min(better, key=lambda other: other.perplexity)
+        told = gain_in_words(best)
+        yield (
+            f'Of the models that were measured on the same text before, "{quoted(best.model)}" has '
+            f"a lower perplexity{f' (the mixture is {told})' * bool(told)}."
+        )
 
 
-def _told(found: Evaluation) -> Iterator[str]:
-    whole = found.groups[found.whole]
-    if whole.experts_alone and len(whole.experts_alone) > 1:
-        best = min(range(len(whole.experts_alone)), key=whole.experts_alone.__getitem__)
-        about = "about " if found.estimated else ""
-        change = _change(whole.perplexity, whole.experts_alone[best])
-        yield f"{about}{change} that of the best of its experts alone ({best})"
-    if whole.control_perplexity is not None:
-        yield f"{_change(whole.perplexity, whole.control_perplexity)} with a shuffled router"
-    for other in sorted(found.others, key=lambda other: other.perplexity)[:3]:
-        yield f'{_change(whole.perplexity, other.perplexity)} that of "{escaped(other.model)}"'
+def gain_in_words(paired: Paired) -> str:
+    """Return how much lower the mixture's perplexity is, with the margin of error; or nothing."""
+    if paired.gain is None:
+        return ""
+    error = math.inf if paired.error is None else paired.error
+    return str(Gain(paired.gain, math.nan, error, paired.samples))
 
 
-def _change(value: float, reference: float) -> str:
-    share = value / reference - 1
-    if abs(share) < _SAME:
-        return "as high as"
-    return f"{abs(share):.1%} {'lower' if share < 0 else 'HIGHER'} than"
+def hardly_used_sentence(found: Evaluation, folder: str = "", seeds: str = "") -> str:
+    """Return which experts the gates hardly use, and what dropping them would save; or nothing.
+
+    Args:
+        folder, seeds: The mixture and seed data, as they are to stand in the command.
+    """
+    idle = found.hardly_used
+    if idle is None or not idle.experts:
+        return ""
+    few, left = len(idle.experts) == 1, len(found.by_layer[0]) - len(idle.experts)
+    words = [
+        "upit-merge shrink",
+        folder,
+        f"--experts {left} --how drop",
+        seeds and f"--data {seeds}",
+    ]
+    return (
+        f"{'Expert' if few else 'Experts'} {runs(sorted(idle.experts))} "
+        f"{'gets' if few else 'get'} less than a tenth of an even share of the tokens, mean over "
+        f"the layers: leaving out {'it' if few else 'them'} would save {_size(idle.bytes)} "
+        f"(`{' '.join(filter(None, words))}`)."
+    )
+
+
+def _size(num_bytes: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.3g} {name}"
+    return f"{num_bytes / 1e3:.3g} kB"

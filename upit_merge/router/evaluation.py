@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.assembled import AssembledMixture, HandedCallback, RoutingCallback
-from upit_merge.engine.hidden_states import Batch, PackedStates
+from upit_merge.engine.hidden_states import Batch, PackedStates, Stream
+from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError, one_line
 from upit_merge.router.buckets import Buckets
-from upit_merge.router.counts import RoutingCounts
+from upit_merge.router.counts import DEAD_SHARE, RoutingCounts
 from upit_merge.router.stage import RouterStage
+from upit_merge.router.worth import Rival, Worth
 
 ALL = "all"  # the name of the group of all samples, unless a group has it
 
@@ -92,6 +95,11 @@ class Groups:
             members[whole] = list(range(len(samples)))
         return cls(members, whole)
 
+    @property
+    def kinds(self) -> dict[str, list[int]]:
+        """The kinds of text, without all of it."""
+        return {name: rows for name, rows in self.members.items() if name != self.whole}
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -104,7 +112,8 @@ class Evaluation:
         routing: What the router did.
         buckets: Which expert, as a dense model, predicts a sample best; None if not asked for.
         control: Like `sums`, with gates fitted to shuffled buckets.
-        rivals: Like `sums`, of other models, by name.
+        rivals: Models that one could have in the mixture's place.
+        mixture_bytes, expert_bytes: What the mixture takes on disk, and one of its experts.
     """
 
     samples: Sequence[TokenizedSample]
@@ -113,7 +122,26 @@ class Evaluation:
     routing: Routing
     buckets: Buckets | None = None
     control: Tensor | None = None
-    rivals: Mapping[str, Tensor] = field(default_factory=dict)
+    rivals: Sequence[Rival] = ()
+    mixture_bytes: int = 0
+    expert_bytes: int = 0
+
+    @cached_property
+    def worth(self) -> Worth | None:
+        """Whether the mixture is worth its bytes; None if it was compared with nothing."""
+        if not self.rivals:
+            return None
+        targets = [sample.num_targets for sample in self.samples]
+        idle = len(self.routing.first[0, 0]) - 1  # of its experts a dense model has one
+        return Worth.of(
+            self.sums,
+            torch.tensor(targets, dtype=torch.float64),
+            self.rivals,
+            self.groups.kinds,
+            bytes_ours=self.mixture_bytes,
+            bytes_dense=self.mixture_bytes - idle * self.expert_bytes,
+            ours_kind="mixture",
+        )
 
     def perplexity(self, members: Sequence[int], sums: Tensor | None = None) -> float:
         """Return exp of the mean over all target tokens of some samples."""
@@ -128,6 +156,11 @@ class Evaluation:
     def dead(self) -> list[tuple[int, int]]:
         """Return (layer, expert) where an expert gets less than a tenth of an even share."""
         return self.routing.counts(range(len(self.samples))).dead()
+
+    def hardly_used(self) -> list[int]:
+        """Return the experts whose share, mean over the layers, is under a tenth of an even one."""
+        shares = self.shares(range(len(self.samples))).mean(0)
+        return (shares < DEAD_SHARE / len(shares)).nonzero().flatten().tolist()
 
     def agreement(self) -> dict[str, float] | None:
         """Measure how often the router's choice is the expert that predicts the sample best.
@@ -198,17 +231,28 @@ class Evaluation:
         if (agreement := self.agreement()) is not None:
             assert self.buckets is not None
             report |= {"agreement": agreement, "buckets": self.buckets.to_report()}
-        if self.rivals:
-            report["others"] = [self._rival_report(name) for name in self.rivals]
+        if idle := self.hardly_used():
+            saved = len(idle) * self.expert_bytes
+            report["hardly_used"] = {"experts": idle, "bytes": saved}
+        if self.worth is not None:
+            report["worth"] = self.worth.to_report()
+        if others := [rival for rival in self.rivals if rival.kind == "other"]:
+            report["others"] = [self._other_report(rival) for rival in others]
         return report
 
-    def _rival_report(self, name: str) -> dict[str, Any]:
-        sums = self.rivals[name]
-        found = {group: self.perplexity(m, sums) for group, m in self.groups.members.items()}
-        whole = found.pop(self.groups.whole, None)
-        if whole is None:  # there is one kind of text, which is all
-            (whole,) = found.values()
-        return {"model": name, "perplexity": whole, "groups": found}
+    def _other_report(self, rival: Rival) -> dict[str, Any]:
+        assert self.worth is not None
+        members, whole = self.groups.members, self.groups.whole
+        found = {group: self.perplexity(m, rival.sums) for group, m in members.items()}
+        gain = self.worth.gain(rival)
+        return {
+            "model": rival.name,
+            "perplexity": found.pop(whole) if whole in found else next(iter(found.values())),
+            "groups": found,
+            "gain": gain.nats,
+            "error": gain.error if math.isfinite(gain.error) else None,
+            "samples": gain.samples,
+        }
 
 
 @contextlib.contextmanager
@@ -282,6 +326,44 @@ def run_mixture(
         )
     routing.summed(stage.processes.total)
     return sums, routing
+
+
+def run_expert(stage: RouterStage, expert: int) -> Tensor:
+    """Push all samples through one expert, or the mean of all (`MEAN`), as a dense model.
+
+    Returns:
+        Summed negative log-likelihood of each sample's targets, float64, (num_samples,).
+
+    Raises:
+        UpitError: a loss is NaN or infinite.
+    """
+    # The batches of a sweep of all experts: a sample's last bits depend on its neighbours.
+    stream = Stream(expert, stage.stream(0, stage.everything).batches)
+    tokens = sum(stage.lengths[index] for index in stream.samples)
+    head = stage.effort.head * stage.targets(stream.samples)
+    with (
+        stage.states([stream]) as states,
+        stage.bar(tokens * stage.model.num_layers + head, "a dense model") as bar,
+    ):
+        samples = stage.seeds.samples
+        stage.model.sweep(samples, [stream], states, on_progress=bar.advance)
+        on_targets = bar.part(stage.effort.head)
+        losses = stage.model.losses(samples, states, on_progress=on_targets)
+        sums = stage.processes.total(losses).sum(1)
+    if not sums.isfinite().all():
+        raise UpitError(
+            f"The experts of {stage.model.moe.label} give NaN or infinite losses; its weights are "
+            "broken, or overflow: make it with dtype: bfloat16."
+        )
+    return sums
+
+
+def disk_bytes(model: LayerwiseMixture) -> tuple[int, int]:
+    """Return what a mixture takes on disk, and one of its experts over all layers."""
+    specs = model.moe.specs.values()
+    names = set(model.architecture.expert_names([0]))
+    of_expert = sum(spec.num_bytes for spec in specs if spec.name in names)
+    return sum(spec.num_bytes for spec in specs), of_expert
 
 
 def rows(evaluation: Evaluation) -> Iterator[tuple[str, list[float]]]:

@@ -162,7 +162,7 @@ def spread(stage: RouterStage) -> list[int]:
 def dense_rivals(
     models: DenseModels,
     stage: RouterStage,
-    losses: SampleLosses,
+    losses: SampleLosses | None,
     *,
     known: Sequence[int] | None = None,
     allowance: float = math.inf,
@@ -178,7 +178,8 @@ def dense_rivals(
         models: What they are made of.
         stage: Has the samples and the mixture, and says how it is computed.
         losses: Of the checkpoints' FFNs on the mixture's backbone, infinite where unknown, see
-            `exact_part`.
+            `exact_part`; to first order they only say which are promising. None if no checkpoint
+            is to be measured alone.
         known: Samples that the mixture's own losses are known of; all if not given.
         allowance: Sweeps of one sample through a dense model that may be spent.
         random: Try the stage's mixture with random gates, too.
@@ -186,7 +187,7 @@ def dense_rivals(
     count = len(models.checkpoints)
     blendable = count > 1 and models.fit(models.whole[1:])
     with_sum = blendable and models.fit(models.whole)
-    singles = not models.one_mixture
+    singles = losses is not None and (not models.one_mixture or losses.is_estimated)
     order = spread(stage)
     ration = rationed(
         order,
@@ -198,10 +199,10 @@ def dense_rivals(
     )
     measured = _Measured(models, stage)
     rivals = []
-    if singles:
+    chosen: list[int] = []
+    if losses is not None and singles:
         chosen = _promising(losses, ration.singles)
-    else:
-        chosen = []
+    elif losses is not None:
         sums = losses.sums.sum(2)
         for index, model in enumerate(models.checkpoints):
             own = torch.where(sums[:, index].isfinite(), sums[:, index], torch.nan)
