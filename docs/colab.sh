@@ -120,7 +120,8 @@ YAML
 # %% [markdown]
 # ## Is it worth it?
 #
-# How alike the checkpoints are, what the merge will need, and what choosing among them could gain.
+# How alike the checkpoints are, what the merge will need, and whether choosing among them would be
+# better than the best dense model that can be made of them.
 
 # %%
 upit-merge plan recipe.yml out/ --data seed.jsonl --device auto

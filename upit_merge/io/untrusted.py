@@ -8,6 +8,7 @@ which names of files and tensors are taken. What only one reader needs stays bes
 * `io/safetensors_file.py`: headers that promise more than the file holds, or shapes without end;
 * `io/pickle_file.py`: pickles of nothing but tensors, unpickled with `weights_only`;
 * `io/checkpoint.py`: pickles only if the user allows them, every tensor the index promises;
+* `io/trainer_state.py`: notes of a trainer, of which only numbers are taken, and none is needed;
 * `io/leavings.py`: folders of other programs, of which only names are looked at;
 * `io/hub.py`: which files are downloaded: code and pickles only if the user allows them;
 * `config/yaml_file.py`, `config/explain.py`: YAML without tags that run code, aliases and merge

@@ -22,10 +22,9 @@ from upit_merge.merge.inputs import Inputs
 from upit_merge.merge.rate_signs import rate_sentences
 from upit_merge.merge.similarity import cosine, squared_distance
 
-# Cosine from which deltas count as nearly parallel. Neighbours in the runs of our benchmarks, the
-# best and the worst mixtures alike, stay below 0.91; at 0.95 a twentieth of their squared length
-# is what tells two deltas apart (docs/method.md has what is then left to gain).
-PARALLEL = 0.95
+# Cosine from which deltas count as nearly parallel. Neighbours in the runs of our benchmarks stay below
+# 0.91; pulled together until it is 0.99, little is left for a choice to gain (docs/method.md).
+PARALLEL = 0.99
 # And up to which nearly orthogonal: fine-tunes on unlike text had 0.007 to 0.096.
 ORTHOGONAL = 0.1
 # Longest through shortest delta, up to which all count as of like length.

@@ -43,15 +43,24 @@ class Ration:
 
     Attributes:
         scale: Those that the scale of the sum is chosen on, none if there is no sum.
-        judged: Those that dense models are compared on; none of the former.
+        left: Those that dense models can be compared on, none of the former, the first first.
         random: Those that random gates are tried on.
         singles: How many checkpoints are measured as themselves.
+        rest: Sweeps of one sample that are left for them and the blends.
     """
 
     scale: list[int]
-    judged: list[int]
+    left: list[int]
     random: list[int]
     singles: int
+    rest: float
+
+    def judged(self, blends: int) -> list[int]:
+        """Return the samples that so many blends, and the single checkpoints, are compared on."""
+        if not math.isfinite(self.rest):
+            return sorted(self.left)
+        each = self.rest / max(1, blends + self.singles)
+        return sorted(self.left[: max(0, int(each))])
 
 
 def rationed(
@@ -87,7 +96,8 @@ def rationed(
     scale = sorted(last_first, key=lambda index: index in whole)[:count]
     left = [index for index in order if index in whole and index not in set(scale)]
     if not math.isfinite(allowance):
-        return Ration(sorted(scale), sorted(left), sorted(known) if mixture else [], 2 * singles)
+        tried = sorted(known) if mixture else []
+        return Ration(sorted(scale), left, tried, 2 * singles, math.inf)
     random: list[int] = []
     if mixture:
         affordable = min(_MOST_RANDOM, int(_FOR_RANDOM * allowance / mixture))
@@ -95,9 +105,7 @@ def rationed(
         random = random if len(random) >= _FEWEST_RANDOM else []
     rest = allowance - len(_POINTS) * len(scale) - mixture * len(random)
     alone = 2 if rest / (blends + 2) >= _FOR_SECOND else 1
-    models = blends + alone * singles
-    judged = left[: max(0, int(rest / max(1, models)))]
-    return Ration(sorted(scale), sorted(judged), sorted(random), alone * singles)
+    return Ration(sorted(scale), left, sorted(random), alone * singles, rest)
 
 
 def exact_part(stage: RouterStage, losses: SampleLosses, allowance: float) -> SampleLosses:
@@ -211,16 +219,17 @@ def dense_rivals(
     scale = None
     if ration.scale:
         scale, average = _best_scale(measured, ration.scale, exhaustive=math.isinf(allowance))
+    blends = [models.average] * blendable
+    if scale is not None:
+        blends.append(models.summed(scale))
+    judged_on = ration.judged(len(blends))
     # A checkpoint that nothing was chosen by can be judged on all samples.
-    alone = ration.judged if math.isfinite(allowance) else order
+    alone = judged_on if math.isfinite(allowance) else order
     for index in chosen:
         (own,) = measured.losses([models.single(index)], alone, "single")
         name = _single_name(index, models.checkpoints[index].label)
         rivals.append(Rival("single", name, own, _of(index)))
-    blends = [models.average] * blendable
-    if scale is not None:
-        blends.append(models.summed(scale))
-    found = measured.losses(blends, ration.judged, "rivals")
+    found = measured.losses(blends, judged_on, "rivals")
     if blendable:
         judged = found.pop(0)
         both = torch.where(judged.isfinite(), judged, average)

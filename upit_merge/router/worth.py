@@ -209,7 +209,8 @@ class Worth:
 
     @property
     def _times(self) -> str:
-        return f"{self.bytes_ours / max(1, self.bytes_dense):.2g} times the bytes"
+        times = self.bytes_ours / max(1, self.bytes_dense)
+        return f"{times:{'.0f' if times >= 10 else '.2g'}} times the bytes"
 
     def _worth(self, name: str, _rival: Rival, gain: Gain) -> str:
         told = (
