@@ -4,6 +4,7 @@ python -m benchmarks.paper --folder F                  # everything, three seeds
 python -m benchmarks.paper --folder F --write          # … and tables and plots into benchmarks/
 python -m benchmarks.paper --folder F --only UpIT "vanilla upcycling" --seeds 0
 python -m benchmarks.paper --folder F --sweep          # only the learning rates, which come first
+python -m benchmarks.paper --folder F --head-start     # ways of post-training, at the scale's rates
 python -m benchmarks.paper --folder G --scale gpu --device cuda --workers 1
 
 Four domains of text, a small Llama, checkpoints of fine-tuning, and from there dense models and
