@@ -4,6 +4,7 @@ python -m benchmarks.paper --folder F                  # everything, three seeds
 python -m benchmarks.paper --folder F --write          # … and tables and plots into benchmarks/
 python -m benchmarks.paper --folder F --only UpIT "vanilla upcycling" --seeds 0
 python -m benchmarks.paper --folder F --sweep          # only the learning rates, which come first
+python -m benchmarks.paper --folder F --head-start     # ways of post-training, at the scale's rates
 python -m benchmarks.paper --folder G --scale gpu --device cuda --workers 1
 
 Four domains of text, a small Llama, checkpoints of fine-tuning, and from there dense models and
@@ -19,11 +20,12 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.paper.arms import ARMS, Arm
+from benchmarks.paper.head_start import NAME, final_jobs, head_start_tables, tried_jobs
 from benchmarks.paper.jobs import claim_folder, jobs_for, run_job
 from benchmarks.paper.results import Results
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.sweep import chosen, sweep_jobs, sweep_table
-from benchmarks.paper.tables import all_tables, print_tables, write_section
+from benchmarks.paper.tables import all_tables, print_tables, replace_section, write_section
 from benchmarks.paper.workers import run_jobs
 from upit_merge.errors import UpitError
 from upit_merge.runtime.device import resolve_device
@@ -55,6 +57,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms, by name")
     parser.add_argument("--sweep", action="store_true", help="only choose the learning rates")
+    parser.add_argument(
+        "--head-start", action="store_true", help="only: can training keep the router's gain?"
+    )
     parser.add_argument("--write", action="store_true", help="write tables and plots of all seeds")
     parser.add_argument("--tables", action="store_true", help="only what is there already")
     return parser.parse_args()
@@ -67,8 +72,19 @@ def main() -> None:
         arms = chosen_arms(options.only)
         resolve_device(options.device)
         claim_folder(options.folder, scale)
+        folder, device, workers = options.folder, options.device, options.workers
+        if options.head_start:
+            work = partial(run_job, folder, scale, device=device)
+            if not options.tables:
+                run_jobs(folder, tried_jobs(scale), work, workers)
+                run_jobs(folder, final_jobs(options.seeds), work, workers)
+            tables = head_start_tables(folder, scale, options.seeds)
+            for table in tables:
+                table.print()
+            if options.write:
+                replace_section(BENCHMARKS / "README.md", NAME, tables)
+            return
         if not options.tables:
-            folder, device, workers = options.folder, options.device, options.workers
             run_jobs(
                 folder, sweep_jobs(scale), partial(run_job, folder, scale, device=device), workers
             )

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from benchmarks.paper.schedules import Schedule
+
 EXPERTS = 8
 CHECKPOINTS = {  # of the eight of stage 1, by number
     "last half": (5, 6, 7, 8),
@@ -45,6 +47,9 @@ class Arm:
         checkpoints: Which ones the recipe names; the mean takes the same.
         of_mean: The recipe's only model is the mean of those.
         curve: Measure perplexity on the way too.
+        schedule: How it is trained on.
+        kept: Folder of the seed in which the mixture is kept before it is trained, for arms that
+            are trained from the same one.
     """
 
     name: str
@@ -56,6 +61,8 @@ class Arm:
     checkpoints: str = "last half"
     of_mean: bool = False
     curve: bool = False
+    schedule: Schedule = field(default_factory=Schedule)
+    kept: str = ""
 
 
 def upit(name: str, experts: int = EXPERTS, **options: Any) -> Arm:
@@ -76,6 +83,8 @@ DENSE, VANILLA, UPIT = "dense, 2 + 2 epochs", "vanilla upcycling", "UpIT"
 WELL_MIXED = Stage1(mixed=True)
 SHARES = (0.1, 0.5)
 
+UPIT_ARM = upit(UPIT, curve=True, kept=UPIT)
+
 MAIN = [
     Arm("base model", "base", epochs=0),
     Arm("dense, 2 epochs", "last", epochs=0),
@@ -86,7 +95,7 @@ MAIN = [
     vanilla(VANILLA, curve=True),
     vanilla("vanilla upcycling of the mean", checkpoints="last half", of_mean=True),
     vanilla("Drop-Upcycling", parameters={"reinitialise": 0.5}),
-    upit(UPIT, curve=True),
+    UPIT_ARM,
 ]
 ABLATIONS = [
     Arm("random gates", "moe", parameters={"num_experts": EXPERTS}, curve=True),

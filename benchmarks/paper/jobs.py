@@ -7,12 +7,13 @@ last, so that a job that was killed is done again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ from upit_merge.io.text_file import write_json
 BASE = "base"
 SHARED = -1  # in place of a seed: what all of them start from
 CORPUS = "corpus.json"
-CURVE = (0.1, 0.25, 0.5, 0.75)  # of post-training, where curves have points beside both ends
+# Of post-training, where curves have points beside both ends.
+CURVE = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75)
 # A mixed visit has as many rows of every domain: three of four domains are elsewhere.
 EVEN_REPLAY = 0.75
 
@@ -198,8 +200,8 @@ class SeedRun:
         """Train the model, in the order that all arms of a seed share.
 
         Returns:
-            `training` (seconds), `tokens`, `rate`; and `curve`, perplexities by share of the
-            training done, if the arm asks for it.
+            `training` (seconds), `tokens`, `rate`; and `curve`, perplexities on a part of the
+            held-out text by share of the training done, if the arm asks for it.
         """
         if not arm.epochs:
             return {"training": 0.0, "tokens": 0}
@@ -207,18 +209,24 @@ class SeedRun:
             rates = self.scale.rates
             rate = rates.mixture if arm.start == "moe" else rates.dense
         curve: list[tuple[float, list[float]]] = []
+        part = replace(
+            corpus, heldout=[texts[:: self.scale.curve_every] for texts in corpus.heldout]
+        )
 
         def look(step: int, steps: int) -> None:
-            if arm.curve and step in {round(share * steps) for share in CURVE}:
-                curve.append((step / steps, self.perplexities(model, corpus)))
+            looked_at = {0, steps, *(max(1, round(share * steps)) for share in CURVE)}
+            if arm.curve and step in looked_at:
+                curve.append((step / steps, self.perplexities(model, part)))
 
         rows = mixed_epochs(data.rows, arm.epochs, torch.Generator().manual_seed(self.seed))
+        look(0, len(rows))
         seconds = train(
             model,
             rows,
             self.scale.batch_size,
-            [rate, rate],
+            arm.schedule.peaks(rate),
             balance=self.scale.balance,
+            schedule=arm.schedule,
             after_step=look,
         )
         found: Result = {"training": seconds, "tokens": rows.numel(), "rate": rate}
@@ -236,11 +244,20 @@ class SeedRun:
             return self.load(checkpoints[-1])
         if arm.start == "mean":
             return average_model(checkpoints).to(self.device)
+        kept = self.folder / "mixtures" / arm.kept
+        if arm.kept and kept.is_dir():
+            return self.load(kept)
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             if arm.of_mean:
                 mean = Path(scratch) / "mean"
                 checkpoints = [save(mean, average_model(checkpoints), self.tokenizer())]
-            return self.load(self.merged(arm, checkpoints, data, Path(scratch)))
+            mixture = self.merged(arm, checkpoints, data, Path(scratch))
+            model = self.load(mixture)
+            if arm.kept:
+                kept.parent.mkdir(exist_ok=True)
+                with contextlib.suppress(OSError):  # another worker was first
+                    mixture.rename(kept)
+            return model
 
     def merged(
         self, arm: Arm, checkpoints: Sequence[Path], data: TuningData, scratch: Path

@@ -58,16 +58,12 @@ def draw_arms(axes: Any, results: Results) -> None:
 
 
 def draw_curves(axes: Any, results: Results) -> None:
-    """Perplexity, mean over the seeds, against tokens of post-training."""
+    """Perplexity on a part of the text, mean over the seeds, against tokens of post-training."""
     for name, colour in COLOURS.items():
         found = results.arms.get(name, [])
         if not found or "curve" not in found[0]:
             continue
-        curves = [
-            [(0.0, result["before"]), *result["curve"], (1.0, result["perplexity"])]
-            for result in found
-        ]
-        points = list(zip(*curves, strict=True))
+        points = list(zip(*(result["curve"] for result in found), strict=True))
         share = [seeds[0][0] for seeds in points]
         values = [mean(geometric_mean(domains) for _, domains in seeds) for seeds in points]
         tokens = [part * found[0]["tokens"] / 1000 for part in share]

@@ -31,6 +31,7 @@ class Scale:
         sweep: Rates to choose from, for further training of dense models and of mixtures.
         balance: Weight of the load-balancing loss (`router_aux_loss_coef`).
         seed_samples: Of every domain, for the router.
+        curve_every: Perplexity on the way is that of every n-th held-out document, this n.
         problems: Held-out arithmetic problems whose answers are generated.
     """
 
@@ -49,6 +50,7 @@ class Scale:
     sweep: tuple[float, ...] = ()
     balance: float = 0.01
     seed_samples: int = 60
+    curve_every: int = 3
     problems: int = 400
 
     @property

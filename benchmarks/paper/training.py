@@ -14,10 +14,16 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 from benchmarks.paper.data import Corpus, TuningData, visits
 from benchmarks.paper.scales import Scale
+from benchmarks.paper.schedules import (
+    Schedule,
+    adamw_by_part,
+    balance_towards,
+    freeze,
+    natural_shares,
+)
 from upit_merge.demo.training import (
     TOKENIZER_DOCUMENTS,
     adamw,
-    learning_rate_cycle,
     model_config,
     pack,
     save,
@@ -29,6 +35,7 @@ from upit_merge.training.trainable import routers
 
 # After each quarter of an epoch a checkpoint, as in the paper: with four domains, after each visit.
 STAGE1_EPOCHS = 2
+MEASURED_ROWS = 96  # of what a mixture is trained on, for its experts' natural shares
 # What the base knows; fine-tuning brings the others. Arithmetic is among it, as a base model of the
 # paper can count: learned from the fine-tuning data alone, exact match would stay at nothing.
 BASE_DOMAINS = ("docs", "arithmetic")
@@ -41,6 +48,7 @@ def train(
     peaks: Sequence[float],
     *,
     balance: float = 0.0,
+    schedule: Schedule | None = None,
     optimizer: Optimizer | None = None,
     after_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> float:
@@ -49,26 +57,40 @@ def train(
     Args:
         model: A dense model, or a mixture, whose gates and experts are all trained.
         rows: [rows, context]; the last batch may be smaller.
-        peaks: Highest learning rates of the FFN (gates and experts) and of all else.
+        peaks: Highest learning rates of the optimiser's groups: without a schedule, of the FFN and
+            of all else.
         balance: Weight of a mixture's load-balancing loss, as in `upit-merge finetune`.
+        schedule: What is held back at first and what is balanced; its groups are `PARTS`.
         optimizer: To go on with; a new AdamW unless given.
         after_step: Told how many of how many steps are done; its time is not counted.
     """
-    optimizer = optimizer or adamw(model)
+    optimizer = optimizer or (adamw(model) if schedule is None else adamw_by_part(model))
+    plan = schedule or Schedule()
     mixture: dict[str, Any] = {}
+    shares: list[Tensor] = []
     if found := routers(model):
         balance_each_layer(model, found, model.config.num_experts_per_tok)
         model.router_aux_loss_coef = 0.0  # that of transformers is not added
         mixture = {"output_router_logits": True}
+        if plan.balance_target == "natural":
+            shares = natural_shares(model, rows[:MEASURED_ROWS], batch_size)
     model.train()
     batches = rows.to(model.device).split(batch_size)
     seconds = 0.0
     for step, batch in enumerate(batches):
         started = time.perf_counter()
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * learning_rate_cycle(step, len(batches))
+            group["lr"] = peak * plan.rate(step, len(batches))
+        if schedule is not None:
+            freeze(optimizer, schedule.frozen(step, len(batches)))
         outputs = model(input_ids=batch, labels=batch, use_cache=False, **mixture)
-        loss = outputs.loss + balance * outputs.aux_loss if mixture else outputs.loss
+        loss = outputs.loss
+        if mixture:
+            even = outputs.aux_loss
+            if shares:
+                chosen = model.config.num_experts_per_tok
+                even = balance_towards(shares, outputs.router_logits, chosen)
+            loss = loss + balance * plan.balance_weight(step, len(batches)) * even
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -22,9 +22,10 @@ from benchmarks.paper.data import (
     symbol_domain,
     visits,
 )
-from benchmarks.paper.jobs import claim_folder, jobs_for, run_job
+from benchmarks.paper.jobs import Job, claim_folder, jobs_for, run_job
 from benchmarks.paper.results import Results
 from benchmarks.paper.scales import SCALES, LearningRates, Scale
+from benchmarks.paper.schedules import Schedule
 from benchmarks.paper.sweep import KINDS, SWEEP_SEED, chosen, sweep_arms, sweep_jobs, sweep_table
 from benchmarks.paper.tables import all_tables, marks, print_tables, write_section
 from benchmarks.paper.verdicts import CONTRADICTED, HELD, NOT_SEEN, OURS, PAPER, judge
@@ -94,6 +95,20 @@ def test_nothing_is_computed_twice(finished: Path) -> None:
     assert before
     assert after
     assert after["perplexity"] == pytest.approx(before["perplexity"], rel=1e-3)
+
+
+def test_schedules_start_from_the_mixture_that_is_kept(finished: Path) -> None:
+    ours = Results.read(finished, SEEDS).arms[UPIT][0]
+    assert [share for share, _ in ours["curve"]][:: len(ours["curve"]) - 1] == [0.0, 1.0]
+    assert (finished / "seed-0" / "mixtures" / UPIT / "config.json").is_file()
+    held_back = Arm("held back", "moe", kept=UPIT, curve=True, schedule=Schedule(gates_frozen=1.0))
+    with torch.random.fork_rng():
+        found = run_job(finished, TINY, Job(0, held_back), "cpu")
+    assert found["before"] == ours["before"]
+    assert found["curve"][0] == tuple(ours["curve"][0])
+    assert found["perplexity"] != ours["perplexity"]
+    # Of every third document: 1 of 3 here, while before and after are of all.
+    assert ours["curve"][0][1] != ours["before"]
 
 
 def test_data_and_tokens_are_equal_for_all_arms(finished: Path) -> None:

@@ -258,9 +258,9 @@ def shrinking_signs(
 
 # A run that goes on learning leaves its base further and further behind.
 _WHY_SHRUNK = (
-    "what the earlier ones have more of is noise of a higher learning rate that has settled since, "
-    "or something that the run has unlearned; give the later ones, unless `upit-merge plan --data` "
-    "says that the earlier ones predict something better"
+    "it has turned back (to text that it saw before, or pulled to the base by weight decay or a "
+    "penalty), or the base is no model that it began with; `upit-merge plan --data` tells which of "
+    "its checkpoints predict anything better"
 )
 
 

@@ -86,7 +86,8 @@ evaluate: {data: ./held-out.jsonl}
     post_train: Name | dict[str, Any] | None = Field(
         None,
         description="Stage 4, training the mixture: keys of `upit-merge finetune`, or a file with "
-        "them. By default 2 epochs with load balancing (0.01). Left out, there is no stage 4.",
+        "them. By default 2 epochs with load balancing (0.01) and no warm-up; `warmup_steps: 0.1` is "
+        "one over a tenth of the steps. Left out, there is no stage 4.",
     )
     baseline: StrictBool | dict[str, Any] = Field(
         False,
