@@ -126,8 +126,8 @@ def test_command_writes_table_json_and_picture(out: Path, tmp_path: Path) -> Non
         "digits",
         "all",
         "mixture",
-        "shuffled router",
-        "best expert per sample",
+        "gates fitted to shuffled buckets",
+        "the best expert of each sample",
     ):
         assert word in result.stdout
     report = json.loads((tmp_path / "e.json").read_text())

@@ -114,15 +114,15 @@ def test_estimated_losses_are_kept_with_their_control_group(
 
 
 def test_only_what_is_missing_is_computed(out: Path, data: Path) -> None:
-    without = evaluated(out, data, "--no-experts")
+    without = evaluated(out, data, "--no-experts", "--no-rivals")
     whole = evaluated(out, data)
     assert "Measured on these samples before, and not computed again: the mixture." in whole[1]
-    assert evaluated(out, data, "--no-experts")[0] == without[0]
+    assert evaluated(out, data, "--no-experts", "--no-rivals")[0] == without[0]
     # Kinds of text are told apart after the measurement.
     grouped = evaluated(out, data, "--group-by", "kind")
     assert grouped[2] == 0
     control = evaluated(out, data, "--control")
-    assert "not computed again: the mixture and its single experts." in control[1]
+    assert "again: the mixture, its single experts and the models beside it." in control[1]
     without_cache()
     afresh = evaluated(out, data, "--control")
     assert afresh[0] == control[0]
@@ -211,7 +211,7 @@ def test_what_cannot_be_trusted_is_measured_in_silence(
 ) -> None:
     first = evaluated(out, data)
     files = list((cache_folder() / "losses").iterdir())
-    assert len(files) == 2
+    assert len(files) == 3  # the mixture, its experts, the models beside it
     for path in files:
         content = path.read_bytes()
         if harm == "cut":

@@ -108,13 +108,15 @@ def test_of_evaluate(moe: Path, data: Path, four: Family) -> None:
     Path("mean").mkdir()
     Path("mean/notes.txt").write_text("")
     words = ["evaluate", moe, "--data", data, "--group-by", "kind", "--sample", "12", "--seed", "3"]
-    first = steps(*words, "--max-length", "20", "--no-experts")
+    beside = steps(*words, "--max-length", "20", "--no-experts")
+    assert not beside.keys() & {"write the average of its experts", "measure that beside it"}
+    first = steps(*words, "--max-length", "20", "--no-experts", "--no-rivals")
     assert "mean-2/" in first["write the average of its experts"]
     for line in first.values():
         said = typed(line, N=3, SEED_DATA=four.seed_file())
         if "--card" in line:
             assert "nothing of it was computed" in said
-    last = steps(*words, "--max-length", "20", "--no-experts")
+    last = steps(*words, "--max-length", "20", "--no-experts", "--no-rivals")
     assert "put this on the card" not in last
     with_card = steps(*words, "--card")
     assert "put this on the card" not in with_card
@@ -141,7 +143,7 @@ def test_of_a_mixture_from_elsewhere(tmp_path: Path, data: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained("foreign")
     byte_tokenizer().save_pretrained("foreign")
-    found = steps("evaluate", "foreign", "--data", data)
+    found = steps("evaluate", "foreign", "--data", data, "--no-rivals")
     assert "put this on the card" not in found
     assert "write the average of its experts" in found
     for line in found.values():
@@ -156,11 +158,11 @@ def test_no_average_that_would_be_refused(
     family = build_family(tmp_path / "family", kind="smollm3", **settings)
     out = merge(family.recipe(architecture="granitemoe_swa"))
     extracting = "write the average of its experts"
-    assert extracting in steps("evaluate", out, "--data", data)
+    assert extracting in steps("evaluate", out, "--data", data, "--no-rivals")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "sliding_window": 16}))
     assert "has a window" in refused("extract", out, tmp_path / "dense", "--average")
-    found = steps("evaluate", out, "--data", data)
+    found = steps("evaluate", out, "--data", data, "--no-rivals")
     assert extracting not in found
     assert "measure that beside it" not in found
     for line in found.values():

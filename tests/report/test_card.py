@@ -165,40 +165,46 @@ def test_the_experts_alone_have_a_table() -> None:
     assert "| expert | all |\n|---:|---:|\n| 0 | 6.00 |\n| 1 | **5.00** |" in evaluated(4.0)
 
 
-@pytest.mark.parametrize(
-    ("perplexity", "others", "words"),
-    [
-        (
-            4.0,
-            {},
-            "The mixture's perplexity is 20.0% lower than that of the best of its experts alone "
-            "(1), 11.1% lower than with a shuffled router. Whether it is worth its size, only "
-            "other models on the same text can tell",
-        ),
-        (4.0, {"dense": 5.0}, "Over all of this text it is the best of the models compared."),
-        (4.0, {"dense": 5.0, "average": 3.2}, '25.0% HIGHER than that of "average"'),
-        (
-            4.0,
-            {"dense": 5.0, "average": 3.2},
-            'Over all of this text "average" is the better model.',
-        ),
-        (
-            4.0,
-            {"twin": 4.001},
-            'as high as that of "twin". Over all of this text "twin" is as good.',
-        ),
-    ],
-)
-def test_the_verdict_is_in_words(perplexity: float, others: dict, words: str) -> None:
-    assert words in evaluated(perplexity, **others)
+def test_a_report_without_rivals_says_that_they_were_not_measured() -> None:
+    """As those of versions before there were any."""
+    text = evaluated(4.0, dense=5.0)
+    assert "Whether the mixture is worth its bytes was not measured" in text
+    assert "--no-rivals" in text
+    assert "| dense | 5.00 |" in text
+    assert "measured on the same text before" not in text
 
 
-def test_a_kind_on_which_another_is_better_is_named() -> None:
+def test_the_best_of_earlier_models_is_named_if_it_is_better() -> None:
+    words = 'measured on the same text before, "{}" has a lower perplexity'
+    assert words.format("average") in evaluated(4.0, dense=5.0, average=3.2, other=3.9)
+    assert "has a lower perplexity" not in evaluated(4.0, twin=4.0)
+
+
+def test_the_verdict_and_the_rivals_of_a_report() -> None:
+    rival = {
+        "kind": "average",
+        "name": "the average of the checkpoints",
+        "perplexity": 3.5,
+        "gain": -0.1,
+        "error": 0.02,
+        "samples": 20,
+    }
+    worth = {
+        "outcome": "not_worth",
+        "verdict": "Not worth it: use the average.",
+        "rivals": [rival],
+        "left_out": "No base was there.",
+    }
     found = evaluation(2)
-    found["groups"]["letters"]["experts_alone"] = [3.0, 5.0]
-    found["others"] = [{"model": "dense", "perplexity": 9.0, "groups": {"digits": 2.0}}]
-    text = render(model(2, 2, evaluation=found), "")
-    assert 'By kind: on letters expert 0 alone is better, on digits "dense" is better.' in text
+    groups = {"all": {**found["groups"]["all"], "perplexity": 4.0}}
+    report = model(2, 2, evaluation={**found, "groups": groups, "worth": worth})
+    text = render(report, "").partition("## Evaluation")[2]
+    assert text.count("Not worth it: use the average. No base was there.") == 1
+    assert "was not measured" not in text
+    (row,) = [line for line in text.splitlines() if "average of the checkpoints |" in line]
+    assert "| **3.50** |" in row
+    assert "higher" in row
+    assert "| this mixture | 4.00 |" in text
 
 
 def test_a_bound_is_no_model_and_never_bold() -> None:

@@ -114,7 +114,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
         evaluation, beside, samples = _evaluate(session, settings, options, Path(scratch))
         if processes.is_first:
             record = condensed(evaluation, beside, settings.data, samples)
-            _tell(evaluation, record, options)
+            _tell(evaluation, record, out, options)
             if options.card:
                 _keep(edit, record, quiet=options.quiet)
             if not options.quiet:
@@ -143,7 +143,8 @@ def _next_steps(
         data += f" --seed {options.seed}"
     if options.group_by:
         data += f" --group-by {argument(options.group_by)}"
-    if not options.against and _has_average(session):
+    averaged = any(rival.kind == "average" for rival in evaluation.rivals)
+    if not options.against and not averaged and _has_average(session):
         mean = free_folder("mean")
         yield "write the average of its experts", f"upit-merge extract {folder} --average {mean}"
         against = f"upit-merge evaluate {folder} {data} --against {mean}{code}"
@@ -154,6 +155,7 @@ def _next_steps(
     yield "see where every token goes", page
     if not on_card:
         shown = data + " --no-experts" * (not options.experts) + " --control" * options.control
+        shown += " --no-rivals" * (not options.rivals)
         for rival in options.against:
             shown += f" --against {argument(f'{rival.name}={rival.reference}')}"
         yield "put this on the card", f"upit-merge evaluate {folder} {shown} --card{code}"
@@ -313,12 +315,14 @@ def _control(session: RouterSession, scratch: Path) -> RouterStage:
     return session.stage(shuffled, scratch, seed=seed, quick=router.compute == "bfloat16")
 
 
-def _tell(evaluation: Evaluation, record: dict[str, Any], options: EvaluateOptions) -> None:
+def _tell(
+    evaluation: Evaluation, record: dict[str, Any], out: Path, options: EvaluateOptions
+) -> None:
     if options.json is not None:
         kept = {key: record[key] for key in ("worth",) if key in record}
         write_json(options.json, evaluation.to_report() | kept)
     if not options.quiet:
-        _print(evaluation, Record.model_validate(record))
+        _print(evaluation, Record.model_validate(record), argument(out))
     if options.plot is not None:
         whole = evaluation.groups.whole
         groups = [row for row in rows(evaluation) if row[0] != whole] or list(rows(evaluation))
@@ -326,7 +330,7 @@ def _tell(evaluation: Evaluation, record: dict[str, Any], options: EvaluateOptio
         draw_routing(options.plot, groups, evaluation.shares(everything).tolist())
 
 
-def _print(evaluation: Evaluation, record: Record) -> None:
+def _print(evaluation: Evaluation, record: Record, folder: str) -> None:
     everything = range(len(evaluation.samples))
     show(terminal_comparison(record))
     show(_routing(evaluation))
@@ -339,7 +343,7 @@ def _print(evaluation: Evaluation, record: Record) -> None:
     places = ", ".join(f"{expert} in layer {layer}" for layer, expert in dead[:6])
     more = ", …" if len(dead) > 6 else ""
     print(f"Experts with less than a tenth of an even share: {places + more if dead else 'none'}.")
-    if idle := hardly_used_sentence(record):
+    if idle := hardly_used_sentence(record, folder, SEED):
         print(idle)
     if (agreement := evaluation.agreement()) is not None:
         print(

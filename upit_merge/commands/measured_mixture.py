@@ -148,7 +148,8 @@ class MixtureMeasurement:
         if known == list(parts):
             yield "This mixture was measured on these samples before: nothing of it was computed."
         elif known:
-            named = " and ".join(names[part] for part in known)
+            *others, last = (names[part] for part in known)
+            named = " and ".join([", ".join(others), last] if others else [last])
             yield f"Measured on these samples before, and not computed again: {named}."
 
     def _kept(self, part: str) -> Measured | None:

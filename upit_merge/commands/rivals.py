@@ -212,7 +212,8 @@ def _of_experts(stage: RouterStage, losses: SampleLosses | None) -> Iterator[Riv
         of_best = run_expert(stage, best) if losses.is_estimated else sums[:, best]
         yield Rival("single", f"expert {best} alone", of_best, {"expert": best})
     if stage.model.num_experts > 1:
-        yield Rival("average", "the average of its experts", run_expert(stage, MEAN))
+        facts = {"experts": stage.model.num_experts}
+        yield Rival("average", "the average of its experts", run_expert(stage, MEAN), facts)
 
 
 def source_folders(session: RouterSession) -> list[Path]:

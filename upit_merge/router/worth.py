@@ -212,10 +212,12 @@ class Worth:
         times = self.bytes_ours / max(1, self.bytes_dense)
         return f"{times:{'.0f' if times >= 10 else '.2g'}} times the bytes"
 
-    def _worth(self, name: str, _rival: Rival, gain: Gain) -> str:
+    def _worth(self, name: str, rival: Rival, gain: Gain) -> str:
+        of = "that was measured" if rival.kind == "other" else "of the same checkpoints"
+        of = "of its experts" if _is_of_experts(rival) else of
         told = (
             f"Worth it: {self._subject()} has a perplexity {gain} than {name}, the "
-            f"best dense model of the same checkpoints, for {self._times} "
+            f"best dense model {of}, for {self._times} "
             f"({gain.samples:,} samples)."
         )
         if self.ours_kind == "choice":
@@ -232,6 +234,9 @@ class Worth:
             "average": "use the average",
             "sum": "use that sum",
         }.get(rival.kind, "use that model")
+        if _is_of_experts(rival):
+            which = f"--expert {rival.facts['expert']}" if rival.kind == "single" else "--average"
+            instead = f"use that instead (`upit-merge extract MIXTURE DENSE {which}` writes it)"
         return (
             f"Not worth it: {self._subject()} has {found}, for {self._times} "
             f"({gain.samples:,} samples); {instead}."
@@ -322,6 +327,11 @@ class Worth:
             "samples": gain.samples,
             "groups": groups,
         }
+
+
+def _is_of_experts(rival: Rival) -> bool:
+    """Return whether a rival is made of the mixture's own experts, and is no model by itself."""
+    return not rival.facts.keys().isdisjoint(("expert", "experts"))
 
 
 def _number(value: float) -> float | None:
