@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,19 +95,31 @@ def test_blends_are_what_mergekit_writes(
         found = {rival.kind: rival for rival in rivals_of(inputs, seeds)}
         if "sum" not in found:  # its best scale was the average's
             pytest.skip("no sum")
-        assert int(found["sum"].sums.isfinite().sum()) == 10  # the other half chose the scale
-        assert int(found["average"].sums.isfinite().sum()) == 20
-        assert int(found["single"].sums.isfinite().sum()) == 20
-        for name in ("average", "sum"):
-            recipe = mergekit_recipe(found[name], inputs.base.label, inputs.labels, inputs.dtype)
+        for rival in found.values():
+            assert int(rival.sums.isfinite().sum()) == 20
+        facts = found["sum"].facts
+        scales = facts["scale_a"], facts["scale_b"]
+        assert facts["scale"] == pytest.approx(sum(scales) / 2, rel=0.06)
+        assert f"base + {facts['scale']:.2g} times" in found["sum"].name
+        told = {"average": found["average"]}
+        told |= {scale: replace(found["sum"], facts={"scale": scale}) for scale in scales}
+        written_sums = {}
+        for name, rival in told.items():
+            recipe = mergekit_recipe(rival, inputs.base.label, inputs.labels, inputs.dtype)
             assert recipe is not None
-            out = merged(recipe, tmp_path / name)
+            out = merged(recipe, tmp_path / str(name))
             written = {tensor.dtype for tensor in load_model(out).values()}
             assert written == {inputs.dtype}
-            sums = dense_sums(out, seeds)
-            for index, measured in enumerate(found[name].sums.tolist()):
-                if not math.isnan(measured):
-                    assert measured == pytest.approx(sums[index], rel=2e-4)
+            written_sums[name] = dense_sums(out, seeds)
+        assert found["average"].sums.tolist() == pytest.approx(written_sums["average"], rel=2e-4)
+        # Each half is judged at the scale that the other chose.
+        at_a, at_b = (torch.tensor(written_sums[scale], dtype=torch.float64) for scale in scales)
+        is_a, is_b = (
+            torch.isclose(found["sum"].sums, at, rtol=2e-4, atol=0) for at in (at_a, at_b)
+        )
+        assert bool((is_a | is_b).all())
+        assert int(is_a.sum()) >= 10
+        assert int(is_b.sum()) >= 10
         single = found["single"]
         own = dense_sums(family.checkpoints[int(single.facts["checkpoint"])], seeds)
         if kind != "bfloat16":  # else the rival is rounded, as the mixture will be

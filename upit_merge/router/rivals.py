@@ -179,7 +179,8 @@ def dense_rivals(
     """Measure the dense models that can be made of a mixture's checkpoints; nothing is written.
 
     The best scale of the sum is where a parabola through the losses of three has its least, on
-    samples that the sum is then not judged on. Where the backbones are equal, `losses` has the
+    samples that the sum is then not judged on; with no end of time, each half of the samples
+    chooses it for the other. Where the backbones are equal, `losses` has the
     checkpoints' already, and what is measured goes through the layers at the same time.
 
     Args:
@@ -215,28 +216,32 @@ def dense_rivals(
         for index, model in enumerate(models.checkpoints):
             own = torch.where(sums[:, index].isfinite(), sums[:, index], torch.nan)
             rivals.append(Rival("single", _single_name(index, model.label), own, _of(index)))
+    everything = math.isinf(allowance)
     average = torch.full((len(order),), torch.nan, dtype=torch.float64)
     scale = None
-    if ration.scale:
-        scale, average = _best_scale(measured, ration.scale, exhaustive=math.isinf(allowance))
-    blends = [models.average] * blendable
+    crossed: list[Rival] = []
+    if ration.scale and everything:
+        crossed = _cross_fitted(measured, ration.scale, len(order))
+    elif ration.scale:
+        scale, average = _best_scale(measured, ration.scale)
+    blends = [models.average] * (blendable and not crossed)
     if scale is not None:
         blends.append(models.summed(scale))
     judged_on = ration.judged(len(blends))
     # A checkpoint that nothing was chosen by can be judged on all samples.
-    alone = judged_on if math.isfinite(allowance) else order
+    alone = order if everything else judged_on
     for index in chosen:
         (own,) = measured.losses([models.single(index)], alone, "single")
         name = _single_name(index, models.checkpoints[index].label)
         rivals.append(Rival("single", name, own, _of(index)))
     found = measured.losses(blends, judged_on, "rivals")
-    if blendable:
+    rivals += crossed
+    if blendable and not crossed:
         judged = found.pop(0)
         both = torch.where(judged.isfinite(), judged, average)
         rivals.append(Rival("average", "the average of the checkpoints", both))
     if scale is not None:
-        name = f"base + {scale:.2g} times the sum of the deltas"
-        rivals.append(Rival("sum", name, found.pop(0), {"scale": scale}))
+        rivals.append(Rival("sum", _sum_name(scale), found.pop(0), {"scale": scale}))
     if ration.random:
         rivals.append(random_gates(stage, ration.random))
     return rivals
@@ -264,6 +269,11 @@ class _Measured:
         samples = stage.seeds.samples
         self.targets = torch.tensor([s.num_targets for s in samples], dtype=torch.float64)
 
+    def mean(self, sums: Tensor, members: Sequence[int]) -> float:
+        """Return the mean loss over the targets of some samples, NaN if one is not known."""
+        rows = torch.tensor([*members])
+        return float(sums[rows].sum() / self.targets[rows].sum())
+
     def losses(self, blends: Sequence[Weights], members: Sequence[int], name: str) -> list[Tensor]:
         """Return every blend's losses, NaN of other samples and where they are not finite."""
         found = [torch.full_like(self.targets, torch.nan) for _ in blends]
@@ -285,13 +295,8 @@ class _Measured:
         return found
 
 
-def _best_scale(
-    measured: _Measured, members: Sequence[int], *, exhaustive: bool
-) -> tuple[float | None, Tensor]:
+def _best_scale(measured: _Measured, members: Sequence[int]) -> tuple[float | None, Tensor]:
     """Choose the scale of the sum of the deltas on some samples.
-
-    Args:
-        exhaustive: What the parabola says is measured, too.
 
     Returns:
         It, None if the average is as good as the best; and the average's losses on these samples.
@@ -300,18 +305,67 @@ def _best_scale(
     count = len(models.checkpoints)
     points = [times / count for times in _POINTS]
     sums = measured.losses([models.summed(scale) for scale in points], members, "scale")
-    targets = measured.targets[torch.tensor([*members])].sum()
-    means = [float(loss[torch.tensor([*members])].sum() / targets) for loss in sums]
-    times = least_of_parabola(means)
+    scale = _scale_on(measured, sums, members)
+    return (None if _is_average(scale, count) else scale), sums[1]
+
+
+def _scale_on(measured: _Measured, points: Sequence[Tensor], members: Sequence[int]) -> float:
+    """Return the scale where the parabola through the points has its least on some samples."""
+    count = len(measured.models.checkpoints)
+    times = least_of_parabola([measured.mean(sums, members) for sums in points])
     times = min(times, _MOST_TIMES, _MOST_SCALE * count)
-    if exhaustive:
-        (own,) = measured.losses([models.summed(times / count)], members, "best-scale")
-        mean = float(own[torch.tensor([*members])].sum() / targets)
-        tried = [(m, t) for m, t in zip([*means, mean], [*_POINTS, times], strict=True) if m == m]
-        times = min(tried, default=(0.0, 1.0))[1]
     # The base itself is no sum of what was learned; a tenth of it is as little as is of use.
-    scale = float(f"{max(times, 0.1) / count:.2g}")
-    return (None if abs(scale * count - 1) < _SAME else scale), sums[1]
+    return float(f"{max(times, 0.1) / count:.2g}")
+
+
+def _cross_fitted(measured: _Measured, half: Sequence[int], samples: int) -> list[Rival]:
+    """Measure average and sum on all samples, each half with the scale that the other chose.
+
+    What is measured serves both halves: the parabola's points, and what it says on either.
+
+    Args:
+        half: Samples of one half; the others are the other.
+
+    Returns:
+        The average, and the sum unless it is as good as that; its `scale` is the mean of the two
+        that it was judged with, `scale_a` and `scale_b`.
+    """
+    models = measured.models
+    count = len(models.checkpoints)
+    halves = [[*half], sorted(set(range(samples)) - set(half))]
+    points = [times / count for times in _POINTS]
+    blends = [models.summed(scale) for scale in points]
+    at_points = measured.losses(blends, range(samples), "scale")
+    proposed = [_scale_on(measured, at_points, members) for members in halves]
+    blends = [models.summed(scale) for scale in proposed]
+    at_proposed = measured.losses(blends, range(samples), "best-scale")
+    judged = torch.full_like(measured.targets, torch.nan)
+    scales = []
+    for number, members in enumerate(halves):
+        # What the parabola says may be worse than its points; the base is no sum of anything.
+        tried = [*zip(points[1:], at_points[1:], strict=True)]
+        tried.append((proposed[number], at_proposed[number]))
+        known = [found for found in tried if math.isfinite(measured.mean(found[1], members))]
+        scale, sums = min(
+            known, key=lambda found: measured.mean(found[1], members), default=tried[0]
+        )
+        scales.append(scale)
+        others = torch.tensor(halves[1 - number])
+        judged[others] = sums[others]
+    rivals = [Rival("average", "the average of the checkpoints", at_points[1])]
+    mean = float(f"{sum(scales) / 2:.2g}")
+    if not all(_is_average(scale, count) for scale in scales):
+        facts = {"scale": mean, "scale_a": scales[0], "scale_b": scales[1]}
+        rivals.append(Rival("sum", _sum_name(mean), judged, facts))
+    return rivals
+
+
+def _is_average(scale: float, count: int) -> bool:
+    return abs(scale * count - 1) < _SAME
+
+
+def _sum_name(scale: float) -> str:
+    return f"base + {scale:.2g} times the sum of the deltas"
 
 
 def least_of_parabola(means: Sequence[float]) -> float:
