@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from upit_merge.commands.finished import result_digest
 from upit_merge.commands.preview import dense_models
 from upit_merge.commands.session import RouterSession
 from upit_merge.config.recipe import load_recipe
 from upit_merge.engine.layerwise import MEAN
 from upit_merge.errors import UpitError
+from upit_merge.io.untrusted import own_file
 from upit_merge.merge.inputs import Inputs, opened
-from upit_merge.models.formats import ffn_tensor
+from upit_merge.merge.passes import measure_similarity
+from upit_merge.output.identity import file_states
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
+from upit_merge.report.sources import short_label
 from upit_merge.report.write import RECIPE_COPY
 from upit_merge.router.blends import mergekit_recipe
 from upit_merge.router.evaluation import run_expert
@@ -28,8 +33,22 @@ from upit_merge.router.rivals import dense_rivals, random_gates
 from upit_merge.router.router_gain import SampleLosses
 from upit_merge.router.stage import RouterStage
 from upit_merge.router.worth import Rival, Worth
+from upit_merge.runtime.device import resolve_devices
 
-_AGAINST = "compare with them by --against MODEL"
+LOG = logging.getLogger(__name__)
+
+_AGAINST = "compare with models that could be made instead by --against MODEL"
+_NOT_HERE = (
+    "The models that it was made from cannot be opened here, so that no sum of their deltas was "
+    f"compared; put them where its recipe says, or {_AGAINST}."
+)
+_OTHERS = (
+    "The models under the names of its recipe are not those that it was made from, so that no sum "
+    f"of their deltas was compared; put those back, or {_AGAINST}."
+)
+# By what share of the largest entry sums of differently ordered products may differ; a report has
+# ten digits of them.
+_SAME_GRAM = 1e-6
 
 
 @dataclass(frozen=True)
@@ -81,11 +100,13 @@ class Sources:
 
     Attributes:
         inputs: None if they are not.
-        reason: Why, in a sentence.
+        reason: Why, in a sentence that names nothing of anybody's disk: it goes on the card.
+        detail: What else is to be said of it on the terminal.
     """
 
     inputs: Inputs | None
     reason: str = ""
+    detail: str = ""
 
     def files(self) -> list[Path]:
         """Return the files that decide what is made of them."""
@@ -95,9 +116,10 @@ class Sources:
 
 @contextlib.contextmanager
 def opened_sources(session: RouterSession) -> Iterator[Sources]:
-    """Open what a mixture was made from, if that is there and its experts are what it became.
+    """Open what a mixture was made from, if that is on this machine; nothing is downloaded.
 
-    Adapters' and checkpoints' paths are those of its recipe.
+    Adapters' and checkpoints' paths are those of its recipe. Whether they are still what they were
+    is found out before anything is measured of them, see `measured_rivals`.
     """
     out, report = session.edit.out, read_report(session.edit.out)
     if reason := _unlike_its_checkpoints(report):
@@ -105,19 +127,14 @@ def opened_sources(session: RouterSession) -> Iterator[Sources]:
         return
     with contextlib.ExitStack() as stack:
         try:
-            recipe, _text = load_recipe(out / RECIPE_COPY)
-            inputs = stack.enter_context(
-                opened(recipe.with_seed(report.seed), session.options.open)
-            )
+            recipe, _text = load_recipe(own_file(out / RECIPE_COPY, out))
+            # The recipe may be a stranger's, who must not choose what this machine downloads.
+            local = replace(session.options.open, local=True)
+            inputs = stack.enter_context(opened(recipe.with_seed(report.seed), local))
         except UpitError as error:
-            reason = f"The models that it was made from could not be opened: {error.message}"
-            yield Sources(None, f"{reason} Put them back, or {_AGAINST}.")
+            yield Sources(None, _NOT_HERE, error.message)
             return
-        if inputs.labels != report.checkpoints or not _are_its_experts(session, inputs, report):
-            reason = "The models under the names of its recipe are not those that it was made from"
-            yield Sources(None, f"{reason}; put those back, or {_AGAINST}.")
-            return
-        yield Sources(inputs)
+        yield Sources(inputs) if inputs.labels == report.checkpoints else Sources(None, _OTHERS)
 
 
 def _unlike_its_checkpoints(report: AnyReport) -> str:
@@ -127,14 +144,54 @@ def _unlike_its_checkpoints(report: AnyReport) -> str:
             "What it was made from is not known, as there is no report; compare with models of "
             "your own by --against MODEL."
         )
-    if report.document.get("post_training"):
+    trained = report.router is not None and report.router.experts_sha256
+    if report.document.get("post_training") or trained:
         return (
-            "It was trained further, so that its checkpoints saw fewer tokens and are not "
-            "compared; give a dense model that was trained on all of them by --against MODEL."
+            f"{'Its experts were' if trained else 'It was'} trained further, so that its "
+            "checkpoints saw fewer tokens and are not compared; give a dense model that was "
+            "trained on all of them by --against MODEL."
         )
-    if report.extensions or report.lineage is None or not report.checkpoints:
-        return f"Its experts are not of one run with this report; {_AGAINST}."
+    if report.extensions:
+        return (
+            "An expert was added to it later, so that its checkpoints are not all that it was "
+            f"made from; {_AGAINST}."
+        )
+    if report.lineage is None or not report.checkpoints:
+        return f"Its report does not say which checkpoints it was made from; {_AGAINST}."
     return ""
+
+
+def _has_random_gates(report: AnyReport) -> bool:
+    """Return whether the mixture's own gates are random: others are then nothing to compare with."""
+    if not report.document or report.document.get("post_training") or report.extensions:
+        return False
+    return report.router is None or report.router.settings.get("objective") == "random"
+
+
+def _are_unchanged(session: RouterSession, inputs: Inputs, report: AnyReport) -> bool:
+    """Return whether base and checkpoints are what they were when the mixture was made.
+
+    If their files' times and sizes are not those that the report has a digest of, the likeness of
+    the checkpoints' deltas decides, which depends on every FFN weight of all of them.
+    """
+    made = report.document.get("run")
+    data = inputs.recipe.router.data if inputs.recipe.router else ""
+    files = [path for model in inputs.models for path in model.files()]
+    if isinstance(made, dict) and made.get("file") == result_digest(
+        {"file": file_states(files, data)}
+    ):
+        return True
+    count = len(inputs.checkpoints)
+    try:
+        before = torch.tensor(report.document.get("checkpoint_gram"), dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):  # a report may say anything
+        return False
+    if before.shape != (count, count):
+        return False
+    devices = resolve_devices(session.options.device)
+    quiet = session.options.quiet or not session.edit.processes.is_first
+    now = measure_similarity(inputs, devices, quiet=quiet).sum(0)
+    return torch.allclose(now, before, rtol=_SAME_GRAM, atol=_SAME_GRAM * float(before.abs().max()))
 
 
 def _own_experts(report: AnyReport) -> dict[int, int]:
@@ -153,19 +210,6 @@ def _own_experts(report: AnyReport) -> dict[int, int]:
     return found
 
 
-def _are_its_experts(session: RouterSession, inputs: Inputs, report: AnyReport) -> bool:
-    """Return whether checkpoints are the experts they became, by one matrix of each."""
-    architecture = inputs.architecture
-    layer = architecture.mixture_layers[-1]
-    name = ffn_tensor(layer, "down_proj")
-    for checkpoint, expert in _own_experts(report).items():
-        stored = session.moe.tensor(architecture.format.expert_tensor(layer, expert, "down_proj"))
-        own = inputs.checkpoints[checkpoint].rows(name, 0, stored.shape[0])
-        if own.shape != stored.shape or not torch.equal(own.to(stored.dtype), stored):
-            return False
-    return True
-
-
 def measured_rivals(
     session: RouterSession, stage: RouterStage, sources: Sources, losses: SampleLosses | None
 ) -> Rivals:
@@ -180,20 +224,38 @@ def measured_rivals(
     Raises:
         UpitError: a loss is NaN or infinite.
     """
-    inputs = sources.inputs
-    if inputs is None:
-        found = [*_of_experts(stage, losses), random_gates(stage, stage.everything)]
-        return Rivals(found, sources.reason)
+    inputs, processes = sources.inputs, stage.processes
     report = read_report(session.edit.out)
+    random = not _has_random_gates(report)
+    reason = sources.reason
+    if inputs is not None:
+        same = _are_unchanged(session, inputs, report) if processes.is_first else False
+        if not processes.gather(same)[0]:
+            inputs, reason = None, _OTHERS
+    if inputs is None:
+        if sources.detail and processes.is_first:
+            LOG.info("%s", sources.detail)
+        found = [*_of_experts(stage, losses)]
+        found += [random_gates(stage, stage.everything)] if random else []
+        return Rivals(found, reason)
     models = dense_models(inputs)
     own = (
         None
         if losses is None
         else _of_checkpoints(losses, _own_experts(report), len(inputs.labels))
     )
-    found = dense_rivals(models, stage, own, random=True)
+    found = dense_rivals(models, stage, own, random=random)
     dtype = str(inputs.dtype).removeprefix("torch.")
-    return Rivals(found, "", [inputs.base.label, *inputs.labels], dtype)
+    told = [_told(rival, inputs.labels) for rival in found]
+    return Rivals(told, "", [inputs.base.label, *inputs.labels], dtype)
+
+
+def _told(rival: Rival, labels: Sequence[str]) -> Rival:
+    """Return a rival as it may be named on a card: without the path of a checkpoint."""
+    if rival.kind != "single":
+        return rival
+    number = int(rival.facts["checkpoint"])
+    return replace(rival, name=f"checkpoint {number} ({short_label(labels[number])})")
 
 
 def _of_checkpoints(losses: SampleLosses, experts: Mapping[int, int], count: int) -> SampleLosses:

@@ -44,11 +44,13 @@ class OpenOptions:
         allow_pickle: Read `.bin` files, with `weights_only` and memory-mapped.
         cache_dir: Where downloads from the Hugging Face Hub are kept.
         trust_remote_code: Let `transformers` run code that comes with a tokenizer.
+        local: Download nothing: what names them is a file, and not the user.
     """
 
     allow_pickle: bool = False
     cache_dir: str | None = None
     trust_remote_code: bool = False
+    local: bool = False
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:
@@ -120,6 +122,7 @@ def resolve(reference: str, options: OpenOptions, *, role: str = "checkpoint") -
                 cache_dir=options.cache_dir,
                 allow_patterns=patterns,
                 ignore_patterns=_OTHER_FOLDERS,
+                local_files_only=options.local,
             )
         )
     except Exception as error:  # the Hub client raises dozens of types, none of them for users

@@ -69,7 +69,7 @@ def hardly_used_sentence(found: Evaluation, folder: str = "", seeds: str = "") -
     return (
         f"{'Expert' if few else 'Experts'} {runs(sorted(idle.experts))} "
         f"{'gets' if few else 'get'} less than a tenth of an even share of the tokens, mean over "
-        f"the layers: leaving out {'it' if few else 'them'} would save {_size(idle.bytes)} "
+        f"the layers: leaving {'it' if few else 'them'} out would save {_size(idle.bytes)} "
         f"(`{' '.join(filter(None, words))}`)."
     )
 
