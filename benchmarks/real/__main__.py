@@ -22,10 +22,11 @@ from benchmarks.real.arms import SEEDS, SITUATIONS
 from benchmarks.real.jobs import Job, arm_jobs, best_rates, run_job, stage_jobs, sweep_jobs
 from benchmarks.real.tables import Results, all_tables, seconds
 from benchmarks.real.text import prepare
+from benchmarks.real.verdicts import VERDICTS
 from upit_merge.errors import UpitError
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-PARTS = ("stages", "looks", "arms")
+PARTS = ("stages", "verdicts", "looks", "arms")
 
 
 def arguments() -> argparse.Namespace:
@@ -52,6 +53,8 @@ def work(folder: Path, seeds: Sequence[int], until: str, workers: int) -> None:
         do(sweep_jobs(seeds[0]))
     for seed in seeds:
         jobs = stage_jobs([seed])
+        if "verdicts" in parts:
+            jobs += [Job(seed, verdict) for verdict in VERDICTS]
         if "looks" in parts:
             jobs += [Job(seed, situation) for situation in SITUATIONS]
         if "arms" in parts:

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.real.arms import ARMS, SWEEP, SWEPT, Arm, Rates, Situation
 from benchmarks.real.stages import STAGES, Stage, train_stage
+from benchmarks.real.verdicts import Verdict, judge_ahead
 from upit_merge.io.text_file import write_json
 
 Result = dict[str, Any]
@@ -21,13 +22,13 @@ class Job:
     """One unit of work and its result file.
 
     Attributes:
-        kind: Checkpoints to train; a situation, whose models are looked at before any
-            post-training; or an arm, which is trained further.
+        kind: Checkpoints to train; what is said of them before anything is merged; a situation,
+            whose models are looked at before any post-training; or an arm, which is trained further.
         rate: Of an arm.
     """
 
     seed: int
-    kind: Stage | Situation | Arm
+    kind: Stage | Verdict | Situation | Arm
     rate: float | None = None
 
     @property
@@ -56,6 +57,8 @@ def run_job(folder: Path, job: Job) -> Result:
     started, cpu_started = time.perf_counter(), time.process_time()
     if isinstance(job.kind, Stage):
         result = train_stage(folder, job.kind, job.seed)
+    elif isinstance(job.kind, Verdict):
+        result = judge_ahead(folder, job.kind.situation, job.seed)
     else:
         from benchmarks.real.measure import look_at, post_train
 

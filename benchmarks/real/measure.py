@@ -30,26 +30,29 @@ CURVE = (0.05, 0.1, 0.25, 0.5)  # of post-training
 Losses = dict[str, list[float]]
 
 
-def measured(model: PreTrainedModel, rows: Rows, *, test: bool = True) -> Losses:
-    """Return mean losses by kind, nats per token, on the validation rows and the test rows."""
-    found = {"validation": losses(model, rows.validation)}
-    return found | ({"test": losses(model, rows.test)} if test else {})
+def measured(model: PreTrainedModel, rows: Rows, *parts: str) -> Losses:
+    """Return mean losses by kind, nats per token, on some rows; on test and validation by default."""
+    return {part: losses(model, getattr(rows, part)) for part in parts or ("test", "validation")}
 
 
 # ---- before post-training
 
 
 def look_at(folder: Path, situation: Situation, seed: int) -> dict[str, Any]:
-    """Measure everything that can be made of a situation's checkpoints without training."""
+    """Measure everything that can be made of a situation's checkpoints without training.
+
+    Dense models on the test rows alone, by which the best of them is chosen, too: that flatters
+    them. Temperature and experts per token are chosen on the validation rows.
+    """
     rows, base = load_rows(folder), folder / "base"
     checkpoints = situation.checkpoints(folder, seed)
     found: dict[str, Losses] = {}
     if situation == FINISHED:
-        found["base"] = measured(load(base), rows)
+        found["base"] = measured(load(base), rows, "test")
     for number, checkpoint in enumerate(checkpoints, 1):
-        found[f"checkpoint {number}"] = measured(load(checkpoint), rows)
+        found[f"checkpoint {number}"] = measured(load(checkpoint), rows, "test")
     for scale in (1 / EXPERTS, *SCALES):
-        found[f"sum {scale:.2g}"] = measured(blend(base, checkpoints, scale), rows)
+        found[f"sum {scale:.2g}"] = measured(blend(base, checkpoints, scale), rows, "test")
     own = folder / f"seed-{seed}"
     samples = own / "seed.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -66,7 +69,7 @@ def look_at(folder: Path, situation: Situation, seed: int) -> dict[str, Any]:
         found[f"top-{count}"] = measured(model, rows)
     with_experts_per_token(model, 2)
     set_gates(model, random_gates(moe, seed))
-    found["random gates"] = measured(model, rows)
+    found["random gates"] = measured(model, rows, "test")
     return {"losses": found, "parameters": parameters(model)}
 
 
@@ -103,10 +106,10 @@ def set_gates(model: PreTrainedModel, gates: Sequence[Tensor]) -> None:
         router.weight.copy_(gate)
 
 
-def chosen(found: dict[str, Losses], prefix: str) -> str:
-    """Return the name that begins so and is best on the validation rows."""
+def chosen(found: dict[str, Losses], prefix: str, by: str = "test") -> str:
+    """Return the name that begins so and is best on some rows."""
     names = [name for name in found if name.startswith(prefix)]
-    return min(names, key=lambda name: mean(found[name]["validation"]))
+    return min(names, key=lambda name: mean(found[name][by]))
 
 
 # ---- after it
@@ -125,7 +128,7 @@ def post_train(
 
     def look(step: int) -> None:
         if step in points:
-            curve.append((points[step], measured(model, rows, test=False)["validation"]))
+            curve.append((points[step], measured(model, rows, "validation")["validation"]))
 
     schedule = replace(Schedule(rate), **arm.training)
     seconds = train(model, batches, schedule, after_step=look)
@@ -153,6 +156,7 @@ def started(folder: Path, arm: Arm, seed: int, looked: dict[str, Losses]) -> Pre
     if arm.start == "random gates":
         set_gates(model, random_gates(moe, seed))
     else:
-        best = chosen({"temperature 1": looked["mixture"], **looked}, "temperature ")
+        tried = {"temperature 1": looked["mixture"], **looked}
+        best = chosen(tried, "temperature ", "validation")
         with_temperature(model, float(best.split()[1]))
     return model

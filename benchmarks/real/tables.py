@@ -29,6 +29,7 @@ from benchmarks.real.arms import (
 from benchmarks.real.jobs import Job
 from benchmarks.real.measure import CURVE, Losses, chosen
 from benchmarks.real.text import KINDS
+from benchmarks.real.verdicts import EXPECTED, SAMPLES, VERDICTS
 
 Values = list[list[float]]  # by seed, by kind, nats per token
 
@@ -58,10 +59,7 @@ class Results:
 
 
 def rivals(look: dict[str, Losses]) -> Iterator[tuple[str, list[float]]]:
-    """Yield what can be made of a situation's checkpoints, and its losses by kind.
-
-    What was chosen was chosen on the validation rows.
-    """
+    """Yield what can be made of a situation's checkpoints, and its losses by kind."""
 
     def test(name: str) -> list[float]:
         return look[name]["test"]
@@ -75,7 +73,10 @@ def rivals(look: dict[str, Losses]) -> Iterator[tuple[str, list[float]]]:
     yield "mixture, random gates", test("random gates")
     yield "mixture, temperature 1, top-2", test("mixture")
     settings = {f"mixture of {name}": look[name] for name in SETTINGS if name in look}
-    yield "mixture, temperature or k chosen", settings[chosen(settings, "mixture")]["test"]
+    yield (
+        "mixture, temperature or k chosen",
+        settings[chosen(settings, "mixture", "validation")]["test"],
+    )
     best = [min(test(name)[kind] for name in checkpoints) for kind in range(len(KINDS))]
     yield "every kind by its best checkpoint", best
 
@@ -96,6 +97,32 @@ def look_table(results: Results, situation: Situation) -> Table:
 def _cells(values: Values) -> list[str]:
     by_kind = [f"{mean(math.exp(v[kind]) for v in values):.2f}" for kind in range(len(KINDS))]
     return [*by_kind, spread([perplexity(v) for v in values])]
+
+
+def verdict_table(results: Results) -> Table:
+    """What `plan --data` said, and what would have been right."""
+    rows = []
+    for verdict in VERDICTS:
+        for seed in results.seeds:
+            result = Job(seed, verdict).result(results.folder)
+            for count, found in (result or {"verdicts": {}})["verdicts"].items():
+                is_many = int(count) == max(SAMPLES)
+                right = EXPECTED[verdict.situation.name] if is_many else "too_few"
+                gain, error = (100 * (found[key] or math.nan) for key in ("gain", "error"))
+                cost = found.get("cpu_seconds_of_losses")
+                rows.append(
+                    [
+                        verdict.situation.name,
+                        str(seed),
+                        count,
+                        found["outcome"].replace("_", " "),
+                        "yes" if found["outcome"] == right else "NO",
+                        f"{gain:.1f} ± {error:.1f} % against {found['against']}",
+                        f"{found['cpu_seconds'] / cost:.2f}" if cost else "",
+                    ]
+                )
+    columns = ["", "seed", "samples", "verdict", "right", "best choice per sample", "cost"]
+    return Table("What `plan --data` says (cost: times the losses alone)", columns, rows)
 
 
 def trained_table(results: Results) -> Table:
@@ -202,7 +229,7 @@ def claim_table(results: Results) -> Table:
 
 
 def all_tables(results: Results) -> list[Table]:
-    tables = [claim_table(results)]
+    tables = [claim_table(results), verdict_table(results)]
     tables += [look_table(results, situation) for situation in SITUATIONS]
     return [*tables, trained_table(results), head_start_table(results)]
 

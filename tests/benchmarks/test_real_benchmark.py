@@ -19,6 +19,7 @@ from benchmarks.real.jobs import Job, arm_jobs, best_rates, run_job, stage_jobs,
 from benchmarks.real.tables import CLAIMS, Results, all_tables, rivals
 from benchmarks.real.text import CONTEXT, KINDS, Rows, plain
 from benchmarks.real.training import ROWS, Schedule, in_batches, load, losses, train
+from benchmarks.real.verdicts import SAMPLES, VERDICTS
 from upit_merge.demo.training import TrainingBudget, save, train_tokenizer
 from upit_merge.demo.training import model_config as demo_config
 
@@ -35,7 +36,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         base = LlamaForCausalLM(demo_config(SMALL, tokenizer)).to(torch.bfloat16)
         save(folder / "base", base, tokenizer)
-        counts = {"trained": 2 * STEPS * ROWS + POST_ROWS, "test": 4, "validation": 2, "verdict": 4}
+        counts = {
+            "trained": 2 * STEPS * ROWS + POST_ROWS,
+            "test": 4,
+            "validation": 2,
+            "verdict": 32,
+        }
         ids = {
             name: [torch.randint(3, len(tokenizer), (count, CONTEXT)) for _ in KINDS]
             for name, count in counts.items()
@@ -45,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(measure, "STAGE_ROWS", STEPS * ROWS)
         patch.setattr(measure, "POST_ROWS", POST_ROWS)
         patch.setattr(measure, "SEED_SAMPLES", 4)
-        first = [*stage_jobs([0]), *(Job(0, situation) for situation in SITUATIONS)]
+        first = [*stage_jobs([0]), *(Job(0, kind) for kind in (*VERDICTS, *SITUATIONS))]
         first += sweep_jobs(0)
         work = partial(run_job, folder)
         assert len(run_jobs(folder, first, work, 0, quiet=True)) == len(first)
@@ -136,7 +142,8 @@ def test_manual_pages_lose_what_formats_them() -> None:
 def test_tables_say_what_the_results_do(finished: Path, tmp_path: Path) -> None:
     results = Results(finished, [0], best_rates(finished, 0))
     tables = [table for table in all_tables(results) if table.rows]
-    assert len(tables) == 1 + len(SITUATIONS) + 2
+    assert len(tables) == 2 + len(SITUATIONS) + 2
+    assert len(tables[1].rows) == len(VERDICTS) * len(SAMPLES)
     claims = tables[0].rows
     assert len(claims) == len(CLAIMS)
     assert {row[1] for row in claims} == {"one seed"}
@@ -168,3 +175,12 @@ def test_a_claim_is_held_where_all_seeds_agree(finished: Path, tmp_path: Path) -
 
     (row,) = [row for row in claim_table(results).rows if row[0] == claim.text]
     assert row[1] == HELD
+
+
+def test_few_samples_are_too_few(finished: Path) -> None:
+    for verdict in VERDICTS:
+        result = Job(0, verdict).result(finished)
+        assert result is not None
+        few = result["verdicts"][str(min(SAMPLES))]
+        assert few["outcome"] == "too_few"
+        assert few["samples"] < 20

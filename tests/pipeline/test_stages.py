@@ -310,13 +310,13 @@ def test_settings_are_filled_in(written: Written, four: Family, tmp_path: Path) 
     assert "data" not in prepare  # it names its own
     post = loaded.post_train_settings()
     assert (post["num_train_epochs"], post["router_aux_loss_coef"]) == (2, 0.01)
-    assert "warmup_steps" not in post
+    assert post["warmup_steps"] == 0.1
     dense = loaded.baseline_settings("x")
     assert dense["learning_rate"] == 1e-4
     assert "router_aux_loss_coef" not in dense
-    warm = load_pipeline(written(post_train={"warmup_steps": 0.1}, baseline=True))
+    warm = load_pipeline(written(post_train={"warmup_steps": 0.3}, baseline=True))
     # A dense model that were trained in another way would be no comparison.
-    assert warm.baseline_settings("x")["warmup_steps"] == 0.1
+    assert warm.baseline_settings("x")["warmup_steps"] == 0.3
     recipe = loaded.recipe()
     assert recipe["parameters"] == {"seed": 3, "num_experts": 5}
     assert recipe["models"] == [{"model": f"{tmp_path}/run/prepare/checkpoint-*"}]

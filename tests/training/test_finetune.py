@@ -236,3 +236,31 @@ def test_without_trl(
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(UpitError, match=r'pip install "upit-merge\[train\]"'):
         train(four.base)
+
+
+def test_a_mixture_is_warmed_up_unless_told_otherwise(train: Finetune, moe: Path) -> None:
+    settings = {"train_modules": "router", "num_train_epochs": 1}
+    default, tenth, none = (
+        weights(train(moe, out, **settings, **given))
+        for out, given in (
+            ("default", {}),
+            ("tenth", {"warmup_steps": 0.1}),
+            ("none", {"warmup_steps": 0}),
+        )
+    )
+    assert all(torch.equal(default[name], tenth[name]) for name in default)
+    assert not all(torch.equal(default[name], none[name]) for name in default)
+
+
+def test_a_dense_model_is_warmed_up_only_if_asked(tmp_path: Path) -> None:
+    from upit_merge.training.settings import WARM_UP, load_job
+
+    config = tmp_path / "c.yml"
+    config.write_text(f"model_name_or_path: x\noutput_dir: {tmp_path}/o\ndata: a/b\n")
+    job = load_job(config)
+    assert job.training.warmup_steps == 0
+    job.warm_up()
+    assert job.training.warmup_steps == WARM_UP
+    told = load_job(config, ["--warmup_steps", "3"])
+    told.warm_up()
+    assert told.training.warmup_steps == 3

@@ -19,6 +19,7 @@ from upit_merge.config.yaml_file import load_mapping
 from upit_merge.errors import UpitError, shown
 from upit_merge.io.text_file import replace_text
 from upit_merge.models.formats import PROJECTIONS
+from upit_merge.training.settings import WARM_UP
 from upit_merge.training.targets import dense_targets
 
 # The paper's schedule: 2 epochs each, a checkpoint every quarter of an epoch.
@@ -29,6 +30,7 @@ _POST_TRAIN = {
     "router_aux_loss_coef": 0.01,
     "save_steps": 0.25,
     "save_total_limit": 1,
+    "warmup_steps": WARM_UP,
 }
 _DATA = ("data", "datasets", "dataset_name")  # the keys that say what a model is trained on
 _FILLED_IN = ("model_name_or_path", "output_dir", "resume_from_checkpoint", "keep_checkpoints")
@@ -86,8 +88,8 @@ evaluate: {data: ./held-out.jsonl}
     post_train: Name | dict[str, Any] | None = Field(
         None,
         description="Stage 4, training the mixture: keys of `upit-merge finetune`, or a file with "
-        "them. By default 2 epochs with load balancing (0.01) and no warm-up; `warmup_steps: 0.1` is "
-        "one over a tenth of the steps. Left out, there is no stage 4.",
+        "them. By default 2 epochs with load balancing (0.01), and a warm-up over a tenth of the steps "
+        "(`warmup_steps: 0.1`). Left out, there is no stage 4.",
     )
     baseline: StrictBool | dict[str, Any] = Field(
         False,

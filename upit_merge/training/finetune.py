@@ -79,6 +79,7 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
         )
     kind = tensors_of(folder) if is_mixture else None  # before hours are spent on it
     if is_mixture:
+        job.warm_up()
         _check_untied(job, config)
         files_besides_weights(folder)  # what is wrong with them must show now as well
     resolve_targets(job.model, folder)

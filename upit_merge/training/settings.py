@@ -18,6 +18,9 @@ from upit_merge.data.examples import EXTENSIONS, local_data
 from upit_merge.errors import UpitError, first_line, one_line, shown
 from upit_merge.training.quiet import quieten
 
+# Share of a mixture's steps in which the learning rate rises, unless something else is asked for.
+WARM_UP = 0.1
+
 
 @dataclass
 class FinetuneArguments:
@@ -58,6 +61,7 @@ class FinetuneJob:
         model: TRL's `ModelConfig`: which model, and LoRA.
         data: TRL's `DatasetMixtureConfig`.
         script: TRL's `ScriptArguments`.
+        given: The keys that the configuration or the command line has.
     """
 
     extra: FinetuneArguments
@@ -65,6 +69,17 @@ class FinetuneJob:
     model: Any
     data: Any
     script: Any
+    given: frozenset[str] = frozenset()
+
+    def warm_up(self) -> None:
+        """Let the learning rate rise over the first steps, if nothing was said of that.
+
+        For mixtures: from experts that fit each other, steps at the full rate lose what they know
+        before the optimiser knows their gradients, and the end is worse for it (benchmarks/README.md,
+        "Keeping the head start").
+        """
+        if "warmup_steps" not in self.given:
+            self.training.warmup_steps = WARM_UP
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide what comes out, for a run that is cut off and goes on."""
@@ -140,14 +155,15 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> FinetuneJob:
         # The default of TRL below 1.15 replaces the mixture's forward, and its balance with it.
         overrides = ["--loss_type", "nll", *overrides]
     extra, training, model, data, script = _parsed(blocks, path, overrides)
-    job = FinetuneJob(extra=extra, training=training, model=model, data=data, script=script)
+    overridden = {option.partition("=")[0].replace("-", "_") for option in overrides}
+    given = frozenset({*document, *(name.removeprefix("__") for name in overridden)})
+    job = FinetuneJob(extra, training, model, data, script, given)
     modules = model.lora_target_modules
     if isinstance(modules, str) and modules != "all-linear":
         # TRL makes a text of a list of one, which PEFT then takes for a pattern of whole names.
         model.lora_target_modules = [modules]
     _check(job, path)
-    overridden = {option.partition("=")[0].replace("-", "_") for option in overrides}
-    if "output_dir" not in document and "__output_dir" not in overridden:
+    if "output_dir" not in given:
         raise UpitError(f"{path}: output_dir is missing; add the folder that receives the result.")
     return job
 
