@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ class RunOptions(CommandOptions):
         seed: Replaces the recipe's seed.
         copy_tokenizer: Give the output a tokenizer.
         write_card: Write `README.md` and `mergekit_config.yml`.
+        trains_on: It will be trained further, so that experts per token are not chosen.
         overwrite: Replace an earlier output of this program.
         name: Of the model, for its card; the output folder's if None.
     """
@@ -89,6 +90,7 @@ class RunOptions(CommandOptions):
     seed: int | None = None
     copy_tokenizer: bool = True
     write_card: bool = True
+    trains_on: bool = False
     overwrite: bool = False
     name: str | None = None
 
@@ -252,19 +254,13 @@ class _Run:
             model = computed_mixture(moe, device, settings, quick=quick)
             identity = {"compute": model.arithmetic.identity()}
             progress = Progress(self.staging.root / "router", identity, processes)
-            stage = RouterStage(
-                model,
-                seeds,
-                settings,
-                inputs.recipe.seed,
-                scratch,
-                processes,
-                progress,
-                self.options.quiet,
-            )
+            seed, quiet = inputs.recipe.seed, self.options.quiet
+            stage = RouterStage(model, seeds, settings, seed, scratch, processes, progress, quiet)
             output = InPlace(moe)
             tell_router_time(stage)
-            router = pretrain_router(stage, output)
+            # Fewer experts would leave the gates less of a gradient in further training.
+            free = inputs.recipe.parameters.experts_per_token is None and not self.options.trains_on
+            router = pretrain_router(stage, output, free_choice=free)
             if processes.is_first:
                 output.write(named_gates(stage.model.architecture.gate_names(), router.gates))
         processes.gather(None)  # nobody uses the scratch folders any more
@@ -273,6 +269,8 @@ class _Run:
     def finish(self, merged: Merged, router: RouterResult | None) -> None:
         """Write everything after weights and gates: report, card and configuration."""
         inputs, folder = self.inputs, self.staging.model
+        if router is not None and (chosen := router.report.get("chosen")):
+            inputs = replace(inputs, experts_per_token=chosen["experts_per_token"])
         record = merge_record(
             inputs.recipe,
             inputs.base,

@@ -178,7 +178,16 @@ def _findings(
             yield _gate_finding(
                 moe, router, inputs, options, refit=gates, extended=bool(extensions)
             )
-        yield _file_finding(out, replace(inputs, num_experts=present), options)
+        per_token = _experts_per_token(inputs, report)
+        inputs = replace(inputs, num_experts=present, experts_per_token=per_token)
+        yield _file_finding(out, inputs, options)
+
+
+def _experts_per_token(inputs: Inputs, report: AnyReport) -> int:
+    """Return the recipe's experts per token; what the run chose, where the recipe leaves it open."""
+    default, found = inputs.experts_per_token, report.document.get("experts_per_token")
+    is_open = inputs.recipe.parameters.experts_per_token is None
+    return found if is_open and isinstance(found, int) and 0 < found < default else default
 
 
 def _report(out: Path) -> AnyReport:

@@ -170,8 +170,11 @@ refine: {steps: 100}
         description="The gates learn from what the mean of all experts computes, or the sample's "
         "own expert; if not given mean, but expert for objective: upit.",
     )
-    temperature: PositiveNumber = Field(
-        1.0, description="Divides the gate logits: higher mixes the chosen experts more evenly."
+    temperature: PositiveNumber | None = Field(
+        None,
+        description="Divides the gate logits: higher mixes the chosen experts more evenly. If not "
+        "given it is chosen on a quarter of the samples, to which the gates are not fitted at "
+        "first; 1 where that would be too few.",
     )
     batch_tokens: StrictInt = Field(
         2048, ge=1, description="Tokens pushed through a layer at a time."
@@ -272,6 +275,11 @@ refine: {steps: 100}
     def router_stream(self) -> Literal["mean", "expert"]:
         """Return whose hidden states the gates are fitted to."""
         return self.stream or ("expert" if self.objective == "upit" else "mean")
+
+    @property
+    def scale(self) -> float:
+        """Return the temperature that gates are fitted with, before another is chosen."""
+        return 1.0 if self.temperature is None else float(self.temperature)
 
     @property
     def needs_buckets(self) -> bool:

@@ -166,6 +166,7 @@ def _merge_stage(pipeline: Pipeline, *, quiet: bool) -> Stage:
         recipe, source = load_recipe(file)
         options = RunOptions(
             pipeline.config.device,
+            trains_on=pipeline.config.post_train is not None,
             name=pipeline.out.absolute().name,
             overwrite=True,  # what is there is the pipeline's own
             quiet=quiet,

@@ -52,6 +52,7 @@ class AnyRouter(Part):
     data: Object = {}
     gates_sha256: StrictStr | None = None
     experts_sha256: list[StrictStr] | None = None
+    chosen: Object = {}
 
     def fit(self) -> tuple[RouterSettings, int] | None:
         """Return settings and seed of the fit; None if they are not in this version's words."""
@@ -59,7 +60,11 @@ class AnyRouter(Part):
             return None
         try:
             # Versions before there was a choice computed exact losses.
-            return RouterSettings.model_validate({"losses": "exact", **self.settings}), self.seed
+            settings = RouterSettings.model_validate({"losses": "exact", **self.settings})
+            if settings.temperature is None:  # with the one that was chosen the fit is the same
+                known = {"temperature": self.chosen.get("temperature", 1.0)}
+                settings = RouterSettings.model_validate({**settings.model_dump(), **known})
+            return settings, self.seed
         except (TypeError, ValueError):  # pydantic's own is a ValueError
             return None
 

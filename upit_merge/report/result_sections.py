@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from upit_merge.errors import counted
+from upit_merge.report.chosen import chosen_sentences, idle_sentence
 from upit_merge.report.document import (
     BucketRow,
     Extension,
@@ -63,6 +64,10 @@ def router_section(report: Report) -> str:
         parts.append(_bucket_table(fitted.buckets.experts))
         if verdict := fitted.buckets.worth.get("verdict"):
             parts.append(escaped(str(verdict)))
+    if fitted is not None:
+        said = [*chosen_sentences(fitted.chosen), idle_sentence(fitted.chosen)]
+        if words := " ".join(filter(None, said)):
+            parts.append(escaped(words))
     return "\n\n".join(parts)
 
 

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from upit_merge.merge.lineage import Lineage
+from upit_merge.report.chosen import chosen_sentences, idle_sentence
 from upit_merge.report.markdown import are_least
 
 # Characters of a name, and of the words above numbers, that are not broken to make room.
@@ -209,3 +210,7 @@ def show_buckets(router: dict[str, Any]) -> None:
                 "to the expert that predicts them best."
             )
         print(buckets["worth"]["verdict"])
+    chosen = router.get("chosen") or {}
+    for sentence in (*chosen_sentences(chosen), idle_sentence(chosen)):
+        if sentence:
+            print(sentence)

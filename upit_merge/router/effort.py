@@ -14,6 +14,7 @@ from upit_merge.data.tokens import TokenizedSample
 from upit_merge.engine.hidden_states import MEAN, Batch, token_batches
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.router.control import loss_sweeps
+from upit_merge.router.held_out import choosing_sweeps
 from upit_merge.router.memory import FITTED_TOKENS, ModelShape, shape_of_model
 
 # Fits, in multiplications of a layer's products, as measured with hidden sizes of 128 to 576. A
@@ -92,7 +93,8 @@ class StageSweeps:
         losses: For the losses of the experts.
         gates: For the inputs of the gates.
         tuning: Of a training of the experts, counted in forward sweeps.
-        refining: Of a refinement, counted in forward sweeps of the mixture.
+        refining: Of a refinement, or the choice of temperature and experts per token, counted in
+            forward sweeps of the mixture.
         fits: Whether gates are fitted to what a sweep has shown.
     """
 
@@ -131,7 +133,7 @@ def stage_sweeps(settings: RouterSettings, num_experts: int, lengths: Sequence[i
         gates = 0.0 if settings.trains_experts or seen else 1.0
     # Forwards, once more for the gradients, and those of weights and inputs: twice as much.
     tuning = 4.0 * settings.upit_settings.epochs if settings.trains_experts else 0.0
-    refining = 0.0
+    refining = choosing_sweeps(settings, num_experts, len(lengths))
     if settings.refine is not None and num_experts > 1:
         # Forwards, once more, and gradients of the inputs.
         tokens = settings.refine.steps * min(settings.refine.tokens, sum(lengths))

@@ -7,8 +7,9 @@ processes have a share of the tokens each, all return the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -55,6 +56,17 @@ class GateData:
     device: torch.device
     layer: int = 0
     total: Callable[[Tensor], Tensor] = _alone
+
+    def without(self, samples: Collection[int]) -> GateData:
+        """Return the same without some samples."""
+        kept = [slice(0, 0) if index in samples else span for index, span in enumerate(self.spans)]
+        rows = [torch.arange(span.start, span.stop) for span in kept]
+        counts = [len(row) for row in rows]
+        ends = list(itertools.accumulate(counts))
+        spans = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+        lengths = [0 if i in samples else length for i, length in enumerate(self.lengths)]
+        inputs = self.inputs[torch.cat(rows)]
+        return replace(self, inputs=inputs, spans=spans, lengths=lengths)
 
     @property
     def width(self) -> int:
@@ -254,7 +266,8 @@ def upit(
     """
     gate = torch.zeros(data.num_experts, data.width)
     for expert in range(data.num_experts):
-        members = (data.assigned == expert).nonzero().flatten().tolist()
+        own = (data.assigned == expert).nonzero().flatten().tolist()
+        members = [index for index in own if data.lengths[index]]  # others were left out
         if not members:
             continue
         generator = torch.Generator().manual_seed(seed + expert)
@@ -298,3 +311,11 @@ def normalise(gate: Tensor, data: GateData, temperature: float) -> Tensor:
         spread += F.linear(h, gate.to(data.device)).std(dim=1, correction=0).sum()
     mean = float(data.total(spread)) / sum(data.lengths)
     return gate / (max(mean, 1e-12) * temperature)
+
+
+BY_NAME: dict[str, Objective] = {
+    "one_vs_rest": one_vs_rest,
+    "softmax": softmax,
+    "ridge": ridge,
+    "hidden": hidden,
+}

@@ -31,6 +31,7 @@ from upit_merge.router.buckets import Buckets
 from upit_merge.router.expert_tuning import tune_expert
 from upit_merge.router.leads import warn_of_biases
 from upit_merge.router.refine import GateTrainer, RefineState, refine_gates
+from upit_merge.router.sharpness import fit_and_choose
 from upit_merge.router.stage import RouterStage
 
 
@@ -185,7 +186,7 @@ def tuned_gates(
         gate = torch.stack([found[expert][0][index] for expert in experts])
         scale = gate.norm(dim=1).mean().clamp(min=1e-12)
         scale = scale * root_mean_square(model.format.norm_factors(model.moe, layer))
-        gates.append(stage.checked(layer, gate / scale / float(stage.settings.temperature)))
+        gates.append(stage.checked(layer, gate / scale / stage.settings.scale))
     return gates, [found[expert][1] for expert in experts]
 
 
@@ -238,10 +239,13 @@ def refined_gates(
     return state.gates, told
 
 
-def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> RouterResult:
+def pretrain_router(
+    stage: RouterStage, sink: ExpertSink | None = None, *, free_choice: bool = False
+) -> RouterResult:
     """Do the whole stage as the settings say.
 
     Args:
+        free_choice: The number of experts per token was left open; the report says which it is.
         sink: Takes FFNs that were trained, see `tuned_gates`; needed only if some are.
 
     Raises:
@@ -267,9 +271,10 @@ def pretrain_router(stage: RouterStage, sink: ExpertSink | None = None) -> Route
         if settings.trains_experts:
             assert sink is not None
             gates, report["experts_sha256"] = tuned_gates(stage, buckets, sink)
+            gates = distinct_gates(gates, model.stored_dtype, stage.seed)
         else:
-            gates = stage.gates(buckets)
-        gates = distinct_gates(gates, model.stored_dtype, stage.seed)
+            gates, chosen = fit_and_choose(stage, buckets, free=free_choice)
+            report["chosen"] = chosen.to_report()
     if settings.refine is not None and model.num_experts > 1:
         source = model.moe
         if settings.trains_experts:

@@ -36,13 +36,6 @@ from upit_merge.runtime.clock import Clock
 from upit_merge.runtime.processes import ALONE, Processes
 from upit_merge.runtime.work_bar import WorkBar
 
-OBJECTIVES: dict[str, Objective] = {
-    "one_vs_rest": objectives.one_vs_rest,
-    "softmax": objectives.softmax,
-    "ridge": objectives.ridge,
-    "hidden": objectives.hidden,
-}
-
 
 @dataclass(frozen=True)
 class RouterStage:
@@ -63,6 +56,7 @@ class RouterStage:
         quiet: No progress bars.
         clock: Measures the parts of the stage.
         label: What progress bars say instead of what is computed.
+        left_out: Samples a second gate is not fitted to: `gates` gives (2, num_experts, hidden_size).
     """
 
     model: LayerwiseMixture
@@ -76,6 +70,7 @@ class RouterStage:
     clock: Clock = field(default_factory=Clock)
     kept_inputs: list[LayersOnDisk] = field(default_factory=list)
     label: str = ""
+    left_out: frozenset[int] = frozenset()
 
     @property
     def lengths(self) -> list[int]:
@@ -357,7 +352,9 @@ class RouterStage:
             self.model.mixture_layers.index(layer),
             self.processes.total,
         )
-        return self.checked(layer, fit(data))
+        fitted_to = [data, data.without(self.left_out)] if self.left_out else [data]
+        gates = torch.stack([self.checked(layer, fit(part)) for part in fitted_to])
+        return gates if self.left_out else gates[0]
 
     def checked(self, layer: int, gate: Tensor) -> Tensor:
         """Return the gate itself.
@@ -374,7 +371,7 @@ class RouterStage:
 
     def _scaled(self, data: GateData) -> Tensor:
         gate = self._objective()(data)
-        return objectives.normalise(gate, data, float(self.settings.temperature))
+        return objectives.normalise(gate, data, self.settings.scale)
 
     def _objective(self) -> Objective:
         if self.settings.objective == "upit":
@@ -389,7 +386,7 @@ class RouterStage:
             )
         if self.settings.objective == "kmeans":
             return partial(kmeans, seed=self.seed)
-        return OBJECTIVES[self.settings.objective]
+        return objectives.BY_NAME[self.settings.objective]
 
 
 def _check_finite(expert: int, losses: Tensor) -> None:

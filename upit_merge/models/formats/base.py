@@ -79,6 +79,7 @@ class MixtureFormat(ABC):
     class_name: ClassVar[str]
     block: ClassVar[str]
     gate: ClassVar[str] = "gate.weight"
+    chosen_field: ClassVar[str] = "num_experts_per_tok"
     choice_bias: ClassVar[str | None] = None
     projections: ClassVar[Mapping[str, str]] = {name: name for name in PROJECTIONS}
     packed: ClassVar[Mapping[str, str]] = {}
@@ -266,6 +267,13 @@ class MixtureFormat(ABC):
     def chosen(self, config: Any) -> int:
         """Return how many experts a mixture's configuration sends a token to."""
         return int(config.num_experts_per_tok)
+
+    def with_chosen(self, config: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """Return a `config.json` with another number of experts per token."""
+        inner = config.get("text_config")
+        if isinstance(inner, Mapping):
+            return {**config, "text_config": {**inner, self.chosen_field: count}}
+        return {**config, self.chosen_field: count}
 
     def settings(self, config: Any) -> dict[str, Any]:
         """Return the settings that one expert would have as a dense model.

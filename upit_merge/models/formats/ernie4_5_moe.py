@@ -26,6 +26,7 @@ class Ernie45Moe(MixtureFormat):
     block = "mlp"
     choice_bias = "moe_statics.e_score_correction_bias"
     count_field = "moe_num_experts"
+    chosen_field = "moe_k"
     readers: ClassVar = {
         "transformers": "",
         "mlx-lm": "",

@@ -54,6 +54,7 @@ class Gemma4Moe(CompositeFormat):
     gate = "router.proj.weight"
     packed: ClassVar = {f"experts.{kind}": kind for kind in FUSED}
     count_field = "num_experts"
+    chosen_field = _OWN_CHOSEN
     readers: ClassVar = {
         "transformers": "5 and later",
         "mistral.rs": "",
