@@ -9,7 +9,7 @@ from statistics import geometric_mean
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from upit_merge.config.router import RouterSettings
 from upit_merge.engine.layerwise import LayerwiseMixture
@@ -108,3 +108,15 @@ def mixture_perplexity(
         for name, members in groups.members.items()
         if name != groups.whole
     )
+
+
+def average_model(checkpoints: Sequence[Path]) -> PreTrainedModel:
+    """Return the checkpoint whose weights are the mean of all."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoints[0])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for path in checkpoints[1:]:
+        other = AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for name, tensor in state.items():
+            tensor += other[name]
+    model.load_state_dict({name: tensor / len(checkpoints) for name, tensor in state.items()})
+    return model

@@ -28,12 +28,16 @@ from transformers.utils import logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.perplexity import mixture_perplexity, perplexity, set_gates  # noqa: E402
+from benchmarks.perplexity import (  # noqa: E402
+    average_model,
+    mixture_perplexity,
+    perplexity,
+    set_gates,
+)
 from benchmarks.router_fits import CPU, FITS, SETTINGS, samples_of  # noqa: E402
 from benchmarks.router_models import build  # noqa: E402
 from upit_merge.config.router import RouterSettings  # noqa: E402
 from upit_merge.demo.corpus import load_domains  # noqa: E402
-from upit_merge.demo.run import average_model  # noqa: E402
 from upit_merge.demo.training import learning_rate_cycle, pack, sequences  # noqa: E402
 from upit_merge.engine.layerwise import LayerwiseMixture  # noqa: E402
 from upit_merge.models.mixture import opened_mixture  # noqa: E402

@@ -26,9 +26,9 @@ from benchmarks.paper.data import Corpus, TuningData, load_corpus, mixed_epochs,
 from benchmarks.paper.measures import exact_match, parameters, perplexities, routing
 from benchmarks.paper.scales import Scale
 from benchmarks.paper.training import train, train_base, train_stage1
+from benchmarks.perplexity import average_model
 from upit_merge.commands.run import RunOptions, run_recipe
 from upit_merge.config.recipe import parse_recipe
-from upit_merge.demo.run import average_model
 from upit_merge.demo.training import save
 from upit_merge.errors import UpitError
 from upit_merge.io.text_file import write_json

@@ -16,7 +16,7 @@ from benchmarks.perplexity import document_losses, perplexity
 from upit_merge.demo import run, stages, training
 from upit_merge.demo.corpus import Domain, load_domains
 from upit_merge.demo.progress import DemoFolder, open_demo
-from upit_merge.demo.run import Row, _verdicts, run_demo
+from upit_merge.demo.run import run_demo
 from upit_merge.demo.training import TrainingBudget, train_demo_models
 from upit_merge.errors import UpitError
 
@@ -154,12 +154,14 @@ def test_demo_leaves_what_it_says(finished: Path) -> None:
     assert names == {"base", "sft", "moe", *files}
     results = json.loads((finished / "results.json").read_text())
     rows = {row["model"]: row["perplexities"] for row in results["rows"]}
-    assert list(rows)[-3:] == [
-        "average of checkpoints",
-        "MoE, random gate (mean of 3)",
-        "MoE as built",
-    ]
-    assert len(rows) == 1 + len(list((finished / "sft").iterdir())) + 3
+    assert list(rows)[-2:] == ["MoE, random gate (mean of 3)", "MoE as built"]
+    checkpoints = len(list((finished / "sft").iterdir()))
+    average, *others = list(rows)[1 + checkpoints : -2]
+    assert average == "average of checkpoints"
+    assert [name.startswith("base + ") for name in others] in ([], [True])
+    assert results["verdict"].split(":")[0] in ("Worth it", "Not worth it") or results[
+        "verdict"
+    ].startswith("Too few samples")
     report = json.loads((finished / "moe" / "upit_report.json").read_text())
     assert len(report["lineage"]["experts"]) == 8
     assert report["router"]["settings"]["objective"] == "one_vs_rest"
@@ -178,23 +180,6 @@ def test_seed_data_and_held_out_text_are_apart(finished: Path, domains: list[Dom
     assert len(rows) == 600
     heldout = {text for domain in domains for text in domain.heldout}
     assert not heldout & {row["text"] for row in rows}
-
-
-def test_verdicts_say_higher_when_it_is_higher() -> None:
-    rows = [
-        Row("checkpoint-1", (4.0,)),
-        Row("average of checkpoints", (2.0,)),
-        Row("MoE, random gate (mean of 3)", (6.0,)),
-        Row("MoE as built", (3.0,)),
-    ]
-    assert _verdicts(rows) == [
-        f"The mean perplexity of the MoE as built is {rest}"
-        for rest in (
-            "50.0% lower than that of MoE, random gate (mean of 3) (6.00).",
-            "50.0% HIGHER than that of average of checkpoints (2.00).",
-            "25.0% lower than that of checkpoint-1 (4.00).",
-        )
-    ]
 
 
 def test_all_stages_runs_a_pipeline_on_text_in_order(

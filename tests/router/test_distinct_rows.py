@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.conftest import Family
 from tests.support.commands import done
 from upit_merge.models.gates import distinct_gates
-from upit_merge.router import pretrain
+from upit_merge.router import pretrain, sharpness
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "one_vs_rest": {},
@@ -77,7 +77,8 @@ def test_who_has_samples_keeps_the_vector(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     copies["router"] |= {"assign": {"column": "expert"}, "objective": objective}
     found = stored_gates(merge(copies))
-    monkeypatch.setattr(pretrain, "distinct_gates", lambda gates, *_: gates)
+    for module in (pretrain, sharpness):
+        monkeypatch.setattr(module, "distinct_gates", lambda gates, *_: gates)
     before = stored_gates(merge(copies, "before"))
     for new, old in zip(found, before, strict=True):
         assert torch.equal(new[:2], old[:2])
@@ -139,7 +140,8 @@ def test_only_the_rows_that_are_named() -> None:
 def test_shrinking_parts_what_tied_before(merge: Any, copies: dict[str, Any], monkeypatch) -> None:
     """A mixture of an earlier version, with ties, has none when it is shrunk."""
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "distinct_gates", lambda gates, *_: gates)
+        for module in (pretrain, sharpness):
+            patch.setattr(module, "distinct_gates", lambda gates, *_: gates)
         out = merge(copies)
     assert len(stored_gates(out)[0].unique(dim=0)) == 2
     done("shrink", out, "--experts", "3", "--data", copies["router"]["data"])

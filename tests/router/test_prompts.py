@@ -65,7 +65,8 @@ def test_everything_that_follows_a_run_knows_prompts(family, merge, no_losses) -
     assert [row["samples"] for row in report_of(out)["buckets"]["experts"]] == [2, 1, 2]
     assert "same bits" in done("verify", out, "--gates").output
     done("page", out)
-    done("evaluate", out, "--data", family.seed_file(), "--control", "--no-experts", "--quiet")
+    words = ("--control", "--no-experts", "--no-rivals", "--quiet")
+    done("evaluate", out, "--data", family.seed_file(), *words)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert all(layer.mlp.gate.weight.norm(dim=1).min() > 0 for layer in model.model.layers)
 

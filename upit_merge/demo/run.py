@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 import torch
+import yaml
 from rich.table import Table
-from torch import Tensor
 
-from upit_merge.commands.compare import Rival, rival_losses
+from upit_merge.commands import compare
+from upit_merge.commands.preview import dense_models
+from upit_merge.config.recipe import Recipe, parse_recipe
 from upit_merge.config.router import RouterSettings
 from upit_merge.demo.corpus import Domain, load_domains, write_texts
 from upit_merge.demo.foretell import STEPS_AROUND, foretold_time
@@ -27,14 +30,17 @@ from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError, argument
 from upit_merge.io.hub import OpenOptions
 from upit_merge.io.text_file import read_record, write_json, write_unless_there
+from upit_merge.merge.inputs import opened
 from upit_merge.models.gates import training_free_gates
 from upit_merge.models.mixture import opened_mixture
 from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.report.next_steps import only_steps, tell_next
 from upit_merge.report.tables import best_in_bold, show
-from upit_merge.router.evaluation import Evaluation, Groups, run_mixture
+from upit_merge.router.evaluation import Groups, disk_bytes, run_mixture
 from upit_merge.router.pretrain import load_seed_set
+from upit_merge.router.rivals import dense_rivals
 from upit_merge.router.stage import RouterStage
+from upit_merge.router.worth import Kind, Rival, Worth
 from upit_merge.runtime.interrupt import ends_at_once
 from upit_merge.runtime.parallel import progress_bar
 
@@ -114,11 +120,12 @@ def run_demo(
         write_unless_there(folder / "demo.yml", RECIPE)
         with only_steps():
             _merge(folder, seed, quiet=quiet)
-        rows = _measure(folder, models, domains, quiet=quiet)
+        rows, worth = _measure(folder, models, domains, quiet=quiet)
 
         found = {
             "domains": [domain.name for domain in domains],
             "rows": [{"model": r.model, "perplexities": r.perplexities} for r in rows],
+            "verdict": worth.verdict(),
         }
         write_json(results, found)
         progress.forget_training()
@@ -130,8 +137,8 @@ def _tell(folder: Path, results: Mapping[str, Any]) -> None:
     """Print what came out, and what to do with it."""
     rows = [Row(row["model"], tuple(row["perplexities"])) for row in results["rows"]]
     show(_table(rows, results["domains"]))
-    for sentence in _verdicts(rows):
-        print(sentence)
+    if verdict := results.get("verdict"):  # earlier versions had none
+        print(verdict)
     print(f"The model is in {folder / 'moe'}.")
     moe, data = argument(folder / "moe"), argument(folder / "held-out.jsonl")
     tell_next(
@@ -171,13 +178,14 @@ def _merge(folder: Path, seed: int, *, quiet: bool) -> None:
 
 def _measure(
     folder: Path, models: DemoModels, domains: Sequence[Domain], *, quiet: bool
-) -> list[Row]:
+) -> tuple[list[Row], Worth]:
     """Measure every model on the held-out text, as `upit-merge evaluate --against` does."""
     mixture = folder / "moe"
-    total = len(models.checkpoints) + 3 + _RANDOM_GATES
+    total = len(models.checkpoints) + 4 + _RANDOM_GATES
     with (
         tempfile.TemporaryDirectory() as temporary,
         opened_mixture(mixture) as moe,
+        opened(_recipe(models), OpenOptions()) as inputs,
         progress_bar(total, "held-out perplexity", quiet=quiet, unit="model") as bar,
     ):
         scratch = Path(temporary)
@@ -193,50 +201,55 @@ def _measure(
             column="domain",
         )
         stage = RouterStage(model, seeds, settings, 0, scratch, quiet=True)
-        groups = Groups.of(seeds.samples)
-
-        def row(name: str, sums: Tensor) -> Row:
+        sums = run_mixture(stage)[0]
+        bar.update()
+        rivals = []
+        for number, path in enumerate([models.base, *models.checkpoints]):
+            other = compare.Rival(path.name, str(path))
+            own = compare.rival_losses(other, stage, mixture, OpenOptions())
+            kind: Kind = "single" if number else "other"
+            rivals.append(Rival(kind, path.name, own, {"checkpoint": number - 1}))
             bar.update()
-            measured = Evaluation(seeds.samples, groups, sums, routing)
-            members = (groups.members[domain.name] for domain in domains)
-            return Row(name, tuple(map(measured.perplexity, members)))
-
-        average = scratch / "average"
-        average_model(models.checkpoints).save_pretrained(average)
-        sums, routing = run_mixture(stage)
-        built = row("MoE as built", sums)
-        dense = {"base": models.base, **{path.name: path for path in models.checkpoints}}
-        rows = [
-            row(name, rival_losses(Rival(name, str(path)), stage, mixture, OpenOptions()))
-            for name, path in {**dense, "average of checkpoints": average}.items()
-        ]
+        blends = dense_rivals(dense_models(inputs), stage, None)
+        bar.update(2)
         # Those that a recipe without `router:` gets.
-        gates = (
-            training_free_gates(moe, model.format, model.mixture_layers, model.num_experts, seed)
-            for seed in range(_RANDOM_GATES)
+        random_sums = []
+        for seed in range(_RANDOM_GATES):
+            gates = training_free_gates(
+                moe, model.format, model.mixture_layers, model.num_experts, seed
+            )
+            random_sums.append(run_mixture(stage, gates)[0])
+            bar.update()
+        random_gates = Rival("random", "random gates", torch.stack(random_sums).mean(0))
+        whole, of_expert = disk_bytes(model)
+        worth = Worth.of(
+            sums,
+            torch.tensor([s.num_targets for s in seeds.samples], dtype=torch.float64),
+            [*rivals, *blends, random_gates],
+            Groups.of(seeds.samples).kinds,
+            bytes_ours=whole,
+            bytes_dense=whole - (model.num_experts - 1) * of_expert,
+            ours_kind="mixture",
         )
-        random_rows = [row("", run_mixture(stage, random_gates)[0]) for random_gates in gates]
-        return [*rows, _mean_row("MoE, random gate", random_rows), built]
+
+        def row(name: str, rival: Rival | None = None) -> Row:
+            values = [worth.perplexity(rival, domain.name) for domain in domains]
+            return Row(name, tuple(math.nan if v is None else v for v in values))
+
+        rows = [row(rival.name, rival) for rival in rivals]
+        names = {"average": "average of checkpoints"}
+        rows += [row(names.get(rival.kind, rival.name), rival) for rival in blends]
+        random_row = row(f"MoE, random gate (mean of {_RANDOM_GATES})", random_gates)
+        return [*rows, random_row, row("MoE as built")], worth
 
 
-def average_model(checkpoints: Sequence[Path]) -> Any:
-    """Return the checkpoint whose weights are the mean of all."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoints[0])
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for path in checkpoints[1:]:
-        other = AutoModelForCausalLM.from_pretrained(path).state_dict()
-        for name, tensor in state.items():
-            tensor += other[name]
-    model.load_state_dict({name: tensor / len(checkpoints) for name, tensor in state.items()})
-    return model
-
-
-def _mean_row(name: str, rows: Iterable[Row]) -> Row:
-    """Return geometric means, domain by domain."""
-    columns = zip(*(row.perplexities for row in rows), strict=True)
-    return Row(f"{name} (mean of {_RANDOM_GATES})", tuple(map(geometric_mean, columns)))
+def _recipe(models: DemoModels) -> Recipe:
+    """Return the demo's recipe with the models where they are, without its router."""
+    document = yaml.safe_load(RECIPE)
+    del document["router"]
+    document["base_model"] = str(models.base)
+    document["models"] = [{"model": str(path)} for path in models.checkpoints]
+    return parse_recipe(document)
 
 
 def _table(rows: Sequence[Row], domains: Sequence[str]) -> Table:
@@ -249,19 +262,3 @@ def _table(rows: Sequence[Row], domains: Sequence[str]) -> Table:
     for row, cells in zip(rows, best_in_bold(values, ".2f"), strict=True):
         table.add_row(row.model, *cells)
     return table
-
-
-def _verdicts(rows: Sequence[Row]) -> list[str]:
-    """Compare the MoE as built, the last row, with the rows that it should beat."""
-    built = rows[-1]
-    sentences = []
-    checkpoints = [row for row in rows if row.model.startswith("checkpoint-")]
-    references = [rows[-2], rows[-3], min(checkpoints, key=lambda row: row.mean)]
-    for reference in references:
-        change = built.mean / reference.mean - 1
-        word = "lower" if change < 0 else "HIGHER"
-        sentences.append(
-            f"The mean perplexity of the MoE as built is {abs(change):.1%} {word} than that of "
-            f"{reference.model} ({reference.mean:.2f})."
-        )
-    return sentences
