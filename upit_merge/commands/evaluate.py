@@ -93,6 +93,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             check_is_not_data(path, settings.data or "")
     if options.plot is not None:
         check_format(options.plot)
+    files = ModelFiles.before_opening(out)
     with (
         joined() as processes,
         ends_at_once(lambda: "Interrupted."),
@@ -111,7 +112,7 @@ def evaluate_output(out: Path, settings: RouterSettings, options: EvaluateOption
             with processes.together():
                 vocab_size = read_mixture(session.moe).dense_settings()["vocab_size"]
                 check_rivals(options.against, vocab_size, out, options.open)
-        evaluation, beside, samples = _evaluate(session, settings, options, Path(scratch))
+        evaluation, beside, samples = _evaluate(session, files, settings, options, Path(scratch))
         if processes.is_first:
             record = condensed(evaluation, beside, settings.data, samples)
             _tell(evaluation, record, out, options)
@@ -237,6 +238,7 @@ def condensed(
 
 def _evaluate(
     session: RouterSession,
+    files: ModelFiles,
     settings: RouterSettings,
     options: EvaluateOptions,
     scratch: Path,
@@ -249,9 +251,8 @@ def _evaluate(
             control = _control(session, scratch) if options.control else None
             held_out = session.stage(settings, scratch, column=options.group_by)
             sources = Sources(None)
-            files = ModelFiles.before_opening(out)
             if options.rivals:
-                files = ModelFiles.before_opening(out, *source_folders(session))
+                files = files.and_of(*source_folders(session))
                 sources = stack.enter_context(opened_sources(session))
         parts = ["mixture"]
         if options.experts and held_out.model.num_experts > 1:

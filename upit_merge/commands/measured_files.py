@@ -45,6 +45,10 @@ class ModelFiles:
                 states[_name(path)] = _state(path)
         return cls(states)
 
+    def and_of(self, *folders: Path) -> ModelFiles:
+        """Return these, and the files in some more folders, as they are before a model is opened there."""
+        return ModelFiles({**ModelFiles.before_opening(*folders).states, **self.states})
+
     def identity(self, files: Iterable[Path]) -> dict[str, str] | None:
         """Return the state of the model's own files; None if it is no longer what it was.
 
