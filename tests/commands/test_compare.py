@@ -151,7 +151,7 @@ def test_what_was_measured_before_is_kept(
     monkeypatch.setattr(compare, "checkpoint_losses", counting)
     words = ["--against", str(four.base), "--against", str(four.checkpoints[-1])]
     first = evaluate(moe, data, *words)
-    assert counted == ["model 2 of 3 (base)", "model 3 of 3 (checkpoint-2000)"]
+    assert counted == ["model 3 of 4 (base)", "model 4 of 4 (checkpoint-2000)"]
     second = evaluate(moe, data, *words)
     assert len(counted) == 2
     assert second["others"] == first["others"]

@@ -92,7 +92,7 @@ def test_without_the_checkpoints_its_own_experts_are_what_there_is(moe: Path, da
     assert rivals["average"]["name"] == "the average of its experts"
     assert rivals["single"]["name"].startswith("expert ")
     reason = numbers["worth"]["left_out"]
-    assert "could not be opened" in reason
+    assert "cannot be opened here" in reason
     assert "--against MODEL" in reason
     assert " ".join(reason.split()) in " ".join(said.split())
 
@@ -134,7 +134,8 @@ def test_other_checkpoints_on_the_same_path_are_not_taken_for_them(
     copies = tmp_path / "copies"
     shutil.copytree(four.root, copies, ignore=shutil.ignore_patterns("out*"))
     recipe = moe / "mergekit_config.yml"
-    recipe.write_text(recipe.read_text().replace(str(four.root), str(copies)))
+    for path in (recipe, moe / "upit_report.json"):
+        path.write_text(path.read_text().replace(str(four.root), str(copies)))
     before, _said = evaluated(moe, data)
     assert "left_out" not in before["worth"]
     first, last = (copies / four.checkpoints[i].relative_to(four.root) for i in (0, -1))

@@ -57,6 +57,10 @@ def _without_sizes(recipe: dict[str, Any]) -> dict[str, Any]:
     for name in CHOSEN_SINCE:
         if router.get(name) == RouterSettings.model_fields[name].default:
             router.pop(name, None)
+    if router:
+        # Versions before it was chosen noted 1 where none was given: their merge goes on, too.
+        given = router["temperature"]
+        router["temperature"] = 1.0 if given is None else f"{given} (given)"
     return recipe
 
 

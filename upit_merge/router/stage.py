@@ -73,6 +73,10 @@ class RouterStage:
     left_out: frozenset[int] = frozenset()
 
     @property
+    def _twice(self) -> str:
+        return "-twice" * bool(self.left_out)  # of names: what is kept has another shape
+
+    @property
     def lengths(self) -> list[int]:
         return [len(sample.input_ids) for sample in self.seeds.samples]
 
@@ -266,7 +270,7 @@ class RouterStage:
         Raises:
             UpitError: a gate is NaN or infinite.
         """
-        if fitted := self.progress.kept_layers("fitted"):
+        if fitted := self.progress.kept_layers(f"fitted{self._twice}"):
             return fitted
         if self.settings.router_stream == "mean":
             streams = [self.stream(MEAN, self.everything)]
@@ -288,7 +292,7 @@ class RouterStage:
             self.states(streams, every=self.fitted_every) as inputs,
             self.bar(per_layer * self.model.num_layers, "fitting the gates") as bar,
         ):
-            first, gates = self.progress.states("gates", states, with_results=True)
+            first, gates = self.progress.states(f"gates{self._twice}", states, with_results=True)
             bar.skip(per_layer * first)
 
             def after_layer(layer: int) -> None:
@@ -298,7 +302,7 @@ class RouterStage:
                 else:  # which has no gate; what is kept has one for each layer
                     gates.append(torch.zeros(0))
                 bar.advance(tokens * self.effort.fit)
-                self._after_layer("gates", states, gates, layer)
+                self._after_layer(f"gates{self._twice}", states, gates, layer)
 
             self.model.sweep(
                 self.seeds.samples,
@@ -310,8 +314,7 @@ class RouterStage:
                 on_progress=bar.advance,
             )
         gates = [gates[layer] for layer in self.model.mixture_layers]
-        # Kept whole: what follows may take long.
-        self.progress.keep_layers("fitted", gates)
+        self.progress.keep_layers(f"fitted{self._twice}", gates)
         self.progress.drop_states()
         return gates
 
@@ -332,7 +335,7 @@ class RouterStage:
                 kept.read(layer, inputs)
                 gates.append(self._fit(layer, fit, inputs, buckets))
                 bar.advance(1)
-        self.progress.keep_layers("fitted", gates)
+        self.progress.keep_layers(f"fitted{self._twice}", gates)
         return gates
 
     def _fit(self, layer: int, fit: Objective, inputs: PackedStates, buckets: Buckets) -> Tensor:
