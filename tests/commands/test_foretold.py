@@ -81,6 +81,17 @@ def test_plan_says_how_long(shared_family) -> None:
     assert "Router: no time; nothing is fitted." in told
 
 
+def test_plan_says_what_will_be_chosen(shared_family) -> None:
+    data = str(shared_family.seed_file(70))
+    told = plan(shared_family, data=data)
+    assert (
+        "a quarter is held out, at most 64, to choose temperature and experts per token on" in told
+    )
+    given = plan(shared_family, data=data, temperature=1.0)
+    assert "to choose experts per token on" in given
+    assert "to choose" not in plan(shared_family, data=data, objective="random")
+
+
 def test_plan_says_what_a_recipe_without_a_router_gets(shared_family) -> None:
     sentence = "Router: none, as the recipe has no router: block."
     assert sentence in plan(shared_family)

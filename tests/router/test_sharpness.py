@@ -133,7 +133,8 @@ def test_sentences_say_what_was_chosen_and_gained() -> None:
 def test_experts_hardly_used_are_named_with_what_dropping_them_saves() -> None:
     chosen = {"shares": [0.6, 0.01, 0.38, 0.01], "expert_bytes": 3_000_000}
     assert idle_experts(chosen) == [1, 3]
-    sentence = idle_sentence(chosen, "upit-merge shrink out")
+    sentence = idle_sentence(chosen, "out")
+    assert "`upit-merge shrink out --experts 2 --how drop --data SEED-DATA`" in sentence
     assert "experts 1, 3 " in sentence
     assert "save 6 MB" in sentence
     assert idle_sentence({"shares": [0.5, 0.5], "expert_bytes": 1}) == ""

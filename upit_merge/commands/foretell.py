@@ -21,6 +21,7 @@ from upit_merge.router.effort import (
     time_layer,
     told_duration,
 )
+from upit_merge.router.held_out import MOST, why_nothing_is_chosen
 from upit_merge.router.memory import shape_of
 from upit_merge.router.pretrain import computed_mixture
 from upit_merge.router.stage import RouterStage
@@ -58,6 +59,14 @@ def planned_router_time(
     timed = LayerTime(timed.token, timed.read, mean)
     effort = Effort.of(shape, inputs.experts_per_token, settings, sum(lengths))
     yield from _sentences(timed, effort, sweeps, seeds.samples, architecture.num_layers)
+    is_open = inputs.recipe.parameters.experts_per_token is None
+    if why_nothing_is_chosen(settings, inputs.num_experts, free=is_open) is None:
+        both = settings.temperature is None and is_open and inputs.experts_per_token > 1
+        what = "temperature" if settings.temperature is None else "experts per token"
+        yield (
+            f"Of the samples a quarter is held out, at most {MOST}, to choose "
+            f"{'temperature and experts per token' if both else what} on, if enough are left."
+        )
 
 
 def tell_router_time(stage: RouterStage) -> None:

@@ -135,7 +135,7 @@ def train_router(out: Path, settings: RouterSettings, options: MixtureOptions) -
                 edit.put_into_place(identity, obsolete)
         if processes.is_first and not options.quiet:
             print(stage.seeds.summary())
-            show_buckets(result.report)
+            show_buckets(result.report, argument(out))
             print(f"The gates in {out} are replaced.")
             tell_next(*_next_steps(out, settings.data, options.open))
 

@@ -311,7 +311,7 @@ class _Run:
         if self.seeds:
             print(self.seeds.summary())
         if router:
-            show_buckets(router.report)
+            show_buckets(router.report, argument(self.out))
         print(f"{lineage.summary[0].upper()}{lineage.summary[1:]}.")
 
     def _write_report_and_card(self, record: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from upit_merge.errors import counted, runs
+from upit_merge.report.next_steps import SEED
 from upit_merge.router.counts import DEAD_SHARE
 
 
@@ -54,22 +55,23 @@ def idle_experts(chosen: Mapping[str, Any]) -> list[int]:
     return [i for i, share in enumerate(shares) if share * len(shares) < DEAD_SHARE]
 
 
-def idle_sentence(chosen: Mapping[str, Any], command: str = "") -> str:
+def idle_sentence(chosen: Mapping[str, Any], folder: str = "") -> str:
     """Return which experts the gates hardly use, and what dropping them saves; nothing if none.
 
     Args:
-        command: That drops them, if it is to be named.
+        folder: The mixture, as it is to stand in the command that drops them.
     """
     idle = idle_experts(chosen)
     if not idle:
         return ""
-    one = len(idle) == 1
+    one, left = len(idle) == 1, len(chosen["shares"]) - len(idle)
     size = chosen.get("expert_bytes")
     saved = (
         f" would save {len(idle) * size / 1e6:,.3g} MB" if isinstance(size, int) else " saves room"
     )
+    words = ["upit-merge shrink", folder, f"--experts {left} --how drop --data {SEED}"]
     return (
         f"The gates hardly use {'expert' if one else 'experts'} {runs(idle)} (less than a tenth of an "
-        f"even share of the held-out tokens): dropping {'it' if one else 'them'}{saved}"
-        f"{f' (`{command}`)' * bool(command)}."
+        f"even share of the held-out tokens): dropping {'it' if one else 'them'}{saved} "
+        f"(`{' '.join(filter(None, words))}`)."
     )

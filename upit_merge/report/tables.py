@@ -198,8 +198,12 @@ def bucket_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def show_buckets(router: dict[str, Any]) -> None:
-    """Print what the router's part of the report says of the seed samples, if it does."""
+def show_buckets(router: dict[str, Any], folder: str = "") -> None:
+    """Print what the router's part of the report says of the seed samples, if it does.
+
+    Args:
+        folder: The mixture, as it is to stand in commands.
+    """
     if not (buckets := router.get("buckets")):
         return
     show(bucket_table(buckets["experts"]))
@@ -211,6 +215,6 @@ def show_buckets(router: dict[str, Any]) -> None:
             )
         print(buckets["worth"]["verdict"])
     chosen = router.get("chosen") or {}
-    for sentence in (*chosen_sentences(chosen), idle_sentence(chosen)):
+    for sentence in (*chosen_sentences(chosen), idle_sentence(chosen, folder)):
         if sentence:
             print(sentence)
