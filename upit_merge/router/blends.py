@@ -144,7 +144,7 @@ class BlendedModels:
         architecture = models.architecture
         form, donor = architecture.format, models.whole[-1]
         count = max(len(blends), form.fewest_experts)
-        self._models, self._blends = models, blends
+        self._models = models
         self._around = models.single(len(models.checkpoints) - 1) if len(blends) > 1 else blends[0]
         body, gates = mixture_specs(architecture, count, models.dtype)
         constants = form.constants(architecture.settings, count)

@@ -1,8 +1,8 @@
 """Temperature and experts per token, chosen on seed samples that the gates were not fitted to.
 
 Neither is learned by a fit: its targets are the samples' own experts, whereas a mixture's loss also
-depends on how far the chosen experts are mixed. Both change what a sweep of the mixture costs
-nothing to try, so that a few sweeps over held-out samples decide (no counterpart in the paper).
+depends on how far the chosen experts are mixed. Neither needs another fit to be tried, so that a few
+sweeps of the mixture over held-out samples decide (no counterpart in the paper).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.io.sources import TensorSource
 from upit_merge.models.gates import distinct_gates
 from upit_merge.router.buckets import Buckets
-from upit_merge.router.evaluation import run_mixture
+from upit_merge.router.evaluation import disk_bytes, run_mixture
 from upit_merge.router.held_out import held_out, why_nothing_is_chosen
 from upit_merge.router.paired import Gain, paired_gain
 from upit_merge.router.progress import Progress
@@ -141,7 +141,7 @@ class _Trial:
         samples = [stage.seeds.samples[index] for index in held]
         seeds = replace(stage.seeds, samples=samples)
         self._stage = replace(stage, seeds=seeds, progress=Progress(), label="choosing on held-out")
-        self._whole, self._gates, self._default = stage, gates, default
+        self._gates, self._default = gates, default
         self._targets = torch.tensor([s.num_targets for s in samples], dtype=torch.float64)
         self._sums: dict[tuple[float, int], Tensor] = {}
         self._shares: dict[tuple[float, int], Tensor] = {}
@@ -173,10 +173,8 @@ class _Trial:
             Tried(*setting, math.exp(min(700.0, self._loss(*setting))), self._gain(setting, first))
             for setting in self._sums
         ]
-        model = self._stage.model
-        names = set(model.architecture.expert_names([0]))
-        size = sum(spec.num_bytes for spec in model.moe.specs.values() if spec.name in names)
-        return Chosen(*best, len(self._targets), tried, "", self._shares[best], size)
+        _whole, of_expert = disk_bytes(self._stage.model)
+        return Chosen(*best, len(self._targets), tried, "", self._shares[best], of_expert)
 
     def _measure(self, temperature: float, count: int) -> None:
         stage = self._stage
