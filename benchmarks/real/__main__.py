@@ -3,30 +3,49 @@
 python -m benchmarks.real --folder F                      # everything: some hours on two cores
 python -m benchmarks.real --folder F --until looks        # checkpoints, and what is made of them
 python -m benchmarks.real --folder F --seeds 0
+python -m benchmarks.real --folder F --resume             # what benchmarks/real/results has not yet
 python -m benchmarks.real --folder F --tables --write     # what is there, into benchmarks/README.md
 
-What is done is in F as JSON; the same command goes on from there. Every worker has one thread.
+What is done is in F/results as JSON; the same command goes on from there. Every worker has one
+thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from benchmarks.merge_plot import Table
 from benchmarks.paper.tables import replace_section
 from benchmarks.paper.workers import run_jobs
-from benchmarks.real.arms import SEEDS, SITUATIONS
-from benchmarks.real.jobs import Job, arm_jobs, best_rates, run_job, stage_jobs, sweep_jobs
+from benchmarks.real.arms import SEEDS, SITUATIONS, Situation
+from benchmarks.real.jobs import (
+    Job,
+    arm_jobs,
+    best_rates,
+    results_of,
+    run_job,
+    sweep_jobs,
+    with_needs,
+)
+from benchmarks.real.stages import STAGES, Stage
 from benchmarks.real.tables import Results, all_tables, seconds
 from benchmarks.real.text import prepare
-from benchmarks.real.verdicts import VERDICTS
+from benchmarks.real.verdicts import VERDICTS, Verdict
 from upit_merge.errors import UpitError
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-PARTS = ("stages", "verdicts", "looks", "arms")
+RECORD = Path(__file__).with_name("results")
+KINDS: dict[str, Sequence[Stage | Verdict | Situation]] = {
+    "stages": STAGES,
+    "verdicts": VERDICTS,
+    "looks": SITUATIONS,
+}
+PARTS = (*KINDS, "arms")
 
 
 def arguments() -> argparse.Namespace:
@@ -38,28 +57,37 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--until", choices=PARTS, default=PARTS[-1], help="stop after this part")
     parser.add_argument("--tables", action="store_true", help="only what is there already")
-    parser.add_argument("--write", action="store_true", help="write the tables into README.md")
+    parser.add_argument("--resume", action="store_true", help="begin with the recorded results")
+    parser.add_argument("--write", action="store_true", help="record results, tables in README.md")
     return parser.parse_args()
 
 
 def work(folder: Path, seeds: Sequence[int], until: str, workers: int) -> None:
     """Do what is not done yet, the first seed first."""
-    do = partial(run_jobs, folder, work=partial(run_job, folder), workers=workers)
+
+    def do(jobs: Sequence[Job]) -> None:
+        run_jobs(folder, with_needs(folder, jobs), partial(run_job, folder), workers)
+
     prepare(folder)
     parts = PARTS[: 1 + PARTS.index(until)]
-    if "arms" in parts:
-        do(stage_jobs(seeds[:1]))
-        do([Job(seeds[0], situation) for situation in SITUATIONS])
-        do(sweep_jobs(seeds[0]))
+    kinds = [kind for part in parts for kind in KINDS.get(part, ())]
     for seed in seeds:
-        jobs = stage_jobs([seed])
-        if "verdicts" in parts:
-            jobs += [Job(seed, verdict) for verdict in VERDICTS]
-        if "looks" in parts:
-            jobs += [Job(seed, situation) for situation in SITUATIONS]
-        if "arms" in parts:
-            jobs += arm_jobs(seed, best_rates(folder, seeds[0]))
-        do(jobs)
+        do([Job(seed, kind) for kind in kinds])
+    if until == PARTS[-1]:
+        do(sweep_jobs(seeds[0]))
+        for seed in seeds:
+            do(arm_jobs(seed, best_rates(folder, seeds[0])))
+
+
+def resume(folder: Path) -> None:
+    """Begin with the results that are in the repository; models are trained where one is needed."""
+    shutil.copytree(RECORD, results_of(folder), dirs_exist_ok=True)
+
+
+def record(folder: Path, tables: Sequence[Table]) -> None:
+    """Put the tables into README.md, and what they were made of beside this file."""
+    shutil.copytree(results_of(folder), RECORD, dirs_exist_ok=True)
+    replace_section(README, "benchmarks.real", tables)
 
 
 def main() -> None:
@@ -67,6 +95,8 @@ def main() -> None:
     folder, seeds = options.folder, options.seeds
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if options.resume:
+            resume(folder)
         if not options.tables:
             work(folder, seeds, options.until, options.workers)
         results = Results(folder, seeds, best_rates(folder, seeds[0]))
@@ -75,7 +105,7 @@ def main() -> None:
             table.print()
         print(f"{seconds(folder, seeds) / 3600:.1f} hours of a core")
         if options.write:
-            replace_section(README, "benchmarks.real", tables)
+            record(folder, tables)
     except UpitError as error:
         sys.exit(f"Error: {error}")
 

@@ -55,8 +55,9 @@ class Arm:
     rates_of: Literal["dense", "mixture"]
     seeds: tuple[int, ...] = SEEDS
 
-    def needs(self) -> list[Situation]:
-        return [self.situation]
+    def needs(self) -> list[Stage | Situation]:
+        """The situation is last."""
+        return [*self.situation.stages, self.situation]
 
 
 WARMUP = {"warmup": 8}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real.arms import ARMS, SWEEP, SWEPT, Arm, Rates, Situation
-from benchmarks.real.stages import STAGES, Stage, train_stage
+from benchmarks.real.stages import Stage, train_stage
 from benchmarks.real.verdicts import Verdict, judge_ahead
 from upit_merge.io.text_file import write_json
 
@@ -44,12 +44,36 @@ class Job:
         return [Job(self.seed, needed) for needed in self.kind.needs()]
 
     def result(self, folder: Path) -> Result | None:
-        """What was found, if the job is done."""
+        """What was found, if the job is done and its checkpoints are there."""
         path = self.result_file(folder)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        left = self.kind.checkpoints(folder, self.seed) if isinstance(self.kind, Stage) else []
+        if not path.is_file() or not all(checkpoint.is_dir() for checkpoint in left):
+            return None
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+        return result
 
     def result_file(self, folder: Path) -> Path:
-        return folder / f"seed-{self.seed}" / "results" / f"{self.name}.json"
+        return results_of(folder) / f"seed-{self.seed}" / f"{self.name}.json"
+
+
+def results_of(folder: Path) -> Path:
+    """Where the results are; what else is in the folder are models."""
+    return folder / "results"
+
+
+def with_needs(folder: Path, jobs: Sequence[Job]) -> list[Job]:
+    """Return those that are not done, each after what it needs and is not done either."""
+    found: list[Job] = []
+
+    def add(job: Job) -> None:
+        if job not in found and job.result(folder) is None:
+            for needed in job.needs():
+                add(needed)
+            found.append(job)
+
+    for job in jobs:
+        add(job)
+    return found
 
 
 def run_job(folder: Path, job: Job) -> Result:
@@ -76,10 +100,6 @@ def run_job(folder: Path, job: Job) -> Result:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     return result
-
-
-def stage_jobs(seeds: Sequence[int]) -> list[Job]:
-    return [Job(seed, stage) for seed in seeds for stage in STAGES]
 
 
 def sweep_jobs(seed: int) -> list[Job]:

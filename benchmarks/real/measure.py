@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,11 +20,12 @@ from benchmarks.real.recipes import merged, random_gates
 from benchmarks.real.stages import STAGE_ROWS
 from benchmarks.real.text import Rows, load_rows, write_samples
 from benchmarks.real.training import Schedule, in_batches, load, losses, train
+from upit_merge.output.staging import REPORT
 from upit_merge.training.trainable import routers
 
 SEED_SAMPLES = 32  # of every kind, for the router: 96 in all
 SCALES = (0.5, 0.7, 1.0)  # of the sum of the deltas, besides the average's 1/3
-TEMPERATURES = (0.5, 2.0)
+TEMPERATURES = (0.5, 1.0, 2.0)
 POST_ROWS = 261  # of every kind: 100,224 tokens
 CURVE = (0.05, 0.1, 0.25, 0.5)  # of post-training
 
@@ -41,8 +43,8 @@ def measured(model: PreTrainedModel, rows: Rows, *parts: str) -> Losses:
 def look_at(folder: Path, situation: Situation, seed: int) -> dict[str, Any]:
     """Measure everything that can be made of a situation's checkpoints without training.
 
-    Dense models on the test rows alone, by which the best of them is chosen, too: that flatters
-    them. Temperature and experts per token are chosen on the validation rows.
+    All on the test rows, by which the best dense model is chosen, too: that flatters it. The
+    mixture's temperature and experts per token are what `upit-merge` chose on its seed samples.
     """
     rows, base = load_rows(folder), folder / "base"
     checkpoints = situation.checkpoints(folder, seed)
@@ -53,28 +55,34 @@ def look_at(folder: Path, situation: Situation, seed: int) -> dict[str, Any]:
         found[f"checkpoint {number}"] = measured(load(checkpoint), rows, "test")
     for scale in (1 / EXPERTS, *SCALES):
         found[f"sum {scale:.2g}"] = measured(blend(base, checkpoints, scale), rows, "test")
-    own = folder / f"seed-{seed}"
-    samples = own / "seed.jsonl"
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    write_samples(samples, tokenizer, rows.drawn(seed, 0, STAGE_ROWS), SEED_SAMPLES)
-    moe = merged(base, checkpoints, moe_folder(folder, situation, seed), seed, samples)
+    moe, choice = mixture_of(folder, situation, seed)
     model = load(moe)
-    found["mixture"] = measured(model, rows)
+    found["chosen"] = measured(model, rows, "test")
+    with_temperature(model, 1 / choice["temperature"])
     for temperature in TEMPERATURES:
-        with_temperature(model, temperature)
-        found[f"temperature {temperature:g}"] = measured(model, rows)
-        with_temperature(model, 1 / temperature)
-    for count in {1, EXPERTS}:
-        with_experts_per_token(model, count)
-        found[f"top-{count}"] = measured(model, rows)
+        for count in (1, 2, EXPERTS) if temperature == 1 else (2,):
+            with_temperature(model, temperature)
+            with_experts_per_token(model, count)
+            found[f"temperature {temperature:g}, top-{count}"] = measured(model, rows, "test")
+            with_temperature(model, 1 / temperature)
     with_experts_per_token(model, 2)
     set_gates(model, random_gates(moe, seed))
     found["random gates"] = measured(model, rows, "test")
-    return {"losses": found, "parameters": parameters(model)}
+    return {"losses": found, "chosen": choice, "parameters": parameters(model)}
 
 
-def moe_folder(folder: Path, situation: Situation, seed: int) -> Path:
-    return folder / f"seed-{seed}" / f"moe-{situation.name.replace(' ', '-')}"
+def mixture_of(folder: Path, situation: Situation, seed: int) -> tuple[Path, dict[str, Any]]:
+    """Make a situation's mixture unless it is there; returns it and what was chosen for it."""
+    base, name = folder / "base", situation.name.replace(" ", "-")
+    own = folder / f"seed-{seed}"
+    samples = own / f"seed-samples-{name}.jsonl"
+    if not samples.is_file():  # another time of change would be another run
+        rows = load_rows(folder).drawn(seed, 0, STAGE_ROWS)
+        write_samples(samples, AutoTokenizer.from_pretrained(base), rows, SEED_SAMPLES)
+    checkpoints = situation.checkpoints(folder, seed)
+    out = merged(base, checkpoints, own / f"moe-{name}", seed, samples)
+    report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    return out, report["router"]["chosen"]
 
 
 def blend(base: Path, checkpoints: Sequence[Path], scale: float) -> PreTrainedModel:
@@ -106,10 +114,10 @@ def set_gates(model: PreTrainedModel, gates: Sequence[Tensor]) -> None:
         router.weight.copy_(gate)
 
 
-def chosen(found: dict[str, Losses], prefix: str, by: str = "test") -> str:
-    """Return the name that begins so and is best on some rows."""
+def best_of(found: dict[str, Losses], prefix: str) -> str:
+    """Return the name that begins so and is best on the test rows."""
     names = [name for name in found if name.startswith(prefix)]
-    return min(names, key=lambda name: mean(found[name][by]))
+    return min(names, key=lambda name: mean(found[name]["test"]))
 
 
 # ---- after it
@@ -147,16 +155,13 @@ def started(folder: Path, arm: Arm, seed: int, looked: dict[str, Losses]) -> Pre
     if arm.start == "last":
         return load(checkpoints[-1])
     if arm.start == "merge":
-        return blend(base, checkpoints, float(chosen(looked, "sum ").split()[1]))
+        return blend(base, checkpoints, float(best_of(looked, "sum ").split()[1]))
     if arm.start == "copies":
         out = folder / f"seed-{seed}" / "copies"
         return load(merged(base, checkpoints[-1:], out, seed, None))
-    moe = moe_folder(folder, arm.situation, seed)
+    moe, _choice = mixture_of(folder, arm.situation, seed)
     model = load(moe)
+    with_experts_per_token(model, 2)  # as all that is trained further here
     if arm.start == "random gates":
         set_gates(model, random_gates(moe, seed))
-    else:
-        tried = {"temperature 1": looked["mixture"], **looked}
-        best = chosen(tried, "temperature ", "validation")
-        with_temperature(model, float(best.split()[1]))
     return model

@@ -18,15 +18,14 @@ from upit_merge.models.gates import training_free_gates
 from upit_merge.models.mixture import opened_mixture
 
 
-def recipe(
-    base: Path, checkpoints: Sequence[Path], seed: int, data: Path | None, **router: Any
-) -> dict[str, Any]:
+def recipe(base: Path, checkpoints: Sequence[Path], seed: int, data: Path | None) -> dict[str, Any]:
     """One expert of every checkpoint; of a single one copies, with random gates.
 
     Args:
-        data: For the router; None for random gates.
+        data: For the router, whose temperature and experts per token are chosen on it; None for
+            random gates.
     """
-    parameters: dict[str, Any] = {"num_experts": EXPERTS, "experts_per_token": 2, "seed": seed}
+    parameters: dict[str, Any] = {"num_experts": EXPERTS, "seed": seed}
     if len(checkpoints) == 1:
         parameters["expansion"] = "copy"
     document: dict[str, Any] = {
@@ -37,15 +36,15 @@ def recipe(
         "parameters": parameters,
     }
     if data is not None:
-        document["router"] = {"data": str(data), "temperature": 1.0, **router}
+        document["router"] = {"data": str(data)}
     return document
 
 
 def merged(
-    base: Path, checkpoints: Sequence[Path], out: Path, seed: int, data: Path | None, **router: Any
+    base: Path, checkpoints: Sequence[Path], out: Path, seed: int, data: Path | None
 ) -> Path:
     """Run the recipe, unless it has been run; returns the output."""
-    document = recipe(base, checkpoints, seed, data, **router)
+    document = recipe(base, checkpoints, seed, data)
     source = yaml.safe_dump(document, sort_keys=False)
     run_recipe(parse_recipe(document), source, out, RunOptions(quiet=True))
     return out

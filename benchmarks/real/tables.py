@@ -26,11 +26,12 @@ from benchmarks.real.arms import (
     Rates,
     Situation,
 )
-from benchmarks.real.jobs import Job
-from benchmarks.real.measure import CURVE, Losses, chosen
+from benchmarks.real.jobs import Job, results_of
+from benchmarks.real.measure import CURVE, Losses, best_of
 from benchmarks.real.text import KINDS
 from benchmarks.real.verdicts import EXPECTED, SAMPLES, VERDICTS
 
+DEFAULTS, MIXTURE = "mixture, temperature 1, top-2", "mixture as `upit-merge` makes it"
 Values = list[list[float]]  # by seed, by kind, nats per token
 
 
@@ -67,21 +68,14 @@ def rivals(look: dict[str, Losses]) -> Iterator[tuple[str, list[float]]]:
     checkpoints = [name for name in look if name.startswith("checkpoint ")]
     if "base" in look:
         yield "base", test("base")
-    yield "best checkpoint", test(chosen(look, "checkpoint "))
-    yield "average of the checkpoints", test(chosen(look, "sum 0.33"))
-    yield "base + scaled sum of the deltas", test(chosen(look, "sum "))
+    yield "best checkpoint", test(best_of(look, "checkpoint "))
+    yield "average of the checkpoints", test(best_of(look, "sum 0.33"))
+    yield "base + scaled sum of the deltas", test(best_of(look, "sum "))
     yield "mixture, random gates", test("random gates")
-    yield "mixture, temperature 1, top-2", test("mixture")
-    settings = {f"mixture of {name}": look[name] for name in SETTINGS if name in look}
-    yield (
-        "mixture, temperature or k chosen",
-        settings[chosen(settings, "mixture", "validation")]["test"],
-    )
+    yield DEFAULTS, test("temperature 1, top-2")
+    yield MIXTURE, test("chosen")
     best = [min(test(name)[kind] for name in checkpoints) for kind in range(len(KINDS))]
     yield "every kind by its best checkpoint", best
-
-
-SETTINGS = ("mixture", "temperature 0.5", "temperature 2", "top-1", "top-3")
 
 
 def look_table(results: Results, situation: Situation) -> Table:
@@ -186,7 +180,6 @@ def _of_arms(better: Arm, worse: Arm) -> Callable[[Results], list[float]]:
     return gains
 
 
-MIXTURE = "mixture, temperature or k chosen"
 CLAIMS = [
     *(
         Claim(
@@ -198,13 +191,13 @@ CLAIMS = [
     *(
         Claim(
             f"{situation.name}: fitted gates beat random ones, before training",
-            _of_look(situation, "mixture, temperature 1, top-2", "mixture, random gates"),
+            _of_look(situation, DEFAULTS, "mixture, random gates"),
         )
         for situation in SITUATIONS
     ),
     Claim(
-        "temperature and k chosen on validation rows beat the defaults (finished specialists)",
-        _of_look(FINISHED, MIXTURE, "mixture, temperature 1, top-2"),
+        "temperature and k chosen on seed data beat the defaults (finished specialists)",
+        _of_look(FINISHED, MIXTURE, DEFAULTS),
     ),
     Claim("UpIT beats dense fine-tuning (the paper's regime)", _of_arms(MIXTURES[1], DENSE)),
     Claim(
@@ -245,8 +238,7 @@ def _change(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def seconds(folder: Path, seeds: Sequence[int]) -> float:
     """What all jobs that are done took of a core."""
-    total = 0.0
-    for seed in seeds:
-        for path in (folder / f"seed-{seed}" / "results").glob("*.json"):
-            total += json.loads(path.read_text(encoding="utf-8"))["cpu_seconds"]
-    return total
+    files = [
+        path for seed in seeds for path in (results_of(folder) / f"seed-{seed}").glob("*.json")
+    ]
+    return sum(json.loads(path.read_text(encoding="utf-8"))["cpu_seconds"] for path in files)

@@ -162,7 +162,9 @@ def plain(page: str) -> Iterator[str]:
 
 def write_samples(path: Path, tokenizer: Any, rows: Sequence[Tensor], count: int) -> None:
     """Write some rows of every kind as jsonl, with their kind."""
-    with path.open("w", encoding="utf-8") as file:
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as file:
         for kind, of_kind in zip(KINDS, rows, strict=True):
             for text in tokenizer.batch_decode(of_kind[:count]):
                 file.write(json.dumps({"text": text, "kind": kind}) + "\n")
+    part.rename(path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -14,11 +15,29 @@ from benchmarks.paper.tables import marks, replace_section
 from benchmarks.paper.verdicts import HELD
 from benchmarks.paper.workers import run_jobs
 from benchmarks.real import measure, stages
-from benchmarks.real.arms import ARMS, DENSE, FINISHED, HEAD_START, MIXTURES, SITUATIONS, SWEEP
-from benchmarks.real.jobs import Job, arm_jobs, best_rates, run_job, stage_jobs, sweep_jobs
+from benchmarks.real.arms import (
+    ARMS,
+    DENSE,
+    FINISHED,
+    HEAD_START,
+    MIXTURES,
+    RUN_MIXED,
+    SITUATIONS,
+    SWEEP,
+)
+from benchmarks.real.jobs import (
+    Job,
+    arm_jobs,
+    best_rates,
+    results_of,
+    run_job,
+    sweep_jobs,
+    with_needs,
+)
+from benchmarks.real.stages import MIXED, STAGES
 from benchmarks.real.tables import CLAIMS, Results, all_tables, rivals
 from benchmarks.real.text import CONTEXT, KINDS, Rows, plain
-from benchmarks.real.training import ROWS, Schedule, in_batches, load, losses, train
+from benchmarks.real.training import ROWS, Schedule, arithmetic, in_batches, load, losses, train
 from benchmarks.real.verdicts import SAMPLES, VERDICTS
 from upit_merge.demo.training import TrainingBudget, save, train_tokenizer
 from upit_merge.demo.training import model_config as demo_config
@@ -51,15 +70,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(measure, "STAGE_ROWS", STEPS * ROWS)
         patch.setattr(measure, "POST_ROWS", POST_ROWS)
         patch.setattr(measure, "SEED_SAMPLES", 4)
-        first = [*stage_jobs([0]), *(Job(0, kind) for kind in (*VERDICTS, *SITUATIONS))]
-        first += sweep_jobs(0)
+        first = [Job(0, verdict) for verdict in VERDICTS] + sweep_jobs(0)
         work = partial(run_job, folder)
-        assert len(run_jobs(folder, first, work, 0, quiet=True)) == len(first)
+        unmet = with_needs(folder, first)
+        swept = {Job(0, kind).label for kind in (*STAGES[:4], MIXED, FINISHED, RUN_MIXED)}
+        assert {job.label for job in unmet} == swept | {job.label for job in first}
+        assert len(run_jobs(folder, unmet, work, 0, quiet=True)) == len(unmet)
         rest = arm_jobs(0, best_rates(folder, 0))
         assert len(rest) == len(ARMS)
-        done = run_jobs(folder, rest, work, 0, quiet=True)
-        assert len(done) == len(ARMS) - 2  # of which two were swept
-        assert run_jobs(folder, first + rest, work, 0, quiet=True) == []
+        rest += [Job(0, situation) for situation in SITUATIONS]
+        done = run_jobs(folder, with_needs(folder, rest), work, 0, quiet=True)
+        # Two arms were swept, two situations looked at; a run in order was not needed until now.
+        assert len(done) == len(ARMS) - 2 + len(SITUATIONS) - 2 + 1
+        assert with_needs(folder, first + rest) == []
     return folder
 
 
@@ -84,7 +107,8 @@ def test_rivals_are_what_a_model_made_by_hand_computes(finished: Path) -> None:
     look = dict(rivals(result["losses"]))
     found = look["average of the checkpoints"]
     for kind, test in enumerate(rows.test):
-        logits = by_hand(input_ids=test).logits[:, :-1].log_softmax(-1)
+        with arithmetic():
+            logits = by_hand(input_ids=test).logits[:, :-1].float().log_softmax(-1)
         nll = -logits.gather(2, test[:, 1:, None]).mean()
         assert found[kind] == pytest.approx(float(nll.detach()), rel=2e-5)
     singles = [losses(model, rows.test) for model in dense]
@@ -93,7 +117,8 @@ def test_rivals_are_what_a_model_made_by_hand_computes(finished: Path) -> None:
 
 
 def test_only_ffns_and_gates_are_trained(finished: Path) -> None:
-    model = load(measure.moe_folder(finished, FINISHED, 0))
+    moe, _choice = measure.mixture_of(finished, FINISHED, 0)
+    model = load(moe)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     rows = torch.randint(3, 200, (2 * ROWS, CONTEXT))
     seen: list[bool] = []
@@ -163,7 +188,7 @@ def test_tables_say_what_the_results_do(finished: Path, tmp_path: Path) -> None:
 
 def test_a_claim_is_held_where_all_seeds_agree(finished: Path, tmp_path: Path) -> None:
     for seed, gain in enumerate((0.05, 0.06, 0.07)):
-        folder = tmp_path / f"seed-{seed}" / "results"
+        folder = results_of(tmp_path) / f"seed-{seed}"
         folder.mkdir(parents=True)
         for arm, loss in ((DENSE, 2.0), (MIXTURES[1], 2.0 - gain)):
             path = folder / f"{arm.name}, rate {SWEEP[0]:g}.json"
@@ -184,3 +209,29 @@ def test_few_samples_are_too_few(finished: Path) -> None:
         few = result["verdicts"][str(min(SAMPLES))]
         assert few["outcome"] == "too_few"
         assert few["samples"] < 20
+
+
+def test_results_without_their_checkpoints_are_made_again_only_if_needed(
+    finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(results_of(finished), results_of(tmp_path))
+    rates = best_rates(tmp_path, 0)
+    assert with_needs(tmp_path, arm_jobs(0, rates)) == []
+    job = Job(0, DENSE, rates["dense"])
+    job.result_file(tmp_path).unlink()
+    assert with_needs(tmp_path, [job]) == [Job(0, MIXED), job]
+
+
+def test_mixtures_are_measured_as_they_are_made(finished: Path) -> None:
+    """The defaults are found by undoing what was chosen; the tool's own folder says the same."""
+    result = Job(0, FINISHED).result(finished)
+    assert result is not None
+    moe, choice = measure.mixture_of(finished, FINISHED, 0)
+    assert choice == result["chosen"]
+    rows = Rows(**torch.load(finished / "rows.pt", weights_only=True))
+    assert losses(load(moe), rows.test) == pytest.approx(result["losses"]["chosen"]["test"])
+    model = load(moe)
+    measure.with_temperature(model, 1 / choice["temperature"])
+    measure.with_experts_per_token(model, 2)
+    expected = result["losses"]["temperature 1, top-2"]["test"]
+    assert losses(model, rows.test) == pytest.approx(expected, rel=1e-6)
