@@ -31,7 +31,7 @@ def test_a_run_beside_its_base_and_data(here: Path) -> None:
         "base_model": "./base",
         "models": [{"model": "./sft/checkpoint-*"}],
         "dtype": "float32",
-        "parameters": {"num_experts": 4, "experts_per_token": 2, "density": 0.9, "seed": 42},
+        "parameters": {"num_experts": 4, "density": 0.9, "seed": 42},
         "router": {"data": "./seed.jsonl"},
     }
     assert "upit-merge split ./seed.jsonl" in output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -250,6 +251,25 @@ def test_a_mixture_is_warmed_up_unless_told_otherwise(train: Finetune, moe: Path
     )
     assert all(torch.equal(default[name], tenth[name]) for name in default)
     assert not all(torch.equal(default[name], none[name]) for name in default)
+
+
+def test_gates_of_single_experts_learn_nothing_from_the_text(
+    train: Finetune, moe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"train_modules": "router", "num_train_epochs": 1, "router_aux_loss_coef": 0.0}
+    single = tmp_path / "single"
+    shutil.copytree(moe, single)
+    config = json.loads((single / "config.json").read_text())
+    moved = {}
+    for folder, count in ((moe, 2), (single, 1)):
+        config["num_experts_per_tok"] = count
+        (folder / "config.json").write_text(json.dumps(config))
+        before = weights(folder)
+        caplog.clear()
+        after = weights(train(folder, f"with-{count}", **settings))
+        moved[count] = max(float((before[name] - after[name]).abs().max()) for name in before)
+        assert ("routes a token to one expert" in caplog.text) == (count == 1)
+    assert moved[1] < moved[2] / 20  # by how a weight divided by itself is rounded
 
 
 def test_a_dense_model_is_warmed_up_only_if_asked(tmp_path: Path) -> None:

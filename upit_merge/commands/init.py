@@ -94,7 +94,9 @@ def write_recipe(folder: Path, output: Path, options: InitOptions) -> None:
     if count < 2 and (options.experts or 2) > 1:
         raise _one_alone(entries)
     is_one_run = choices.is_one_run if not options.models else len(entries) == 1
-    num_experts, per_token = _numbers(count, options, is_one_run=is_one_run, asks=asks)
+    num_experts = _num_experts(count, options, is_one_run=is_one_run, asks=asks)
+    chosen_on_data = data is not None and num_experts > 1
+    per_token = options.experts_per_token or (None if chosen_on_data else min(2, num_experts))
     draft = Draft(
         base=base,
         base_told=choices.base_told,
@@ -222,15 +224,14 @@ def _data(folder: Path, choices: RecipeChoices, options: InitOptions, *, asks: b
     return choices.data
 
 
-def _numbers(count: int, options: InitOptions, *, is_one_run: bool, asks: bool) -> tuple[int, int]:
-    """Return how many experts there are, and how many compute a token."""
-    num_experts, per_token = options.experts, options.experts_per_token
-    if num_experts is None:
-        num_experts = experts_for(count, is_one_run=is_one_run)
-        if asks:
-            question = f"Experts per layer, of {counted(count, 'checkpoint')}"
-            num_experts = click.prompt(question, num_experts, type=click.IntRange(1))
-    return num_experts, per_token or min(2, num_experts)
+def _num_experts(count: int, options: InitOptions, *, is_one_run: bool, asks: bool) -> int:
+    if options.experts is not None:
+        return options.experts
+    offered = experts_for(count, is_one_run=is_one_run)
+    if not asks:
+        return offered
+    question = f"Experts per layer, of {counted(count, 'checkpoint')}"
+    return int(click.prompt(question, offered, type=click.IntRange(1)))
 
 
 # ---- what is said ------------------------------------------------------------------------------

@@ -88,7 +88,10 @@ class Parameters(Strict):
         "grown; fewer: see select.",
     )
     experts_per_token: StrictInt | None = Field(
-        None, ge=1, description="Experts a token is routed to (top-k); 2 if there are two."
+        None,
+        ge=1,
+        description="Experts a token is routed to (top-k). If not given, 2; with seed data fewer where "
+        "that is better on samples of it.",
     )
     expansion: Literal["genetic", "copy"] = Field(
         "genetic",

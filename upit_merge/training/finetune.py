@@ -46,6 +46,11 @@ from upit_merge.training.trainer import ExpertTrainer, Progress, SaveWatch
 
 LOG = logging.getLogger(__name__)
 
+_SINGLE = (
+    "The mixture routes a token to one expert, whose weight is always 1: its gates learn from the "
+    "balance loss alone, not from the text; one made with `experts_per_token: 2` learns from both."
+)
+
 
 def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> None:
     """Train a model as a configuration says.
@@ -70,7 +75,8 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
     check_own_files(str(job.model.model_name_or_path), folder)
     check_not_compiled(str(job.model.model_name_or_path), folder)
     config = read_json(folder / "config.json", "the model")
-    is_mixture = found_format(config) is not None
+    form = found_format(config)
+    is_mixture = form is not None
     keep = not is_mixture if job.extra.keep_checkpoints is None else job.extra.keep_checkpoints
     if not (is_mixture or keep):
         raise UpitError(
@@ -111,8 +117,10 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
         # Ours, see `RunState.saved`.
         limit, job.training.save_total_limit = job.training.save_total_limit, None
         trainer = _trainer(job, folder, state.newest)
-        if is_mixture:
+        if form is not None:
             _check_new_tokens(job, config, trainer)
+            if processes.is_first and form.chosen(trainer.model.config) == 1:
+                LOG.warning("%s", _SINGLE)
             names = ("activation_checkpointing", "gradient_checkpointing")  # new, and of old
             again = any(getattr(job.training, name, False) for name in names)
             quantise_experts(trainer.model, job.model, checkpointing=again)

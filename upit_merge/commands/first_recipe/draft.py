@@ -29,7 +29,8 @@ class Draft:
         entries: Of `models:`.
         description: What they are.
         count: Checkpoints that they come to.
-        num_experts, experts_per_token: Of the output.
+        num_experts: Of the output.
+        experts_per_token: Of the output; None leaves it to be chosen on the data.
         average: Attention and the rest are the checkpoints' mean, which were trained apart.
     """
 
@@ -39,7 +40,7 @@ class Draft:
     description: str
     count: int
     num_experts: int
-    experts_per_token: int
+    experts_per_token: int | None
     average: bool
     dtype: str | None
     data: str | None
@@ -87,9 +88,19 @@ class Draft:
         lines = [
             f"  # Experts in every layer: {made}.",
             f"  num_experts: {self.num_experts}",
-            "  # Experts that compute a token: what it costs, and how much they may mix.",
-            f"  experts_per_token: {self.experts_per_token}",
         ]
+        if self.experts_per_token is None:
+            lines += [
+                "  # Experts that compute a token: 2, or 1 if that is better on samples of the data.",
+                "  # Take the # away if you will train the mixture further: with 1 its gates learn",
+                "  # nothing more.",
+                "  # experts_per_token: 2",
+            ]
+        else:
+            lines += [
+                "  # Experts that compute a token: what it costs, and how much they may mix.",
+                f"  experts_per_token: {self.experts_per_token}",
+            ]
         if grown > 0:
             lines += [
                 "  # Share of a checkpoint's difference to the base that a grown expert keeps.",
