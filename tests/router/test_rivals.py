@@ -29,16 +29,17 @@ from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.router.assignment import sample_losses
 from upit_merge.router.blends import BlendedModels, DenseModels, mergekit_recipe
 from upit_merge.router.control import PairLosses
+from upit_merge.router.ration import rationed
 from upit_merge.router.rivals import (
     best_choice,
     dense_rivals,
     exact_part,
     least_of_parabola,
-    rationed,
 )
 from upit_merge.router.router_gain import SampleLosses
 from upit_merge.router.stage import RouterStage
 from upit_merge.router.worth import Rival
+from upit_merge.runtime.work_bar import WorkBar
 
 CPU = torch.device("cpu")
 SETTINGS = RouterSettings(data="seed.jsonl")
@@ -93,8 +94,6 @@ def test_blends_are_what_mergekit_writes(
     with opened(parse_recipe(family.recipe(dtype=dtype)), OpenOptions()) as inputs:
         assert dense_models(inputs).one_backbone == (kind == "ffn")
         found = {rival.kind: rival for rival in rivals_of(inputs, seeds)}
-        if "sum" not in found:  # its best scale was the average's
-            pytest.skip("no sum")
         for rival in found.values():
             assert int(rival.sums.isfinite().sum()) == 20
         facts = found["sum"].facts
@@ -125,6 +124,45 @@ def test_blends_are_what_mergekit_writes(
         if kind != "bfloat16":  # else the rival is rounded, as the mixture will be
             assert single.sums.tolist() == pytest.approx(own, rel=1e-4)
         assert mergekit_recipe(single, "base", [], inputs.dtype) is None
+
+
+@pytest.mark.parametrize("samples", [7, 30])
+@pytest.mark.parametrize("allowance", [math.inf, 90.0])
+@pytest.mark.parametrize("backbone", ["ffn", "all"])
+def test_one_bar_for_all_that_is_measured(
+    backbone: str,
+    allowance: float,
+    samples: int,
+    shared_family: Family,
+    ffn_only: Family,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is right from the start, but for what turns out needless."""
+    bars: list[WorkBar] = []
+    at_end: list[float] = []
+
+    class Watched(WorkBar):
+        def __init__(self, *values: object, **named: object) -> None:
+            super().__init__(*values, **named)  # type: ignore[arg-type]
+            bars.append(self)
+
+        def finish(self) -> None:
+            at_end.append(self._done / self._work)  # unlike `share` more than 1 if it is
+            super().finish()
+
+    family = ffn_only if backbone == "ffn" else shared_family
+    with (
+        opened(parse_recipe(family.recipe()), OpenOptions()) as inputs,
+        planned_stage(inputs, _seeds(samples), SETTINGS, CPU, quiet=True) as stage,
+    ):
+        losses = sample_losses(stage)
+        monkeypatch.setattr("upit_merge.router.stage.WorkBar", Watched)
+        rivals = dense_rivals(dense_models(inputs), stage, losses, allowance=allowance, random=True)
+    assert {"average", "sum", "random"} <= {rival.kind for rival in rivals} or samples == 7
+    assert len(bars) == 1
+    assert bars[0].share == 1.0
+    (done_at_end,) = at_end
+    assert done_at_end == pytest.approx(1.0) or (allowance == 90.0 and 0.6 < done_at_end <= 1.0)
 
 
 def test_all_tensors_are_blended(shared_family: Family) -> None:

@@ -278,14 +278,9 @@ def swept(
     """
     mixture = AssembledMixture(stage.model, gates)
     stream = stage.stream(0, stage.everything)
-    tokens = sum(stage.lengths[index] for index in stream.samples)
     effort = stage.effort
-    layers = tokens * stage.model.num_layers * effort.mixture
-    head = effort.head * stage.targets(stream.samples) if with_losses else 0.0
-    with (
-        stage.states([stream]) as states,
-        stage.bar(layers + head, description) as bar,
-    ):
+    work = stage.work(stream.samples, mixture=True, with_losses=with_losses)
+    with stage.states([stream]) as states, stage.bar(work, description) as bar:
         mixture.sweep(
             stage.seeds.samples,
             stream.batches,
@@ -339,12 +334,8 @@ def run_expert(stage: RouterStage, expert: int) -> Tensor:
     """
     # The batches of a sweep of all experts: a sample's last bits depend on its neighbours.
     stream = Stream(expert, stage.stream(0, stage.everything).batches)
-    tokens = sum(stage.lengths[index] for index in stream.samples)
-    head = stage.effort.head * stage.targets(stream.samples)
-    with (
-        stage.states([stream]) as states,
-        stage.bar(tokens * stage.model.num_layers + head, "a dense model") as bar,
-    ):
+    work = stage.work(stream.samples)
+    with stage.states([stream]) as states, stage.bar(work, "a dense model") as bar:
         samples = stage.seeds.samples
         stage.model.sweep(samples, [stream], states, on_progress=bar.advance)
         on_targets = bar.part(stage.effort.head)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,97 +15,17 @@ from upit_merge.router.blends import BlendedModels, DenseModels, Weights
 from upit_merge.router.control import Pair, control_pairs, control_size
 from upit_merge.router.evaluation import run_mixture
 from upit_merge.router.progress import Progress
+from upit_merge.router.ration import POINTS, Ration, rationed
 from upit_merge.router.router_gain import SampleLosses
 from upit_merge.router.stage import RouterStage
 from upit_merge.router.worth import Rival
 
 # Samples whose losses are exact, where those of the rest are to first order.
 _EXACT = 32
-# Samples that a scale is chosen on: a parabola needs few.
-_FEWEST_FOR_SCALE, _MOST_FOR_SCALE = 4, 12
-# Shares of what may be spent: for the scale, for random gates.
-_FOR_SCALE, _FOR_RANDOM = 0.3, 0.15
-# Samples through random gates; with fewer than the first there would be nothing to see.
-_FEWEST_RANDOM, _MOST_RANDOM = 8, 16
-# A second checkpoint is measured as itself if as many samples as this are left for each.
-_FOR_SECOND = 40
-# Multiples of the average's scale whose losses make the parabola.
-_POINTS = (0.0, 1.0, 2.0)
 # The largest multiple of it, and the largest scale, that is taken.
 _MOST_TIMES, _MOST_SCALE = 4.0, 1.5
 # A scale so near to the average's, by share, is the average.
 _SAME = 0.1
-
-
-@dataclass(frozen=True)
-class Ration:
-    """Which samples are spent on what.
-
-    Attributes:
-        scale: Those that the scale of the sum is chosen on, none if there is no sum.
-        left: Those that dense models can be compared on, none of the former, the first first.
-        random: Those that random gates are tried on.
-        singles: How many checkpoints are measured as themselves.
-        rest: Sweeps of one sample that are left for them and the blends.
-    """
-
-    scale: list[int]
-    left: list[int]
-    random: list[int]
-    singles: int
-    rest: float
-
-    def judged(self, blends: int) -> list[int]:
-        """Return the samples that so many blends, and the single checkpoints, are compared on."""
-        if not math.isfinite(self.rest):
-            return sorted(self.left)
-        each = self.rest / max(1, blends + self.singles)
-        return sorted(self.left[: max(0, int(each))])
-
-
-def rationed(
-    order: Sequence[int],
-    known: Sequence[int],
-    allowance: float,
-    *,
-    blends: int,
-    singles: bool,
-    mixture: float,
-) -> Ration:
-    """Divide what may be spent.
-
-    Args:
-        order: All samples, the first to be taken first.
-        known: Samples that the mixture's own losses are known of, of the same.
-        allowance: Sweeps of one sample through a dense model; infinite if all may be measured.
-        blends: How many dense models are to be made: the average, and the sum if there is a base
-            that it can be made with.
-        singles: The checkpoints are to be measured as themselves.
-        mixture: What a sample through the mixture costs, in such sweeps; 0 if none is to go.
-    """
-    whole = set(known)
-    count = 0
-    if blends > 1 and len(order) > 1:
-        count = len(order) // 2
-        if math.isfinite(allowance):
-            affordable = int(_FOR_SCALE * allowance / len(_POINTS))
-            most = min(_MOST_FOR_SCALE, len(order) // 2)
-            count = min(most, max(_FEWEST_FOR_SCALE, affordable))
-    # Samples that ours is not known of can still show the scale.
-    last_first = [*reversed(order)]
-    scale = sorted(last_first, key=lambda index: index in whole)[:count]
-    left = [index for index in order if index in whole and index not in set(scale)]
-    if not math.isfinite(allowance):
-        tried = sorted(known) if mixture else []
-        return Ration(sorted(scale), left, tried, 2 * singles, math.inf)
-    random: list[int] = []
-    if mixture:
-        affordable = min(_MOST_RANDOM, int(_FOR_RANDOM * allowance / mixture))
-        random = [i for i in order if i in whole][:affordable]
-        random = random if len(random) >= _FEWEST_RANDOM else []
-    rest = allowance - len(_POINTS) * len(scale) - mixture * len(random)
-    alone = 2 if rest / (blends + 2) >= _FOR_SECOND else 1
-    return Ration(sorted(scale), left, sorted(random), alone * singles, rest)
 
 
 def exact_part(stage: RouterStage, losses: SampleLosses, allowance: float) -> SampleLosses:
@@ -206,7 +126,6 @@ def dense_rivals(
         singles=singles,
         mixture=stage.effort.mixture if random else 0.0,
     )
-    measured = _Measured(models, stage)
     rivals = []
     chosen: list[int] = []
     if losses is not None and singles:
@@ -216,11 +135,45 @@ def dense_rivals(
         for index, model in enumerate(models.checkpoints):
             own = torch.where(sums[:, index].isfinite(), sums[:, index], torch.nan)
             rivals.append(Rival("single", _single_name(index, model.label), own, _of(index)))
-    everything = math.isinf(allowance)
+    sums_of = int(with_sum) if ration.scale else 0
+    work = _work(stage, ration, blends=blendable + sums_of, singles=len(chosen))
+    shown = replace(stage, quiet=stage.quiet or not work)
+    with shown.bar(work, "dense models to compare with") as bar:
+        shown = replace(shown, shared=bar)
+        rivals += _measured(models, shown, ration, chosen, blendable=blendable)
+        bar.finish()
+    return rivals
+
+
+def _work(stage: RouterStage, ration: Ration, *, blends: int, singles: int) -> float:
+    """Return this process's work for what is rationed, were all of it measured."""
+    judged_on = ration.judged(blends)
+    if ration.unlimited and ration.scale:
+        # The average is one of the points; each half proposes a sum of its own.
+        dense = (len(POINTS) + 2 + singles) * stage.work(stage.everything)
+    elif ration.unlimited:
+        dense = (blends + singles) * stage.work(stage.everything)
+    else:
+        dense = len(POINTS) * stage.work(ration.scale)
+        dense += (blends + singles) * stage.work(judged_on)
+    return (dense + stage.work(ration.random, mixture=True)) / stage.processes.size
+
+
+def _measured(
+    models: DenseModels,
+    stage: RouterStage,
+    ration: Ration,
+    chosen: Sequence[int],
+    *,
+    blendable: bool,
+) -> Iterator[Rival]:
+    """Measure the chosen checkpoints alone, the blends and random gates, as far as is rationed."""
+    measured = _Measured(models, stage)
+    order = stage.everything
     average = torch.full((len(order),), torch.nan, dtype=torch.float64)
     scale = None
     crossed: list[Rival] = []
-    if ration.scale and everything:
+    if ration.scale and ration.unlimited:
         crossed = _cross_fitted(measured, ration.scale, len(order))
     elif ration.scale:
         scale, average = _best_scale(measured, ration.scale)
@@ -229,22 +182,21 @@ def dense_rivals(
         blends.append(models.summed(scale))
     judged_on = ration.judged(len(blends))
     # A checkpoint that nothing was chosen by can be judged on all samples.
-    alone = order if everything else judged_on
+    alone = order if ration.unlimited else judged_on
     for index in chosen:
         (own,) = measured.losses([models.single(index)], alone, "single")
         name = _single_name(index, models.checkpoints[index].label)
-        rivals.append(Rival("single", name, own, _of(index)))
+        yield Rival("single", name, own, _of(index))
     found = measured.losses(blends, judged_on, "rivals")
-    rivals += crossed
+    yield from crossed
     if blendable and not crossed:
         judged = found.pop(0)
         both = torch.where(judged.isfinite(), judged, average)
-        rivals.append(Rival("average", "the average of the checkpoints", both))
+        yield Rival("average", "the average of the checkpoints", both)
     if scale is not None:
-        rivals.append(Rival("sum", _sum_name(scale), found.pop(0), {"scale": scale}))
+        yield Rival("sum", _sum_name(scale), found.pop(0), {"scale": scale})
     if ration.random:
-        rivals.append(random_gates(stage, ration.random))
-    return rivals
+        yield random_gates(stage, ration.random)
 
 
 def random_gates(stage: RouterStage, members: Sequence[int]) -> Rival:
@@ -285,8 +237,7 @@ class _Measured:
             source = BlendedModels(self.models, [blends[i] for i in part])
             old = self._stage.model
             model = LayerwiseMixture(source, old.device, old.arithmetic)
-            label = self._stage.label or "dense models to compare with"
-            stage = replace(self._stage, model=model, progress=Progress(), label=label)
+            stage = replace(self._stage, model=model, progress=Progress())
             pairs = [(s, e) for e in range(len(part)) for s in members]
             sums = stage.exact_losses(pairs, f"{name}-{number}", finite=False).sums.sum(1)
             sums = torch.where(sums.isfinite(), sums, torch.nan).view(len(part), len(members))
@@ -303,7 +254,7 @@ def _best_scale(measured: _Measured, members: Sequence[int]) -> tuple[float | No
     """
     models = measured.models
     count = len(models.checkpoints)
-    points = [times / count for times in _POINTS]
+    points = [times / count for times in POINTS]
     sums = measured.losses([models.summed(scale) for scale in points], members, "scale")
     scale = _scale_on(measured, sums, members)
     return (None if _is_average(scale, count) else scale), sums[1]
@@ -333,7 +284,7 @@ def _cross_fitted(measured: _Measured, half: Sequence[int], samples: int) -> lis
     models = measured.models
     count = len(models.checkpoints)
     halves = [[*half], sorted(set(range(samples)) - set(half))]
-    points = [times / count for times in _POINTS]
+    points = [times / count for times in POINTS]
     blends = [models.summed(scale) for scale in points]
     at_points = measured.losses(blends, range(samples), "scale")
     proposed = [_scale_on(measured, at_points, members) for members in halves]
@@ -376,7 +327,7 @@ def least_of_parabola(means: Sequence[float]) -> float:
     zero, one, two = means
     bend = (two - 2 * one + zero) / 2
     if not math.isfinite(bend) or bend <= 0:
-        finite = [(mean, times) for mean, times in zip(means, _POINTS, strict=True) if mean == mean]
+        finite = [(mean, times) for mean, times in zip(means, POINTS, strict=True) if mean == mean]
         return min(finite, default=(0.0, 1.0))[1]
     return max(0.0, -(one - zero - bend) / (2 * bend))
 

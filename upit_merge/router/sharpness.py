@@ -123,9 +123,8 @@ def fit_and_choose(
     both = replace(stage, left_out=frozenset(held)).gates(buckets)
     whole, part = ([gate[kind] for gate in both] for kind in range(2))
     part = distinct_gates(part, model.stored_dtype, stage.seed)
-    found = _Trial(stage, part, held, default).choose(
-        temperature=settings.temperature is None, fewer=free
-    )
+    trial = _Trial(stage, part, held, default)
+    found = trial.choose(temperature=settings.temperature is None, fewer=free)
     whole = distinct_gates(whole, model.stored_dtype, stage.seed)
     scale = found.temperature / settings.scale  # which the fit has divided by already
     gates = [stage.checked(layer, gate / scale) for layer, gate in enumerate(whole)]
@@ -140,7 +139,7 @@ class _Trial:
     ) -> None:
         samples = [stage.seeds.samples[index] for index in held]
         seeds = replace(stage.seeds, samples=samples)
-        self._stage = replace(stage, seeds=seeds, progress=Progress(), label="choosing on held-out")
+        self._stage = replace(stage, seeds=seeds, progress=Progress())
         self._gates, self._default = gates, default
         self._targets = torch.tensor([s.num_targets for s in samples], dtype=torch.float64)
         self._sums: dict[tuple[float, int], Tensor] = {}
@@ -149,6 +148,17 @@ class _Trial:
 
     def choose(self, *, temperature: bool, fewer: bool) -> Chosen:
         """Try what was left open; better by noise alone is not better."""
+        stage = self._stage
+        warmer = len(TEMPERATURES) + 1 if temperature and self._default > 1 else 0
+        settings = 1 + warmer + (self._default - 1 if fewer else 0)
+        work = settings * stage.work(stage.everything, mixture=True) / stage.processes.size
+        with stage.bar(work, "choosing temperature and experts per token") as bar:
+            self._stage = replace(stage, shared=bar)
+            found = self._choose(temperature=temperature, fewer=fewer)
+            bar.finish()
+        return found
+
+    def _choose(self, *, temperature: bool, fewer: bool) -> Chosen:
         best = (self._own, self._default)
         self._measure(*best)
         if temperature and self._default > 1:

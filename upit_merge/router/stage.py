@@ -24,9 +24,8 @@ from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError
 from upit_merge.io.disk import free_bytes
 from upit_merge.io.tensor_file import all_finite
-from upit_merge.router import objectives
 from upit_merge.router.buckets import Buckets
-from upit_merge.router.clustering import kmeans
+from upit_merge.router.chosen_objective import objective_of
 from upit_merge.router.control import Pair, PairLosses
 from upit_merge.router.effort import Effort, fitted_every
 from upit_merge.router.objectives import GateData, Objective
@@ -56,6 +55,7 @@ class RouterStage:
         quiet: No progress bars.
         clock: Measures the parts of the stage.
         label: What progress bars say instead of what is computed.
+        shared: One bar for all that is computed, which knows of all of it; instead of several.
         left_out: Samples a second gate is not fitted to: `gates` gives (2, num_experts, hidden_size).
     """
 
@@ -70,6 +70,7 @@ class RouterStage:
     clock: Clock = field(default_factory=Clock)
     kept_inputs: list[LayersOnDisk] = field(default_factory=list)
     label: str = ""
+    shared: WorkBar | None = None
     left_out: frozenset[int] = frozenset()
 
     @property
@@ -115,13 +116,15 @@ class RouterStage:
 
     def bar(
         self, work: float, description: str, *, units: int | None = None, unit: str = "sample"
-    ) -> WorkBar:
-        """Return a progress bar, of the first process.
+    ) -> contextlib.AbstractContextManager[WorkBar]:
+        """Open a progress bar, of the first process.
 
         Args:
             work: This process's, in whatever measure the bar is told of what is done.
             units: What users see; if not given, all samples.
         """
+        if self.shared is not None:
+            return contextlib.nullcontext(self.shared)
         shown = len(self.everything) if units is None else units
         quiet = self.quiet or not self.processes.is_first
         return WorkBar(shown, work, self.label or description, quiet=quiet, unit=unit)
@@ -130,6 +133,19 @@ class RouterStage:
     def effort(self) -> Effort:
         """What the parts of the stage cost, in tokens through a dense layer."""
         return Effort.of_model(self.model, self.settings, sum(self.lengths))
+
+    def work(
+        self, indices: Sequence[int], *, mixture: bool = False, with_losses: bool = True
+    ) -> float:
+        """Return the work of a sweep of some samples, as `bar` takes it: in tokens through a layer.
+
+        Args:
+            mixture: It goes through the mixture instead of a dense model.
+            with_losses: The losses are computed as well.
+        """
+        tokens = sum(self.lengths[index] for index in indices)
+        layers = tokens * self.model.num_layers * (self.effort.mixture if mixture else 1)
+        return layers + self.effort.head * self.targets(indices) * with_losses
 
     def targets(self, indices: Iterable[int]) -> int:
         """Return how many tokens of some samples count in a loss."""
@@ -159,11 +175,10 @@ class RouterStage:
         ]
         mine = [index for stream in streams for index in stream.samples]
         tokens = sum(part.lengths[index] for index in mine)
-        work = tokens * self.model.num_layers + self.effort.head * part.targets(mine)
         with (
             self.clock.measure("losses"),
             part.states(streams) as states,
-            part.bar(work, "exact losses of some") as bar,
+            part.bar(part.work(mine), "exact losses of some") as bar,
         ):
             layer, _results = self.progress.states(name, states)
             bar.skip(tokens * layer)
@@ -193,8 +208,7 @@ class RouterStage:
         """
         stream = self.stream(0, self.everything)
         tokens = sum(self.lengths[index] for index in stream.samples)
-        head = self.effort.head
-        per_sweep = tokens * self.model.num_layers + head * self.targets(stream.samples)
+        head, per_sweep = self.effort.head, self.work(stream.samples)
         found: list[Tensor] = []
         # One expert at a time: hidden states of one stream, at the price of reading the attention
         # weights once per expert, a fifth more than reading everything once.
@@ -279,7 +293,7 @@ class RouterStage:
                 self.stream(e, (buckets.assigned == e).nonzero().flatten().tolist())
                 for e in range(self.model.num_experts)
             ]
-        fit = objective or self._scaled
+        fit = objective or objective_of(self.settings, self.seed)
         tokens = sum(self.lengths[index] for stream in streams for index in stream.samples)
         kept = next((kept for kept in self.kept_inputs if kept.complete), None)
         if all(self.processes.gather(kept is not None)) and streams[0].expert == MEAN:
@@ -371,25 +385,6 @@ class RouterStage:
                 "dtype: bfloat16."
             )
         return gate
-
-    def _scaled(self, data: GateData) -> Tensor:
-        gate = self._objective()(data)
-        return objectives.normalise(gate, data, self.settings.scale)
-
-    def _objective(self) -> Objective:
-        if self.settings.objective == "upit":
-            upit = self.settings.upit_settings
-            return partial(
-                objectives.upit,
-                alpha=float(upit.alpha),
-                epochs=upit.epochs,
-                lr=upit.learning_rate,
-                batch_size=upit.batch_size,
-                seed=self.seed,
-            )
-        if self.settings.objective == "kmeans":
-            return partial(kmeans, seed=self.seed)
-        return objectives.BY_NAME[self.settings.objective]
 
 
 def _check_finite(expert: int, losses: Tensor) -> None:

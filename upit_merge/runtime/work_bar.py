@@ -77,6 +77,10 @@ class WorkBar(tqdm):
         self._work = max(self._work + work, self._done, 1e-9)
         self._move()
 
+    def finish(self) -> None:
+        """Count everything as done: what is left turned out needless."""
+        self.expect(self._done - self._work)
+
     def _move(self) -> None:
         self.update(self.share * self._units - self.n)
 
