@@ -1,7 +1,9 @@
 """benchmarks.real, with a tiny model in place of SmolLM2: every job, and what is read out of them."""
 
+import gzip
 import json
 import math
+import random
 import shutil
 from functools import partial
 from pathlib import Path
@@ -9,6 +11,7 @@ from statistics import mean
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from benchmarks.paper.tables import marks, replace_section
@@ -36,7 +39,17 @@ from benchmarks.real.jobs import (
 )
 from benchmarks.real.stages import MIXED, STAGES
 from benchmarks.real.tables import CLAIMS, Results, all_tables, rivals
-from benchmarks.real.text import CONTEXT, KINDS, Rows, plain
+from benchmarks.real.text import (
+    CONTEXT,
+    HELD_OUT_ROWS,
+    KINDS,
+    PASSAGE,
+    ROWS_PER_FILE,
+    Rows,
+    manual_pages,
+    parts_of,
+    plain,
+)
 from benchmarks.real.training import ROWS, Schedule, arithmetic, in_batches, load, losses, train
 from benchmarks.real.verdicts import SAMPLES, VERDICTS
 from upit_merge.demo.training import TrainingBudget, save, train_tokenizer
@@ -157,6 +170,39 @@ def test_seeds_draw_other_rows_and_parts_that_do_not_overlap() -> None:
     assert not torch.equal(first[0], rows.drawn(1, 0, 40)[0])
     with pytest.raises(ValueError, match="too few"):
         rows.drawn(0, 90, 40)
+
+
+def test_nothing_that_is_held_out_is_trained_on() -> None:
+    def tokens(count: int) -> Tensor:
+        return torch.randint(1000, (count, CONTEXT))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        files = [[*tokens(4)] for _ in range(200)]
+    licence = files[0][0][:PASSAGE]
+    for rows in files[::2]:
+        rows[0][:PASSAGE] = licence  # which half of all files say
+    files[150][2][5:] = files[3][1][:-5]
+    parts = parts_of(iter(files), random.Random(0))
+    assert {name: len(parts[name]) for name in HELD_OUT_ROWS} == HELD_OUT_ROWS
+    held_out = torch.stack([row for name in HELD_OUT_ROWS for row in parts[name]])
+    seen = {tuple(part.tolist()) for part in held_out.unfold(1, PASSAGE, 1).flatten(0, 1)}
+    assert tuple(licence.tolist()) in seen
+    used = sum(HELD_OUT_ROWS.values()) // ROWS_PER_FILE  # files
+    assert 3 * (200 - used) < len(parts["trained"]) < 4 * (200 - used)
+    for row in parts["trained"]:
+        assert not any(tuple(part.tolist()) in seen for part in row.unfold(0, PASSAGE, 1))
+
+
+def test_pages_under_several_names_are_one(tmp_path: Path) -> None:
+    folder = tmp_path / "usr/share/man/de/man1"
+    folder.mkdir(parents=True)
+    page = ".SH NAME\n" + "ein Wort und noch eins\n" * 100 + ".SH ÜBERSETZUNG\nvon jemandem\n"
+    (folder / "a.1.gz").write_bytes(gzip.compress(page.encode()))
+    (folder / "b.1.gz").symlink_to("a.1.gz")
+    (folder / "c.1.gz").write_bytes(gzip.compress(page.encode()))
+    (found,) = manual_pages(tmp_path)
+    assert "jemandem" not in found
 
 
 def test_manual_pages_lose_what_formats_them() -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from upit_merge.config.router import RouterSettings
 from upit_merge.data.tokens import SeedSet
-from upit_merge.io.tensor_file import TensorSpec
 from upit_merge.merge.inputs import Inputs
-from upit_merge.models.formats import PROJECTIONS, ffn_tensor
-from upit_merge.models.mixture import mixture_config, mixture_specs
+from upit_merge.models.unwritten import UnwrittenMixture
 from upit_merge.router.assignment import sample_losses
 from upit_merge.router.blends import DenseModels
 from upit_merge.router.pretrain import computed_mixture
@@ -23,7 +20,7 @@ from upit_merge.router.router_gain import SampleLosses
 from upit_merge.router.stage import RouterStage
 
 
-class PlannedMixture:
+class PlannedMixture(UnwrittenMixture):
     """The checkpoints as the experts of a mixture: their FFNs on the recipe's backbone.
 
     Children of the expansion are not among them: they are mixtures of what is.
@@ -32,52 +29,19 @@ class PlannedMixture:
     label = "the planned model"
 
     def __init__(self, inputs: Inputs) -> None:
-        architecture = inputs.architecture
-        self._inputs, form, layers = inputs, architecture.format, architecture.mixture_layers
-        last = len(inputs.checkpoints) - 1
-        count = max(1 + last, form.fewest_experts)
-        body, gates = mixture_specs(architecture, count, inputs.dtype)
-        constants = form.constants(architecture.settings, count)
-        self._constants = {constant.name: constant for constant in constants}
-        self._backbone = {
-            own: dense
-            for dense in architecture.specs
-            for own in form.outputs_of(dense, architecture.settings)
-        }
-        self._ffn = {
-            form.expert_tensor(layer, expert, p): (min(expert, last), ffn_tensor(layer, p))
-            for layer in layers
-            for expert in range(count)
-            for p in PROJECTIONS
-        }
-        self.specs: Mapping[str, TensorSpec] = {spec.name: spec for spec in [*body, *gates]}
-        self.config: Mapping[str, Any] = mixture_config(
-            architecture,
-            inputs.settings_donor,
-            inputs.settings_donor,
-            count,
-            min(2, count),
-            inputs.dtype,
-        )
+        self._inputs = inputs
+        count, donor = len(inputs.checkpoints), inputs.settings_donor
+        super().__init__(inputs.architecture, donor, count, inputs.dtype)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return what the run would write under this name; gates there are none."""
-        return self.rows(name, 0, self.specs[name].shape[0])
+    def _expert_rows(self, expert: int, dense: str, start: int, stop: int) -> torch.Tensor:
+        return self._inputs.checkpoints[expert].rows(dense, start, stop)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return rows [start, stop) of the same."""
-        dtype = self.specs[name].dtype
-        if name in self._ffn:
-            expert, dense = self._ffn[name]
-            return self._inputs.checkpoints[expert].rows(dense, start, stop).to(dtype)
-        if constant := self._constants.get(name):
-            return torch.full((stop - start, *constant.shape[1:]), constant.value, dtype=dtype)
-        dense = self._backbone[name]
-        donors, factor = self._inputs.donors(dense), self._inputs.architecture.format.factor(dense)
+    def _backbone_rows(self, dense: str, start: int, stop: int) -> torch.Tensor:
+        donors = self._inputs.donors(dense)
         first, *others = (model.rows(dense, start, stop) for model in donors)
-        if others:
-            first = sum((t.float() for t in others), first.float()) / (1 + len(others))
-        return (first if factor == 1 else first * factor).to(dtype)
+        if not others:
+            return first
+        return sum((t.float() for t in others), first.float()) / (1 + len(others))
 
 
 @contextlib.contextmanager

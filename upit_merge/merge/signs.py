@@ -181,8 +181,9 @@ def direction_signs(gram: torch.Tensor, norms: Sequence[float]) -> Iterator[Sign
             "parallel",
             tuple(moved),
             f"The deltas are nearly parallel (cosine {span}): the experts will be nearly the same, "
-            "and a mixture can hardly beat the average of the checkpoints; take checkpoints "
-            f"further apart, or of runs on different data.{unlike}",
+            "and a router has little to choose between; take checkpoints further apart, or of runs "
+            "on different data, or ask `upit-merge plan --data` whether the average of these does "
+            f"as well.{unlike}",
         )
     elif near:
         listed = sorted(near, key=lambda pair: -near[pair])

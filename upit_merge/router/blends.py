@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,10 +11,9 @@ import torch
 import yaml
 
 from upit_merge.io.sources import DenseModel
-from upit_merge.io.tensor_file import TensorSpec, row_blocks
+from upit_merge.io.tensor_file import row_blocks
 from upit_merge.models.dense import DenseArchitecture, dense_settings
-from upit_merge.models.formats import PROJECTIONS, ffn_tensor
-from upit_merge.models.mixture import mixture_config, mixture_specs
+from upit_merge.models.unwritten import UnwrittenMixture
 from upit_merge.models.views import View
 from upit_merge.router.worth import Rival
 
@@ -129,8 +128,8 @@ class DenseModels:
         return (0.0, *[1 / count] * count)
 
 
-class BlendedModels:
-    """Some dense models as the experts of one mixture, a `TensorSource`.
+class BlendedModels(UnwrittenMixture):
+    """Some dense models as the experts of one mixture.
 
     Args:
         models: What they are made of.
@@ -141,49 +140,15 @@ class BlendedModels:
     label = "a sum of the checkpoints"
 
     def __init__(self, models: DenseModels, blends: Sequence[Weights]) -> None:
-        architecture = models.architecture
-        form, donor = architecture.format, models.whole[-1]
-        count = max(len(blends), form.fewest_experts)
-        self._models = models
+        self._models, self._blends = models, blends
         self._around = models.single(len(models.checkpoints) - 1) if len(blends) > 1 else blends[0]
-        body, gates = mixture_specs(architecture, count, models.dtype)
-        constants = form.constants(architecture.settings, count)
-        self._constants = {constant.name: constant for constant in constants}
-        self._backbone = {
-            own: dense
-            for dense in architecture.specs
-            for own in form.outputs_of(dense, architecture.settings)
-        }
-        self._ffn = {
-            form.expert_tensor(layer, expert, p): (
-                blends[min(expert, len(blends) - 1)],
-                ffn_tensor(layer, p),
-            )
-            for layer in architecture.mixture_layers
-            for expert in range(count)
-            for p in PROJECTIONS
-        }
-        self.specs: Mapping[str, TensorSpec] = {spec.name: spec for spec in [*body, *gates]}
-        self.config: Mapping[str, Any] = mixture_config(
-            architecture, donor, donor, count, min(2, count), models.dtype
-        )
+        super().__init__(models.architecture, models.whole[-1], len(blends), models.dtype)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor as a merge would write it; gates there are none."""
-        return self.rows(name, 0, self.specs[name].shape[0])
+    def _expert_rows(self, expert: int, dense: str, start: int, stop: int) -> torch.Tensor:
+        return self._blended(self._blends[expert], dense, start, stop)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return rows [start, stop) of the same."""
-        dtype = self.specs[name].dtype
-        if name in self._ffn:
-            weights, dense = self._ffn[name]
-            return self._blended(weights, dense, start, stop).to(dtype)
-        if constant := self._constants.get(name):
-            return torch.full((stop - start, *constant.shape[1:]), constant.value, dtype=dtype)
-        dense = self._backbone[name]
-        factor = self._models.architecture.format.factor(dense)
-        rows = self._blended(self._around, dense, start, stop)
-        return (rows if factor == 1 else rows * factor).to(dtype)
+    def _backbone_rows(self, dense: str, start: int, stop: int) -> torch.Tensor:
+        return self._blended(self._around, dense, start, stop)
 
     def _blended(self, weights: Weights, dense: str, start: int, stop: int) -> torch.Tensor:
         """Return the sum in float32; a single model's rows as they are stored."""
