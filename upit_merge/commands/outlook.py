@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,15 @@ from upit_merge.router.assignment import sample_losses
 from upit_merge.router.blends import mergekit_recipe
 from upit_merge.router.control import loss_sweeps
 from upit_merge.router.evaluation import Groups
+from upit_merge.router.paired import FEWEST
 from upit_merge.router.rivals import best_choice, dense_rivals, exact_part
 from upit_merge.router.router_gain import RouterGain, SampleLosses, measure_router_gain
 from upit_merge.router.worth import Rival, Worth
 
 # What the dense models may cost, beside the losses of the checkpoints.
 SHARE = 0.5
+# Kinds of text that a table has room for.
+_MOST_COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,11 @@ class Outlook:
 
     def table(self) -> Table:
         """Tabulate perplexities of all that was measured; the least of every column is bold."""
-        groups = [*self.worth.groups]
+        groups, more = [*self._shown], len(self.worth.groups) - len(self._shown)
+        told = f"; {more} smaller kinds of text are not shown" if more else ""
         table = Table(
             title="Perplexity on this data (lower is better), and how much lower the best "
-            "checkpoint per sample is",
+            f"checkpoint per sample is{told}",
             title_justify="left",
         )
         table.add_column("model", overflow="fold")
@@ -71,13 +75,20 @@ class Outlook:
             table.add_row(row.name, *shown, row.best_for, row.gain, row.samples)
         return table
 
+    @property
+    def _shown(self) -> Mapping[str, Sequence[int]]:
+        """The groups that have a column, in their order."""
+        groups = self.worth.groups
+        largest = sorted(groups, key=lambda name: len(groups[name]), reverse=True)[:_MOST_COLUMNS]
+        return {name: members for name, members in groups.items() if name in largest}
+
     def _rows(self) -> Iterator[_Row]:
         worth = self.worth
         best = torch.bincount(self.losses.means.argmin(1), minlength=len(self.labels)).tolist()
         singles = {int(r.facts["checkpoint"]): r for r in worth.rivals if r.kind == "single"}
         for index, label in enumerate(self.labels):
             name, rival = f"{index} {label}", singles.get(index)
-            if self.one_mixture and rival is not None and not self.losses.is_estimated:
+            if self.one_mixture and rival is not None:
                 yield self._row(rival, name, str(best[index]))
                 continue
             beside = "" if self.one_mixture else ", its FFN on the shared backbone"
@@ -86,23 +97,34 @@ class Outlook:
             if rival is not None and not self.one_mixture:
                 yield self._row(rival, f"{name}, as it is")
         for rival in worth.rivals:
-            if rival.kind in ("average", "sum"):
+            if rival.kind in ("base", "average", "sum"):
                 yield self._row(rival)
-        own = [worth.perplexity(), *(worth.perplexity(group=group) for group in worth.groups)]
-        yield _Row("best checkpoint per sample", own, "", "", f"{worth.samples:,}")
+        own = [worth.perplexity(), *(worth.perplexity(group=group) for group in self._shown)]
+        yield _Row(
+            "best checkpoint per sample, chosen by its other half",
+            own,
+            "",
+            "",
+            f"{worth.samples:,}",
+        )
         for rival in worth.rivals:
             if rival.kind == "random":
                 yield self._row(rival, "mixture with random gates")
 
     def _ffn_alone(self, index: int) -> list[float | None]:
+        """Return perplexities on the samples that all numbers are of."""
         sums, counts = self.losses.sums[:, index].sum(1), self.losses.counts.sum(1)
-        members = [torch.arange(len(sums)), *map(torch.tensor, self.worth.groups.values())]
-        return [math.exp(min(700.0, float(sums[m].sum() / counts[m].sum()))) for m in members]
+        members = [torch.arange(len(sums)), *map(torch.tensor, self._shown.values())]
+        known = [part[self.worth.ours[part].isfinite()] for part in members]
+        return [
+            math.exp(min(700.0, float(sums[m].sum() / counts[m].sum()))) if len(m) else None
+            for m in known
+        ]
 
     def _row(self, rival: Rival, name: str = "", best_for: str = "") -> _Row:
         worth = self.worth
         found = worth.gain(rival)
-        values = [worth.perplexity(rival), *(worth.perplexity(rival, g) for g in worth.groups)]
+        values = [worth.perplexity(rival), *(worth.perplexity(rival, g) for g in self._shown)]
         margin = f" ± {found.share_error:.1%}" if math.isfinite(found.error) else ""
         return _Row(
             name or rival.name, values, best_for, f"{found.share:.1%}{margin}", f"{found.samples:,}"
@@ -116,7 +138,7 @@ class Outlook:
         means = self.losses.means
         best = torch.bincount(means.argmin(1), minlength=len(self.labels))
         idle = [i for i, count in enumerate(best.tolist()) if count * len(best) < 0.1 * best.sum()]
-        if idle:
+        if idle and best.sum() >= FEWEST * len(best):
             yield (
                 f"Hardly ever the best: checkpoint(s) {', '.join(map(str, idle))}. The router "
                 "will hardly use them; leave them out, or take others."
@@ -177,6 +199,7 @@ def look_ahead(
         bytes_ours=bytes_ours,
         bytes_dense=models.num_bytes,
         ours_kind="choice",
+        given=count if losses.is_estimated else None,
     )
     recipe = None
     if worth.outcome == "not_worth" and worth.advised is not None:

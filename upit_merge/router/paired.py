@@ -39,11 +39,11 @@ class Gain:
     @property
     def outcome(self) -> Outcome:
         """What this gain says, if the rival is the best there is."""
-        if self.samples >= FEWEST and self.nats - self.error > 0:
+        if self.samples < FEWEST:
+            return "too_few"
+        if self.nats >= SMALL and self.nats - self.error > 0:
             return "worth"
-        if self.samples >= FEWEST and self.nats + self.error < SMALL:
-            return "not_worth"
-        return "too_few"
+        return "not_worth" if self.nats + self.error < SMALL else "too_few"
 
     @property
     def share(self) -> float:
@@ -58,7 +58,7 @@ class Gain:
     @property
     def needed(self) -> float:
         """How many samples would tell if nothing but their number changed; infinite if unknown."""
-        distance = max(self.nats, SMALL - self.nats)
+        distance = self.nats if self.nats >= SMALL else SMALL - self.nats
         if not math.isfinite(self.standard_error):
             return math.inf
         # Student's t with many samples, and some room: the estimate itself will move.

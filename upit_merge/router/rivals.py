@@ -22,10 +22,11 @@ from upit_merge.router.worth import Rival
 
 # Samples whose losses are exact, where those of the rest are to first order.
 _EXACT = 32
-# The largest multiple of it, and the largest scale, that is taken.
-_MOST_TIMES, _MOST_SCALE = 4.0, 1.5
-# A scale so near to the average's, by share, is the average.
-_SAME = 0.1
+# The least and the largest multiple of it, and the largest scale, that is taken.
+_LEAST_TIMES, _MOST_TIMES, _MOST_SCALE = 0.1, 4.0, 1.5
+# A scale so near to the average's, by share, is the average; two so near to each other are one.
+_SAME, _ALIKE = 0.1, 0.3
+BASE = "the base"
 
 
 def exact_part(stage: RouterStage, losses: SampleLosses, allowance: float) -> SampleLosses:
@@ -194,7 +195,7 @@ def _measured(
         both = torch.where(judged.isfinite(), judged, average)
         yield Rival("average", "the average of the checkpoints", both)
     if scale is not None:
-        yield Rival("sum", _sum_name(scale), found.pop(0), {"scale": scale})
+        yield _sum(scale, found.pop(0))
     if ration.random:
         yield random_gates(stage, ration.random)
 
@@ -250,7 +251,8 @@ def _best_scale(measured: _Measured, members: Sequence[int]) -> tuple[float | No
     """Choose the scale of the sum of the deltas on some samples.
 
     Returns:
-        It, None if the average is as good as the best; and the average's losses on these samples.
+        It, 0 if the base is better than any sum, None if the average is as good as the best; and
+        the average's losses on these samples.
     """
     models = measured.models
     count = len(models.checkpoints)
@@ -265,8 +267,8 @@ def _scale_on(measured: _Measured, points: Sequence[Tensor], members: Sequence[i
     count = len(measured.models.checkpoints)
     times = least_of_parabola([measured.mean(sums, members) for sums in points])
     times = min(times, _MOST_TIMES, _MOST_SCALE * count)
-    # The base itself is no sum of what was learned; a tenth of it is as little as is of use.
-    return float(f"{max(times, 0.1) / count:.2g}")
+    # With less than a tenth of the average's deltas it is the base.
+    return float(f"{times / count:.2g}") if times >= _LEAST_TIMES else 0.0
 
 
 def _cross_fitted(measured: _Measured, half: Sequence[int], samples: int) -> list[Rival]:
@@ -278,8 +280,8 @@ def _cross_fitted(measured: _Measured, half: Sequence[int], samples: int) -> lis
         half: Samples of one half; the others are the other.
 
     Returns:
-        The average, and the sum unless it is as good as that; its `scale` is the mean of the two
-        that it was judged with, `scale_a` and `scale_b`.
+        The base, the average, and the sum unless it is as good as one of these; its `scale` is the
+        mean of the two that it was judged with, `scale_a` and `scale_b`.
     """
     models = measured.models
     count = len(models.checkpoints)
@@ -293,8 +295,8 @@ def _cross_fitted(measured: _Measured, half: Sequence[int], samples: int) -> lis
     judged = torch.full_like(measured.targets, torch.nan)
     scales = []
     for number, members in enumerate(halves):
-        # What the parabola says may be worse than its points; the base is no sum of anything.
-        tried = [*zip(points[1:], at_points[1:], strict=True)]
+        # What the parabola says may be worse than its points.
+        tried = [*zip(points, at_points, strict=True)]
         tried.append((proposed[number], at_proposed[number]))
         known = [found for found in tried if math.isfinite(measured.mean(found[1], members))]
         scale, sums = min(
@@ -303,11 +305,12 @@ def _cross_fitted(measured: _Measured, half: Sequence[int], samples: int) -> lis
         scales.append(scale)
         others = torch.tensor(halves[1 - number])
         judged[others] = sums[others]
-    rivals = [Rival("average", "the average of the checkpoints", at_points[1])]
-    mean = float(f"{sum(scales) / 2:.2g}")
-    if not all(_is_average(scale, count) for scale in scales):
-        facts = {"scale": mean, "scale_a": scales[0], "scale_b": scales[1]}
-        rivals.append(Rival("sum", _sum_name(mean), judged, facts))
+    rivals = [
+        Rival("base", BASE, at_points[0]),
+        Rival("average", "the average of the checkpoints", at_points[1]),
+    ]
+    if any(scales) and not all(_is_average(scale, count) for scale in scales):
+        rivals.append(_sum(scales[0], judged, scales[1]))
     return rivals
 
 
@@ -315,8 +318,21 @@ def _is_average(scale: float, count: int) -> bool:
     return abs(scale * count - 1) < _SAME
 
 
-def _sum_name(scale: float) -> str:
-    return f"base + {scale:.2g} times the sum of the deltas"
+def _sum(scale: float, sums: Tensor, other: float | None = None) -> Rival:
+    """The base and a scaled sum, which is the base alone with a scale of 0.
+
+    Args:
+        other: The scale with which half of the samples were judged, if it was another one.
+    """
+    if not scale and other is None:
+        return Rival("base", BASE, sums)
+    facts, told = {"scale": scale}, f"{scale:.2g}"
+    if other is not None:
+        mean = float(f"{(scale + other) / 2:.2g}")
+        facts = {"scale": mean, "scale_a": scale, "scale_b": other}
+        low, high = sorted((scale, other))
+        told = f"{mean:.2g}" if high - low <= _ALIKE * mean else f"{low:.2g} to {high:.2g}"
+    return Rival("sum", f"base + {told} times the sum of the deltas", sums, facts)
 
 
 def least_of_parabola(means: Sequence[float]) -> float:

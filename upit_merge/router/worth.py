@@ -13,13 +13,13 @@ from torch import Tensor
 
 from upit_merge.router.paired import FEWEST, SMALL, Gain, Outcome, paired_gain
 
-Kind = Literal["single", "average", "sum", "random", "other"]
+Kind = Literal["base", "single", "average", "sum", "random", "other"]
 Ours = Literal["mixture", "choice"]
 
 # More samples than this nobody will look for.
 MOST = 10_000
 # What is simpler to make comes first.
-_SIMPLEST = ("single", "average", "sum", "other")
+_SIMPLEST = ("base", "single", "average", "sum", "other")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Rival:
     """A model that the mixture is compared with.
 
     Attributes:
-        kind: One checkpoint, the checkpoints' average, base and a scaled sum of their deltas, the
-            mixture with gates that know nothing, or something else.
+        kind: The base, one checkpoint, the checkpoints' average, base and a scaled sum of their
+            deltas, the mixture with gates that know nothing, or something else.
         name: As it is spoken of in the middle of a sentence.
         sums: Negative log-likelihood in nats, summed over a sample's targets, float64,
             (num_samples,); NaN where it was not measured, or where something was chosen by it.
@@ -58,6 +58,8 @@ class Worth:
         bytes_ours, bytes_dense: What the mixture and a dense model take on disk.
         ours_kind: The mixture itself, or the best checkpoint for each sample: what a mixture's
             router is to choose, before there is one.
+        given: How many samples there were, if ours is known of fewer because losses were computed
+            to first order.
     """
 
     ours: Tensor
@@ -67,6 +69,7 @@ class Worth:
     bytes_ours: int
     bytes_dense: int
     ours_kind: Ours
+    given: int | None = None
 
     @classmethod
     def of(
@@ -79,6 +82,7 @@ class Worth:
         bytes_ours: int,
         bytes_dense: int,
         ours_kind: Ours,
+        given: int | None = None,
     ) -> Worth:
         """Compare; rivals without a sample that ours is known of are left out.
 
@@ -88,7 +92,7 @@ class Worth:
         ours, targets = ours.double(), targets.double()
         met = [r for r in rivals if bool((r.sums.isfinite() & ours.isfinite()).any())]
         several = groups if groups and len(groups) > 1 else {}
-        return cls(ours, targets, met, several, bytes_ours, bytes_dense, ours_kind)
+        return cls(ours, targets, met, several, bytes_ours, bytes_dense, ours_kind, given)
 
     # ---- numbers ---------------------------------------------------------------------------
 
@@ -113,9 +117,15 @@ class Worth:
         return int(self.ours.isfinite().sum())
 
     @cached_property
-    def _best(self) -> tuple[Rival, Gain] | None:
+    def _dense(self) -> list[tuple[Rival, Gain]]:
+        """Rivals that could be used instead, without those of too few samples beside others."""
         dense = [(rival, gain) for rival, gain in self._gains if rival.is_dense]
-        return min(dense, key=lambda found: found[1].nats, default=None)
+        most = max((gain.samples for _rival, gain in dense), default=0)
+        return [found for found in dense if found[1].samples >= min(FEWEST, most)]
+
+    @cached_property
+    def _best(self) -> tuple[Rival, Gain] | None:
+        return min(self._dense, key=_nats, default=None)
 
     @property
     def best(self) -> Rival | None:
@@ -123,40 +133,47 @@ class Worth:
         return self._best[0] if self._best else None
 
     @cached_property
+    def outcome(self) -> Outcome:
+        """What is to be said: worth it against every dense rival, or not against one of them."""
+        outcomes = {gain.outcome for _rival, gain in self._dense}
+        if "not_worth" in outcomes:
+            return "not_worth"
+        return "worth" if outcomes == {"worth"} else "too_few"
+
+    @cached_property
     def advised(self) -> Rival | None:
-        """The simplest dense rival that is as good as the best, within noise and 1 %."""
-        if self._best is None:
+        """The simplest dense rival that is as good as the best, within noise and 1 %.
+
+        Where the mixture is not worth it, of those that it is not worth it against.
+        """
+        against = [
+            found
+            for found in self._dense
+            if self.outcome != "not_worth" or found[1].outcome == "not_worth"
+        ]
+        if not against:
             return None
-        best, _ = self._best
+        best, _gain = min(against, key=_nats)
         for kind in _SIMPLEST:
             equals = []
-            for rival, gain in self._gains:
-                if rival.kind != kind or gain.samples < min(FEWEST, self._best[1].samples):
+            for rival, gain in against:
+                if rival.kind != kind:
                     continue
                 difference = rival.sums.double() - best.sums.double()
                 behind = paired_gain(difference, self.targets, [*self.groups.values()])
                 if rival is best or (behind.nats < min(behind.error, SMALL)):
-                    equals.append((gain.nats, rival))
+                    equals.append((rival, gain))
             if equals:
-                return min(equals, key=lambda found: found[0])[1]
+                return min(equals, key=_nats)[0]
         return best
-
-    @cached_property
-    def outcome(self) -> Outcome:
-        """What is to be said: worth it against every dense rival, or not against one of them."""
-        outcomes = [gain.outcome for rival, gain in self._gains if rival.is_dense]
-        if "not_worth" in outcomes:
-            return "not_worth"
-        return "worth" if outcomes and set(outcomes) == {"worth"} else "too_few"
 
     @cached_property
     def _deciding(self) -> tuple[Rival, Gain] | None:
         """The rival that the outcome rests on."""
-        dense = [(rival, gain) for rival, gain in self._gains if rival.is_dense]
         if self.outcome == "not_worth" and self.advised is not None:
             return self.advised, self.gain(self.advised)
         if self.outcome == "too_few":  # the one that could still be the better model
-            return min(dense, key=lambda found: found[1].nats - found[1].error, default=None)
+            return min(self._dense, key=lambda found: found[1].nats - found[1].error, default=None)
         return self._best
 
     @property
@@ -230,6 +247,7 @@ class Worth:
         else:
             found = f"no lower a perplexity than {name} that would pay ({gain})"
         instead = {
+            "base": "use the base as it is, as nothing that was made of it is better here",
             "single": "use that checkpoint as it is",
             "average": "use the average",
             "sum": "use that sum",
@@ -252,6 +270,11 @@ class Worth:
             return f"{told}; give more, at least {FEWEST}."
         if self.needed > MOST:
             return f"{told}; it would take more than {MOST:,}, so the two are as good as the same."
+        if self.given is not None and self.needed <= self.given:
+            return (
+                f"{told}; on the others losses are estimates, and `losses: exact` in the recipe's "
+                f"router block would compute them on all {self.given:,}."
+            )
         return f"{told}; about {self.needed:,} would do."
 
     def _of_groups(self, name: str, rival: Rival, quoted: Callable[[str], str]) -> Iterator[str]:
@@ -327,6 +350,10 @@ class Worth:
             "samples": gain.samples,
             "groups": groups,
         }
+
+
+def _nats(found: tuple[Rival, Gain]) -> float:
+    return found[1].nats
 
 
 def _is_of_experts(rival: Rival) -> bool:
