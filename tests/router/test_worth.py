@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 import torch
 
-from upit_merge.router.paired import paired_gain
-from upit_merge.router.worth import Rival, Worth
+from upit_merge.router.paired import Gain, paired_gain
+from upit_merge.router.worth import Kind, Rival, Worth
 
 KINDS = ("code", "bible", "german")
 
@@ -167,6 +168,83 @@ def test_the_simplest_of_equals_is_advised() -> None:
     assert worth.advised is not None
     assert worth.advised.kind == "single"
     assert "use that checkpoint as it is" in worth.verdict()
+
+
+@pytest.mark.parametrize(
+    ("percent", "margin", "outcome"),
+    [
+        (0.3, 0.2, "not_worth"),  # surely better, and surely by too little
+        (0.3, 0.4, "not_worth"),
+        (0.7, 0.5, "too_few"),
+        (1.2, 1.0, "worth"),
+        (1.2, 1.4, "too_few"),
+        (-2.0, 1.0, "not_worth"),
+        (-2.0, 4.0, "too_few"),
+    ],
+)
+def test_it_is_worth_it_from_one_percent_on(percent: float, margin: float, outcome: str) -> None:
+    gain = Gain(percent / 100, margin / 200, margin / 100, 96)
+    assert gain.outcome == outcome
+    assert math.isfinite(gain.needed)
+    assert Gain(percent / 100, margin / 200, margin / 100, 19).outcome == "too_few"
+
+
+def beside(**rivals: tuple[Kind, float, float, int]) -> Worth:
+    """Rivals by name: kind, by how many nats they are worse, its deviation, on how many samples."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.full((96,), 50.0, dtype=torch.float64)
+    ours = 3 * targets
+    found = []
+    for name, (kind, worse, deviation, samples) in rivals.items():
+        noise = torch.randn(96, generator=generator, dtype=torch.float64)
+        noise = (noise - noise[:samples].mean()) / noise[:samples].std()
+        sums = ours + targets * (worse + deviation * noise)
+        sums[samples:] = math.nan
+        found.append(Rival(kind, name, sums))
+    return Worth.of(ours, targets, found, bytes_ours=2, bytes_dense=1, ours_kind="mixture")
+
+
+def test_what_is_printed_is_what_decides() -> None:
+    """An average that the mixture beats is not advised, though the sum is hardly better."""
+    found = beside(average=("average", 0.012, 0.02, 96), sum=("sum", 0.001, 0.02, 96))
+    assert found.outcome == "not_worth"
+    assert found.advised is not None
+    assert found.advised.name == "sum"
+    report = found.to_report()
+    gain = Gain(report["gain"], report["error"] / 2, report["error"], report["samples"])
+    assert gain.outcome == report["outcome"]
+
+
+def test_a_rival_of_a_few_samples_decides_nothing() -> None:
+    found = beside(average=("average", -0.1, 0.05, 96), few=("sum", -0.5, 0.001, 3))
+    assert found.outcome == "not_worth"
+    assert found.best is not None
+    assert found.best.name == "average"
+    assert "few" not in found.verdict()
+
+
+def test_the_base_is_advised_where_nothing_made_of_it_is_better() -> None:
+    found = beside(
+        base=("base", -0.05, 0.02, 96),
+        average=("average", -0.048, 0.02, 96),
+        sum=("sum", -0.051, 0.02, 96),
+    )
+    assert found.advised is not None
+    assert found.advised.kind == "base"
+    assert "use the base as it is" in found.verdict()
+
+
+def test_estimates_are_no_samples_to_look_for() -> None:
+    """Of losses to first order only some are exact: more data would not make more of them so."""
+    few = beside(average=("average", 0.03, 0.1, 32))
+    ours = few.ours.clone()
+    ours[32:] = math.nan
+    few = replace(few, ours=ours, given=96)
+    assert few.outcome == "too_few"
+    assert few.needed is not None
+    assert few.needed <= 96
+    assert "`losses: exact`" in few.verdict()
+    assert "`losses: exact`" not in replace(few, given=None).verdict()
 
 
 def test_a_kind_with_another_answer_is_named() -> None:
