@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks.paper.measures import parameters
-from benchmarks.real.arms import EXPERTS, FINISHED, Arm, Situation
+from benchmarks.real.arms import EXPERTS, Arm, Situation
 from benchmarks.real.recipes import merged, random_gates
 from benchmarks.real.stages import STAGE_ROWS
 from benchmarks.real.text import Rows, load_rows, write_samples
@@ -24,8 +24,10 @@ from upit_merge.output.staging import REPORT
 from upit_merge.training.trainable import routers
 
 SEED_SAMPLES = 32  # of every kind, for the router: 96 in all
-SCALES = (0.5, 0.7, 1.0)  # of the sum of the deltas, besides the average's 1/3
-TEMPERATURES = (0.5, 1.0, 2.0)
+# Scales of the sum of the deltas; the first makes the average.
+SCALES = {f"sum {scale:.2g}": scale for scale in (1 / EXPERTS, 0.5, 0.7, 1.0)}
+AVERAGE = next(iter(SCALES))
+SETTINGS = ((1.0, 2), (0.5, 2), (1.0, 1))  # temperature and experts per token; first the defaults
 POST_ROWS = 261  # of every kind: 100,224 tokens
 CURVE = (0.05, 0.1, 0.25, 0.5)  # of post-training
 
@@ -43,32 +45,34 @@ def measured(model: PreTrainedModel, rows: Rows, *parts: str) -> Losses:
 def look_at(folder: Path, situation: Situation, seed: int) -> dict[str, Any]:
     """Measure everything that can be made of a situation's checkpoints without training.
 
-    All on the test rows, by which the best dense model is chosen, too: that flatters it. The
-    mixture's temperature and experts per token are what `upit-merge` chose on its seed samples.
+    On the test rows; dense models on the validation rows, too, by which the best of them is chosen.
+    The mixture's temperature and experts per token are what `upit-merge` chose on its seed samples.
     """
     rows, base = load_rows(folder), folder / "base"
     checkpoints = situation.checkpoints(folder, seed)
-    found: dict[str, Losses] = {}
-    if situation == FINISHED:
-        found["base"] = measured(load(base), rows, "test")
-    for number, checkpoint in enumerate(checkpoints, 1):
-        found[f"checkpoint {number}"] = measured(load(checkpoint), rows, "test")
-    for scale in (1 / EXPERTS, *SCALES):
-        found[f"sum {scale:.2g}"] = measured(blend(base, checkpoints, scale), rows, "test")
+    dense = {f"checkpoint {number}": load(path) for number, path in enumerate(checkpoints, 1)}
+    found: dict[str, Losses] = {"base": measured(load(base), rows)}
+    for name in [*dense]:
+        found[name] = measured(dense.pop(name), rows)
+    for name, scale in SCALES.items():
+        found[name] = measured(blend(base, checkpoints, scale), rows)
     moe, choice = mixture_of(folder, situation, seed)
     model = load(moe)
-    found["chosen"] = measured(model, rows, "test")
     with_temperature(model, 1 / choice["temperature"])
-    for temperature in TEMPERATURES:
-        for count in (1, 2, EXPERTS) if temperature == 1 else (2,):
-            with_temperature(model, temperature)
-            with_experts_per_token(model, count)
-            found[f"temperature {temperature:g}, top-{count}"] = measured(model, rows, "test")
-            with_temperature(model, 1 / temperature)
+    own = choice["temperature"], choice["experts_per_token"]
+    for temperature, count in {own, *SETTINGS}:
+        with_temperature(model, temperature)
+        with_experts_per_token(model, count)
+        found[setting(temperature, count)] = measured(model, rows, "test")
+        with_temperature(model, 1 / temperature)
     with_experts_per_token(model, 2)
     set_gates(model, random_gates(moe, seed))
     found["random gates"] = measured(model, rows, "test")
     return {"losses": found, "chosen": choice, "parameters": parameters(model)}
+
+
+def setting(temperature: float, count: int) -> str:
+    return f"temperature {temperature:g}, top-{count}"
 
 
 def mixture_of(folder: Path, situation: Situation, seed: int) -> tuple[Path, dict[str, Any]]:
@@ -86,13 +90,13 @@ def mixture_of(folder: Path, situation: Situation, seed: int) -> tuple[Path, dic
 
 
 def blend(base: Path, checkpoints: Sequence[Path], scale: float) -> PreTrainedModel:
-    """The base plus so much of the sum of the deltas, in memory; 1 / their number is the average."""
+    """The base plus so much of the sum of the deltas, rounded as a merge would write it."""
     model, others = load(base), [load(checkpoint).state_dict() for checkpoint in checkpoints]
     with torch.no_grad():
         for name, weight in model.state_dict().items():
             if ".mlp." in name:  # nothing else was trained
                 delta = sum((other[name] - weight for other in others), torch.zeros_like(weight))
-                weight.add_(delta, alpha=scale)
+                weight.add_(delta, alpha=scale).copy_(weight.bfloat16())
     return model
 
 
@@ -115,9 +119,9 @@ def set_gates(model: PreTrainedModel, gates: Sequence[Tensor]) -> None:
 
 
 def best_of(found: dict[str, Losses], prefix: str) -> str:
-    """Return the name that begins so and is best on the test rows."""
+    """Return the name that begins so and is best on the validation rows."""
     names = [name for name in found if name.startswith(prefix)]
-    return min(names, key=lambda name: mean(found[name]["test"]))
+    return min(names, key=lambda name: mean(found[name]["validation"]))
 
 
 # ---- after it
@@ -132,7 +136,7 @@ def post_train(
     model = started(folder, arm, seed, looked)
     batches = in_batches(rows.drawn(seed, STAGE_ROWS, POST_ROWS), seed)
     points = {math.ceil(share * len(batches)): share for share in CURVE}
-    curve: list[tuple[float, list[float]]] = []
+    curve = [(0.0, measured(model, rows, "validation")["validation"])]
 
     def look(step: int) -> None:
         if step in points:
@@ -155,7 +159,7 @@ def started(folder: Path, arm: Arm, seed: int, looked: dict[str, Losses]) -> Pre
     if arm.start == "last":
         return load(checkpoints[-1])
     if arm.start == "merge":
-        return blend(base, checkpoints, float(best_of(looked, "sum ").split()[1]))
+        return blend(base, checkpoints, SCALES[best_of(looked, "sum ")])
     if arm.start == "copies":
         out = folder / f"seed-{seed}" / "copies"
         return load(merged(base, checkpoints[-1:], out, seed, None))

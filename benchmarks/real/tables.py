@@ -10,9 +10,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+
 from benchmarks.merge_plot import Table
 from benchmarks.paper.results import spread
-from benchmarks.paper.verdicts import judge
+from benchmarks.paper.verdicts import CONTRADICTED, HELD, NOT_SEEN
 from benchmarks.real.arms import (
     DENSE,
     FINISHED,
@@ -21,15 +23,18 @@ from benchmarks.real.arms import (
     MIXTURES,
     RANDOM,
     SITUATIONS,
+    SWEEP,
+    SWEPT,
     VANILLA,
     Arm,
     Rates,
     Situation,
 )
 from benchmarks.real.jobs import Job, results_of
-from benchmarks.real.measure import CURVE, Losses, best_of
+from benchmarks.real.measure import AVERAGE, CURVE, SETTINGS, Losses, best_of, setting
 from benchmarks.real.text import KINDS
 from benchmarks.real.verdicts import EXPECTED, SAMPLES, VERDICTS
+from upit_merge.router.paired import paired_gain
 
 DEFAULTS, MIXTURE = "mixture, temperature 1, top-2", "mixture as `upit-merge` makes it"
 Values = list[list[float]]  # by seed, by kind, nats per token
@@ -48,9 +53,9 @@ class Results:
     seeds: Sequence[int]
     rates: Rates
 
-    def looks(self, situation: Situation) -> list[dict[str, Losses]]:
+    def looks(self, situation: Situation) -> list[dict[str, Any]]:
         found = [Job(seed, situation).result(self.folder) for seed in self.seeds]
-        return [result["losses"] for result in found if result]
+        return [result for result in found if result]
 
     def arm(self, arm: Arm) -> dict[int, dict[str, Any]]:
         """By seed, at the rate that was chosen."""
@@ -59,22 +64,26 @@ class Results:
         return {seed: result for seed, result in found.items() if result}
 
 
-def rivals(look: dict[str, Losses]) -> Iterator[tuple[str, list[float]]]:
+def rivals(looked: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
     """Yield what can be made of a situation's checkpoints, and its losses by kind."""
+    look: dict[str, Losses] = looked["losses"]
+    chosen = setting(looked["chosen"]["temperature"], looked["chosen"]["experts_per_token"])
 
     def test(name: str) -> list[float]:
         return look[name]["test"]
 
     checkpoints = [name for name in look if name.startswith("checkpoint ")]
-    if "base" in look:
-        yield "base", test("base")
+    yield "base", test("base")
     yield "best checkpoint", test(best_of(look, "checkpoint "))
-    yield "average of the checkpoints", test(best_of(look, "sum 0.33"))
+    yield "average of the checkpoints", test(AVERAGE)
     yield "base + scaled sum of the deltas", test(best_of(look, "sum "))
     yield "mixture, random gates", test("random gates")
-    yield DEFAULTS, test("temperature 1, top-2")
-    yield MIXTURE, test("chosen")
-    best = [min(test(name)[kind] for name in checkpoints) for kind in range(len(KINDS))]
+    yield DEFAULTS, test(setting(*SETTINGS[0]))
+    yield MIXTURE, test(chosen)
+    best = []
+    for kind in range(len(KINDS)):
+        name = min(checkpoints, key=lambda c: look[c]["validation"][kind])
+        best.append(test(name)[kind])
     yield "every kind by its best checkpoint", best
 
 
@@ -102,7 +111,10 @@ def verdict_table(results: Results) -> Table:
             for count, found in (result or {"verdicts": {}})["verdicts"].items():
                 is_many = int(count) == max(SAMPLES)
                 right = EXPECTED[verdict.situation.name] if is_many else "too_few"
-                gain, error = (100 * (found[key] or math.nan) for key in ("gain", "error"))
+                gain, error = (
+                    math.nan if found[key] is None else 100 * found[key]
+                    for key in ("gain", "error")
+                )
                 cost = found.get("cpu_seconds_of_losses")
                 rows.append(
                     [
@@ -134,13 +146,17 @@ def trained_table(results: Results) -> Table:
                 arm.name,
                 *_cells([_test(r) for r in found.values()]),
                 spread(paired, sign="+") if paired and arm != DENSE else "",
+                f"{results.rates[arm.rates_of]:g}",
                 f"{size['total'] / 1e6:.0f}",
                 f"{size['active'] / 1e6:.0f}",
                 str(len(found)),
             ]
         )
-    columns = ["after 100 k tokens more", *KINDS, "mean", "against dense, %"]
-    return Table("After post-training", [*columns, "parameters, M", "active, M", "seeds"], rows)
+    columns = ["after 100 k tokens more", *KINDS, "mean", "against dense, %", "rate"]
+    swept = " and ".join(f"`{arm.name}`" for arm in SWEPT)
+    rates = " or ".join(f"{rate:g}" for rate in SWEEP)
+    title = f"After post-training (rates of {rates}: the better for {swept} on seed 0)"
+    return Table(title, [*columns, "parameters, M", "active, M", "seeds"], rows)
 
 
 def head_start_table(results: Results) -> Table:
@@ -211,11 +227,21 @@ CLAIMS = [
 ]
 
 
+def judged(gains: Sequence[float]) -> str:
+    """Return what the seeds say: by Student's t at 95 %, as two standard errors of three are few."""
+    if len(gains) < 2:
+        return "one seed"
+    found = paired_gain(torch.tensor(gains).double(), torch.ones(len(gains)))
+    if abs(found.nats) <= found.error:
+        return NOT_SEEN
+    return HELD if found.nats > 0 else CONTRADICTED
+
+
 def claim_table(results: Results) -> Table:
     rows = []
     for claim in CLAIMS:
         if gains := claim.gains(results):
-            word = judge("better", gains) if len(gains) > 1 else "one seed"
+            word = judged(gains)
             told = " / ".join(f"{gain:+.2f}" for gain in gains)
             rows.append([claim.text, word, spread(gains, sign="+"), told])
     return Table("Claims", ["", "verdict", "gain of perplexity, %", "by seed"], rows)

@@ -38,7 +38,7 @@ from benchmarks.real.jobs import (
     with_needs,
 )
 from benchmarks.real.stages import MIXED, STAGES
-from benchmarks.real.tables import CLAIMS, Results, all_tables, rivals
+from benchmarks.real.tables import CLAIMS, MIXTURE, Results, all_tables, rivals
 from benchmarks.real.text import (
     CONTEXT,
     HELD_OUT_ROWS,
@@ -117,15 +117,20 @@ def test_rivals_are_what_a_model_made_by_hand_computes(finished: Path) -> None:
     with torch.no_grad():
         for name, weight in by_hand.named_parameters():
             weight.copy_(sum(dict(model.named_parameters())[name] for model in dense) / 3)
-    look = dict(rivals(result["losses"]))
+    look = dict(rivals(result))
     found = look["average of the checkpoints"]
     for kind, test in enumerate(rows.test):
         with arithmetic():
             logits = by_hand(input_ids=test).logits[:, :-1].float().log_softmax(-1)
         nll = -logits.gather(2, test[:, 1:, None]).mean()
         assert found[kind] == pytest.approx(float(nll.detach()), rel=2e-5)
-    singles = [losses(model, rows.test) for model in dense]
-    best = [min(values) for values in zip(*singles, strict=True)]
+    best = []
+    for kind in range(len(KINDS)):
+        _loss, best_model = min(
+            ((losses(model, rows.validation)[kind], model) for model in dense),
+            key=lambda found: found[0],
+        )
+        best.append(losses(best_model, rows.test)[kind])
     assert look["every kind by its best checkpoint"] == pytest.approx(best, rel=1e-5)
 
 
@@ -275,7 +280,9 @@ def test_mixtures_are_measured_as_they_are_made(finished: Path) -> None:
     moe, choice = measure.mixture_of(finished, FINISHED, 0)
     assert choice == result["chosen"]
     rows = Rows(**torch.load(finished / "rows.pt", weights_only=True))
-    assert losses(load(moe), rows.test) == pytest.approx(result["losses"]["chosen"]["test"])
+    found = measure.setting(choice["temperature"], choice["experts_per_token"])
+    assert losses(load(moe), rows.test) == pytest.approx(result["losses"][found]["test"])
+    assert dict(rivals(result))[MIXTURE] == result["losses"][found]["test"]
     model = load(moe)
     measure.with_temperature(model, 1 / choice["temperature"])
     measure.with_experts_per_token(model, 2)
