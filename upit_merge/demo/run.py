@@ -207,10 +207,11 @@ def _measure(
         for number, path in enumerate([models.base, *models.checkpoints]):
             other = compare.Rival(path.name, str(path))
             own = compare.rival_losses(other, stage, mixture, OpenOptions())
-            kind: Kind = "single" if number else "other"
+            kind: Kind = "single" if number else "base"
             rivals.append(Rival(kind, path.name, own, {"checkpoint": number - 1}))
             bar.update()
         blends = dense_rivals(dense_models(inputs), stage, None)
+        blends = [rival for rival in blends if rival.kind != "base"]
         bar.update(2)
         # Those that a recipe without `router:` gets.
         random_sums = []
