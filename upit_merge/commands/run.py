@@ -54,7 +54,7 @@ from upit_merge.report.record import merge_record, mixture_record
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import RECIPE_COPY, write_card
 from upit_merge.router.buckets import named
-from upit_merge.router.held_out import GIVEN, TRAINED_FURTHER
+from upit_merge.router.held_out import FIXED
 from upit_merge.router.pretrain import (
     RouterResult,
     computed_mixture,
@@ -261,10 +261,7 @@ class _Run:
             tell_router_time(stage)
             # Fewer experts would leave the gates less of a gradient in further training.
             is_open = inputs.recipe.parameters.experts_per_token is None
-            free, fixed = (
-                not self.options.trains_on and is_open,
-                TRAINED_FURTHER if is_open else GIVEN,
-            )
+            free, fixed = is_open and not self.options.trains_on, FIXED[is_open]
             router = pretrain_router(stage, output, free_choice=free, fixed=fixed)
             if processes.is_first:
                 output.write(named_gates(stage.model.architecture.gate_names(), router.gates))

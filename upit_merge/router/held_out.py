@@ -15,6 +15,8 @@ FEWEST, FEWEST_FITTED = 16, 32
 GIVEN = "the number of experts per token was given"
 OWN = "the number of experts per token is the mixture's own"
 TRAINED_FURTHER = "for a mixture that is trained further the number of experts per token is kept"
+# In a run, by whether the recipe leaves the number open.
+FIXED = {False: GIVEN, True: TRAINED_FURTHER}
 # Of temperature and experts per token together, that are tried.
 _SETTINGS = 4
 
