@@ -35,9 +35,10 @@ def test_a_run_beside_its_base_and_data(here: Path) -> None:
         "router": {"data": "./seed.jsonl"},
     }
     assert "upit-merge split ./seed.jsonl" in output
-    assert output.splitlines()[-3:] == [
+    assert output.splitlines()[-4:] == [
         "Next:",
         "  see what it makes and needs  upit-merge plan recipe.yml out/",
+        "  see whether it is worth it   upit-merge plan recipe.yml --data ./seed.jsonl",
         "  make it                      upit-merge run recipe.yml out/",
     ]
 

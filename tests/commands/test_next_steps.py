@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.support.commands import done, refused
 from tests.support.seeds import held_out
 from upit_merge.commands.chat import ChatOptions, chat
 from upit_merge.errors import argument
+from upit_merge.report.next_steps import steps_after_plan
 from upit_merge.report.spoken import Screen
 
 
@@ -189,10 +191,48 @@ def test_of_the_beginning(family: Family, data: Path) -> None:
     assert Path(file).is_file()
     words = ["--base", family.base, "--data", family.seed_file()]
     found = steps("init", family.root / "sft", *words)
-    assert [line.split()[1] for line in found.values()] == ["plan", "run"]
+    assert [line.split()[1] for line in found.values()] == ["plan", "plan", "run"]
+    asking = found["see whether it is worth it"]
+    assert asking.endswith(f" --data {argument(family.seed_file())}")
     for line in found.values():
-        assert line.endswith(" out-2/")
+        assert line is asking or line.endswith(" out-2/")
         typed(line)
+
+
+def test_what_plan_says_comes_next_follows_its_verdict(family: Family, data: Path) -> None:
+    seeds = family.seed_file()
+    recipe = family.write_recipe(family.recipe(router={"data": str(seeds)}))
+    first = steps("plan", recipe, "out/")
+    assert [*first] == ["see whether it is worth it", "make it"]
+    assert first["see whether it is worth it"] == f"upit-merge plan {recipe} --data {seeds}"
+    few = family.seed_file(5, "few.jsonl")
+    again = steps("plan", recipe, "--data", few, "--group-by", "text", "--trust-remote-code")
+    asking, making = again
+    assert asking.startswith("ask again with more samples, ")
+    assert making == "make the mixture all the same"
+    words = f"{recipe} --data {few} --group-by text --trust-remote-code"
+    assert again[asking] == f"upit-merge plan {words}"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "needed", "recipe", "first"),
+    [
+        ("worth", None, None, "upit-merge run R OUT"),
+        ("not_worth", None, "merge_method: linear", "mergekit-yaml dense-2.yml dense/"),
+        ("not_worth", None, None, "upit-merge plan R --data D"),
+        ("too_few", 240, None, "upit-merge plan R --data D"),
+        ("too_few", 20_000, None, "upit-merge run R OUT"),  # nobody has as many
+    ],
+)
+def test_what_plan_advises_comes_first(outcome, needed, recipe, first, data: Path) -> None:
+    Path("dense.yml").write_text("")
+    worth = SimpleNamespace(outcome=outcome, needed=needed)
+    found = [*steps_after_plan("R OUT", "R --data D", worth, recipe)]
+    assert found[0][1] == first
+    assert found[-1][1] == "upit-merge run R OUT"
+    assert (found[-1][0] == "make it") == (outcome == "worth")
+    assert ("about 240" in found[0][0]) == (needed == 240)
+    assert ("save the recipe above as dense-2.yml" in found[0][0]) == (recipe is not None)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there a backslash parts folders")

@@ -18,7 +18,7 @@ def state(folder: Path, **content: Any):
 def test_rates_are_read_in_order_until_the_checkpoint(tmp_path: Path) -> None:
     history = [
         {"step": 20, "learning_rate": 2e-5, "loss": 1.0},
-        {"step": 10, "learning_rate": 1e-5},
+        {"step": 10, "learning_rate": "1e-05"},
         {"step": 20, "learning_rate": 3e-5},  # logged again after the run was resumed
         {"step": 40, "learning_rate": 9e-5},  # after this checkpoint
         {"step": 20, "eval_loss": 1.0},
@@ -33,7 +33,8 @@ def test_rates_are_read_in_order_until_the_checkpoint(tmp_path: Path) -> None:
     "entry",
     [
         {"step": "10", "learning_rate": 1e-5},
-        {"step": 10, "learning_rate": "1e-5"},
+        {"step": 10, "learning_rate": "fast"},
+        {"step": 10, "learning_rate": "nan"},
         {"step": 10, "learning_rate": True},
         {"step": 10, "learning_rate": -1.0},
         {"step": 10.5, "learning_rate": 1e-5},

@@ -70,6 +70,17 @@ def test_ends_of_cycles_are_at_zero_and_their_middles_are_not() -> None:
     assert rate_when_saved(middle) is not None
 
 
+def test_the_end_of_a_cycle_may_lie_some_steps_after_the_log() -> None:
+    settings = {"num_warmup_steps": 0, "specific": {"num_cycles": 2}}
+    end = logged("cosine_with_restarts", 50, 17, **settings)
+    assert end.rates[-1][0] == 34
+    assert rate_when_saved(end) is None
+    # Sooner after the same log it is still high; and long after it nobody knows.
+    sooner, later = (TrainerState(step, STEPS, end.rates) for step in (36, 60))
+    assert rate_when_saved(sooner) is not None
+    assert rate_when_saved(later) is not None
+
+
 def test_without_a_log_the_middle_is_told_and_the_end_is_not() -> None:
     found = rate_when_saved(TrainerState(50, 100, ()))
     assert found is not None

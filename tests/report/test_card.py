@@ -15,7 +15,7 @@ from tests.conftest import Family, build_family
 from tests.support.cards import card_of, evaluation, model, render, report_of
 from tests.support.loading import load
 from upit_merge.report.document import Report, describe
-from upit_merge.report.markdown import amount, escaped, fenced, table
+from upit_merge.report.markdown import amount, escaped, fenced, table, with_code
 
 
 def test_no_section_without_something_to_say() -> None:
@@ -205,6 +205,35 @@ def test_the_verdict_and_the_rivals_of_a_report() -> None:
     assert "| **3.50** |" in row
     assert "higher" in row
     assert "| this mixture | 4.00 |" in text
+
+
+def test_commands_in_sentences_are_code_and_what_is_foreign_is_not_read() -> None:
+    answer = "Whether the mixture is worth its bytes, `upit-merge evaluate` tells."
+    row = {"expert": 0, "samples": 9, "loss_own": None, "loss_all": None}
+    verdict = f"The experts differ <b>little</b> `here. {answer}"
+    router = {
+        "settings": {},
+        "data": {"samples": 9},
+        "buckets": {"experts": [row], "worth": {"verdict": f"They differ *little*. {answer}"}},
+        "chosen": {
+            "temperature": 1.0,
+            "experts_per_token": 2,
+            "reason": "it was <i>given</i>",
+            "shares": [0.99, 0.01],
+            "expert_bytes": 10**6,
+        },
+    }
+    text = render(model(2, 2, router=router), "")
+    assert f"They differ \\*little\\*. {answer}" in text
+    assert "(`upit-merge shrink --experts 1 --how drop`)" in text
+    assert "it was \\<i\\>given" in text
+    told = render(model(2, 2, router=router, evaluation=evaluation(2)), "")
+    assert answer not in told  # it has told, on this very card
+    assert "They differ \\*little\\*." in told
+    router["buckets"]["worth"]["verdict"] = verdict
+    html = MarkdownIt("commonmark", {"html": True}).render(render(model(2, 2, router=router), ""))
+    assert "<b>" not in html
+    assert with_code("a `b|c` `d") == r"a `b\|c` \`d"
 
 
 def test_a_bound_is_no_model_and_never_bold() -> None:

@@ -165,20 +165,20 @@ def test_the_verdict_knows_of_a_better_model_of_an_earlier_call() -> None:
 @pytest.mark.parametrize(
     ("experts", "taken", "words"),
     [
-        ([2], 3_400_000, "Expert 2 gets less than a tenth of an even share of the tokens, mean"),
-        ([2, 3], 2_000_000_000, "Experts 2\u20133 get less than a tenth"),
+        ([2], 3_400_000, "The gates hardly use expert 2 (less than a tenth of an even share of t"),
+        ([2, 3], 2_000_000_000, "The gates hardly use experts 2\u20133 (less than a tenth"),
     ],
 )
 def test_experts_that_are_hardly_used_are_named_with_their_bytes(
     experts: list[int], taken: int, words: str
 ) -> None:
     document = {**evaluation(4), "hardly_used": {"experts": experts, "bytes": taken}}
-    told = hardly_used_sentence(Evaluation.model_validate(document), "out/", "seed.jsonl")
+    told = hardly_used_sentence(Evaluation.model_validate(document), "out/", "--data seed.jsonl")
     assert told.startswith(words)
     size = "3.4 MB" if taken < 1e9 else "2 GB"
     left = 4 - len(experts)
     assert f"would save {size} (`upit-merge shrink out/ --experts {left} --how drop" in told
     assert told.endswith("--data seed.jsonl`).")
-    assert f"leaving {'it' if len(experts) == 1 else 'them'} out would save" in told
+    assert f"dropping {'it' if len(experts) == 1 else 'them'} would save" in told
     assert words in render(model(evaluation=document), "")
     assert hardly_used_sentence(Evaluation.model_validate(evaluation(4))) == ""

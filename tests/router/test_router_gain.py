@@ -59,6 +59,23 @@ def test_noise_is_not_sold_as_expertise() -> None:
     assert worth.warnings() == [worth.verdict()]
 
 
+def test_what_is_worse_is_not_called_noise() -> None:
+    """Halves that prefer opposite experts, of which one is a little better over all."""
+    own = torch.arange(SAMPLES).view(-1, 1) % 2 == torch.arange(2)
+    sums = torch.stack([2 - 0.01 * own, 2 - 0.01 * ~own], dim=2).double() * TARGETS / 2
+    sums[:, 0] -= 1e-6 * TARGETS
+    losses = SampleLosses(sums, torch.full((SAMPLES, 2), TARGETS / 2, dtype=torch.float64))
+    worth = measure_router_gain(losses)
+    assert worth.is_worse
+    assert worth.is_noise
+    told = worth.verdict()
+    assert told.startswith("Choosing an expert for each sample gains nothing here")
+    assert "worse on the other half than expert 0 alone, by 0.0050 ± " in told
+    assert "(0.5% of perplexity)" in told
+    assert "within the noise" not in told
+    assert worth.warnings()[0] == told
+
+
 def test_small_differences_are_called_small() -> None:
     worth = measure_router_gain(made_up(skill=0.008, noise=0.002))
     assert not worth.is_noise

@@ -14,8 +14,16 @@ from tests.support.commands import done
 from tests.support.naive import load_model
 from upit_merge.config.router import RouterSettings
 from upit_merge.report.chosen import chosen_sentences, idle_experts, idle_sentence
+from upit_merge.report.tables import show_buckets
 from upit_merge.router.buckets import Buckets
-from upit_merge.router.held_out import choosing_sweeps, held_out, why_nothing_is_chosen
+from upit_merge.router.held_out import (
+    GIVEN,
+    OWN,
+    TRAINED_FURTHER,
+    choosing_sweeps,
+    held_out,
+    why_nothing_is_chosen,
+)
 from upit_merge.router.objectives import GateData
 from upit_merge.router.sharpness import _Trial
 
@@ -45,17 +53,20 @@ def test_a_share_of_every_bucket_is_held_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "free", "reason"),
+    ("settings", "fixed", "reason"),
     [
-        ({}, False, None),
-        ({"temperature": 1.0}, True, None),
-        ({"temperature": 1.0}, False, "given"),
-        ({"objective": "random"}, True, "random"),
-        ({"refine": {"steps": 2}}, True, "refining"),
+        ({}, OWN, None),
+        ({"temperature": 1.0}, None, None),
+        ({"temperature": 1.0}, GIVEN, "temperature and experts per token were given"),
+        ({"temperature": 1.0}, OWN, "was given, and the number of experts per token is the mix"),
+        ({"temperature": 1.0}, TRAINED_FURTHER, "was given, and for a mixture that is trained"),
+        ({"objective": "random"}, None, "random"),
+        ({"refine": {"steps": 2}}, None, "refining"),
     ],
 )
-def test_why_nothing_is_chosen(settings, free, reason) -> None:
-    found = why_nothing_is_chosen(RouterSettings(data="x", **settings), 3, free=free)
+def test_why_nothing_is_chosen(settings, fixed, reason) -> None:
+    words = {"free": True} if fixed is None else {"free": False, "fixed": fixed}
+    found = why_nothing_is_chosen(RouterSettings(data="x", **settings), 3, **words)
     assert (found is None) if reason is None else (reason in found)
 
 
@@ -90,10 +101,13 @@ def test_a_given_temperature_is_kept_and_the_chosen_one_given_gives_the_same_gat
         parameters={"experts_per_token": chosen["experts_per_token"]},
     )
     same = merge(given, "given")
-    assert "given" in told(same)["reason"]
+    assert told(same)["reason"] == "temperature and experts per token were given"
     ours = gates(free)
     assert ours
     assert all(torch.equal(ours[name], gate) for name, gate in gates(same).items())
+    done("router", str(same), "--data", data, "--temperature", "1")
+    own = "the temperature was given, and the number of experts per token is the mixture's own"
+    assert told(same)["reason"] == own
 
 
 def test_what_is_chosen_is_written_and_verified(shared_family: Family, merge, monkeypatch) -> None:
@@ -116,25 +130,60 @@ def test_too_few_samples_leave_the_defaults(shared_family: Family, merge) -> Non
     assert "too few" in told(out)["reason"]
 
 
-def test_sentences_say_what_was_chosen_and_gained() -> None:
-    default = {"temperature": 1.0, "experts_per_token": 2, "gain": 0.0, "standard_error": 0.0}
-    better = {"temperature": 0.5, "experts_per_token": 2, "gain": 0.01, "standard_error": 0.002}
-    chosen = {"temperature": 0.5, "experts_per_token": 2, "held_out": 20}
-    (sentence,) = chosen_sentences({**chosen, "tried": [default, better]})
-    assert "temperature 0.5, 2 experts per token" in sentence
-    assert "1.0% ± 0.4% lower" in sentence
-    (kept,) = chosen_sentences({**chosen, "temperature": 1.0, "tried": [default, better]})
-    assert "none was better" in kept
+def setting(temperature: float, count: int, gain: float = 0.0) -> dict:
+    found = {"temperature": temperature, "experts_per_token": count}
+    return {**found, "gain": gain, "standard_error": 0.002 if gain else 0.0}
+
+
+@pytest.mark.parametrize(
+    ("tried", "was", "best"),
+    [
+        ([(1, 2), (0.5, 2)], "temperature 1", "temperature 0.5"),
+        ([(1, 2), (1, 1)], "2 experts per token", "1 expert per token"),
+        (
+            [(1, 2), (0.5, 1), (0.5, 2)],
+            "2 experts per token at temperature 1",
+            "2 experts per token at temperature 0.5",
+        ),
+    ],
+)
+def test_sentences_name_what_was_open_and_what_was_gained(tried, was, best) -> None:
+    default, *others = (setting(*pair) for pair in tried)
+    others[-1] = setting(*tried[-1], 0.01)
+    chosen = {**setting(*tried[-1]), "held_out": 20, "tried": [default, *others]}
+    assert [*chosen_sentences(chosen)] == [
+        f"Chosen on 20 held-out seed samples: {best}; perplexity on them is 1.0% (standard error "
+        f"0.2%) lower than with {was}. As they are what it was chosen on, expect a little less "
+        "elsewhere."
+    ]
+    assert [*chosen_sentences({**chosen, **setting(*tried[0])})] == [
+        f"Kept on 20 held-out seed samples: {was}; of {len(tried)} settings none was better by "
+        "more than noise."
+    ]
+
+
+def test_sentences_of_what_was_not_chosen() -> None:
+    chosen = {"temperature": 1.0, "experts_per_token": 2, "held_out": 20}
     (reason,) = chosen_sentences({**chosen, "reason": "there is one expert"})
-    assert reason.endswith("not chosen: there is one expert.")
-    assert list(chosen_sentences({})) == []
+    assert reason == "2 experts per token at temperature 1, not chosen: there is one expert."
+    (one,) = chosen_sentences({**setting(1, 1), "held_out": 20, "tried": [setting(1, 1)]})
+    assert one == "With one expert per token the temperature changes nothing, so none was chosen."
+    assert [*chosen_sentences({})] == []
+    assert [*chosen_sentences({**chosen, "tried": [{"temperature": 1.0}, None]})] == []
 
 
-def test_experts_hardly_used_are_named_with_what_dropping_them_saves() -> None:
+def test_experts_hardly_used_are_named_with_what_dropping_them_saves(capsys) -> None:
     chosen = {"shares": [0.6, 0.01, 0.38, 0.01], "expert_bytes": 3_000_000}
     assert idle_experts(chosen) == [1, 3]
-    sentence = idle_sentence(chosen, "out")
-    assert "`upit-merge shrink out --experts 2 --how drop --data SEED-DATA`" in sentence
+    sentence = idle_sentence(chosen, "out", "--data seed.jsonl")
+    assert "`upit-merge shrink out --experts 2 --how drop --data seed.jsonl`" in sentence
     assert "experts 1, 3 " in sentence
     assert "save 6 MB" in sentence
     assert idle_sentence({"shares": [0.5, 0.5], "expert_bytes": 1}) == ""
+    assert "would save room" in idle_sentence({"shares": chosen["shares"]})
+    # The data that the gates were fitted to is known.
+    buckets = {"experts": [{"expert": 0, "samples": 1, "loss_own": None, "loss_all": None}]}
+    settings = RouterSettings(data="my data.jsonl", sample=20).model_dump(mode="json")
+    show_buckets({"buckets": buckets, "chosen": chosen, "settings": settings}, "out")
+    told = " ".join(capsys.readouterr().out.split())
+    assert 'shrink out --experts 2 --how drop --data "my data.jsonl" --sample 20`' in told

@@ -63,19 +63,36 @@ def plan(
 
     With the folder OUT, check also that the output would fit its disk. With --data, compute the
     loss of every sample under every checkpoint, and tell whether choosing among them is better than
-    the best dense model that can be made of them: one of them, their average, or a scaled sum.
+    the best dense model that can be made of them: one of them, their average, or a scaled sum. The
+    verdict is "Worth it", "Not worth it", with the recipe of mergekit that makes the dense model,
+    or "Too few samples to tell", as it always is with fewer than 20.
     """
     from upit_merge.commands.plan import plan_recipe
     from upit_merge.config.recipe import load_recipe
+    from upit_merge.config.router import OF_DATA
     from upit_merge.plugin.method import run_options
-    from upit_merge.report.next_steps import free_folder, tell_next
+    from upit_merge.report.next_steps import (
+        code_words,
+        data_words,
+        free_folder,
+        steps_after_plan,
+        tell_next,
+    )
 
     options = run_options(parse_merge_options(values))
     parsed, _source = load_recipe(recipe, _teller(options.quiet))
-    plan_recipe(parsed, options, out, data, subset=subset, split=split, group_by=group_by)
+    of_data = {"subset": subset, "split": split}
+    found = plan_recipe(parsed, options, out, data, **of_data, group_by=group_by)
     if not options.quiet:
-        words = ["upit-merge run", argument(recipe), argument(out or free_folder("out"))]
-        tell_next(("make it", " ".join(words)))
+        code = code_words(options.open)
+        making = f"{argument(recipe)} {argument(out or free_folder('out'))}{code}"
+        given = {"data": data, **of_data, "group-by": group_by}
+        words = " ".join(f"--{name} {argument(value)}" for name, value in given.items() if value)
+        if data is None and parsed.router is not None and parsed.router.data is not None:
+            words = data_words(parsed.router, OF_DATA)
+        asking = f"{argument(recipe)} {words}{code}" if words else ""
+        worth, dense = (found.worth, found.recipe) if found else (None, None)
+        tell_next(*steps_after_plan(making, asking, worth, dense))
 
 
 @command(

@@ -31,7 +31,14 @@ from upit_merge.report.evaluation_record import Evaluation as Record
 from upit_merge.report.evaluation_record import with_earlier_others
 from upit_merge.report.evaluation_tables import terminal_comparison
 from upit_merge.report.heatmap import check_format, draw_routing
-from upit_merge.report.next_steps import SEED, code_words, data_words, free_folder, tell_next
+from upit_merge.report.next_steps import (
+    SEED,
+    code_words,
+    data_words,
+    free_folder,
+    seed_data_of,
+    tell_next,
+)
 from upit_merge.report.tables import show
 from upit_merge.report.verdict import evaluation_verdict, hardly_used_sentence
 from upit_merge.report.write import write_report_and_card
@@ -323,7 +330,7 @@ def _tell(
         kept = {key: record[key] for key in ("worth",) if key in record}
         write_json(options.json, evaluation.to_report() | kept)
     if not options.quiet:
-        _print(evaluation, Record.model_validate(record), argument(out))
+        _print(evaluation, Record.model_validate(record), out)
     if options.plot is not None:
         whole = evaluation.groups.whole
         groups = [row for row in rows(evaluation) if row[0] != whole] or list(rows(evaluation))
@@ -331,7 +338,7 @@ def _tell(
         draw_routing(options.plot, groups, evaluation.shares(everything).tolist())
 
 
-def _print(evaluation: Evaluation, record: Record, folder: str) -> None:
+def _print(evaluation: Evaluation, record: Record, out: Path) -> None:
     everything = range(len(evaluation.samples))
     show(terminal_comparison(record))
     show(_routing(evaluation))
@@ -344,7 +351,8 @@ def _print(evaluation: Evaluation, record: Record, folder: str) -> None:
     places = ", ".join(f"{expert} in layer {layer}" for layer, expert in dead[:6])
     more = ", …" if len(dead) > 6 else ""
     print(f"Experts with less than a tenth of an even share: {places + more if dead else 'none'}.")
-    if idle := hardly_used_sentence(record, folder, SEED):
+    data = f"--data {argument(seed_data_of(out) or SEED)}"
+    if idle := hardly_used_sentence(record, argument(out), data):
         print(idle)
     if (agreement := evaluation.agreement()) is not None:
         print(

@@ -131,7 +131,7 @@ def extend_output(
             edit.put_into_place(identity, obsolete)
     if not options.quiet:
         print(stage.seeds.summary())
-        show_buckets(fitted.report)
+        show_buckets(fitted.report, argument(out))
         others = "All gates are fitted anew." if all_gates else "The other gates are as they were."
         print(f"{dense.label} is expert {extended.expert} of {out}. {others}")
         folder, code = argument(out), code_words(options.open)

@@ -109,7 +109,7 @@ def write_recipe(folder: Path, output: Path, options: InitOptions) -> None:
         dtype=options.dtype or (choices.dtype if not options.models else None),
         data=data,
     )
-    steps = _next_steps(output)
+    steps = _next_steps(output, data)
     commands = [command for _purpose, command in steps]
     text = draft.text(commands, commands[0].rpartition(" ")[2])
     recipe = parse_recipe_text(text, str(output))
@@ -262,13 +262,17 @@ def _table(folder: Path, choices: RecipeChoices, options: InitOptions) -> Table:
     return table
 
 
-def _next_steps(output: Path) -> list[tuple[str, str]]:
-    """Return the two commands that take the recipe."""
+def _next_steps(output: Path, data: str | None) -> list[tuple[str, str]]:
+    """Return the commands that take the recipe."""
     recipe, out = argument(output.as_posix()), free_folder("out")
-    return [
+    steps = [
         ("see what it makes and needs", f"upit-merge plan {recipe} {out}"),
         ("make it", f"upit-merge run {recipe} {out}"),
     ]
+    if data is not None:
+        asking = f"upit-merge plan {recipe} --data {argument(data)}"
+        steps.insert(1, ("see whether it is worth it", asking))
+    return steps
 
 
 def _tell(

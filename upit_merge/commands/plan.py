@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from upit_merge.commands.foretell import NO_ROUTER, planned_router_time
-from upit_merge.commands.outlook import look_ahead
+from upit_merge.commands.outlook import Outlook, look_ahead
 from upit_merge.commands.preflight import needs
 from upit_merge.commands.run import RunOptions, seed_set
 from upit_merge.config.recipe import Recipe
@@ -39,7 +39,7 @@ def plan_recipe(
     subset: str | None = None,
     split: str | None = None,
     group_by: str | None = None,
-) -> None:
+) -> Outlook | None:
     """Validate, compute the lineage, and print it with what a run would need of this machine.
 
     Args:
@@ -48,9 +48,13 @@ def plan_recipe(
         subset, split: Of the data, see `RouterSettings.for_data`.
         group_by: Column of the data that tells kinds of text apart.
 
+    Returns:
+        What was found out on the data, if there is any.
+
     Raises:
         UpitError: as `run_recipe` would.
     """
+    outlook = None
     recipe = recipe.with_seed(options.seed)
     check_data_is_named({"data": data, "subset": subset, "split": split})
     if group_by is not None and data is None:
@@ -112,6 +116,7 @@ def plan_recipe(
                 print(sentence)
     for sentence in required.shortages(out):
         raise UpitError(sentence)
+    return outlook
 
 
 def readers_line(architecture: DenseArchitecture, family: DenseFamily) -> str:

@@ -54,6 +54,7 @@ from upit_merge.report.record import merge_record, mixture_record
 from upit_merge.report.tables import show_buckets
 from upit_merge.report.write import RECIPE_COPY, write_card
 from upit_merge.router.buckets import named
+from upit_merge.router.held_out import FIXED
 from upit_merge.router.pretrain import (
     RouterResult,
     computed_mixture,
@@ -259,8 +260,9 @@ class _Run:
             output = InPlace(moe)
             tell_router_time(stage)
             # Fewer experts would leave the gates less of a gradient in further training.
-            free = inputs.recipe.parameters.experts_per_token is None and not self.options.trains_on
-            router = pretrain_router(stage, output, free_choice=free)
+            is_open = inputs.recipe.parameters.experts_per_token is None
+            free, fixed = is_open and not self.options.trains_on, FIXED[is_open]
+            router = pretrain_router(stage, output, free_choice=free, fixed=fixed)
             if processes.is_first:
                 output.write(named_gates(stage.model.architecture.gate_names(), router.gates))
         processes.gather(None)  # nobody uses the scratch folders any more

@@ -86,7 +86,12 @@ def _step(value: Any) -> int | None:
 
 
 def _rate(value: Any) -> float | None:
-    """Return a learning rate; None for whatever cannot be one."""
+    """Return a learning rate, which some callbacks log as text; None for whatever cannot be one."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if 0 <= value <= 1e6 and math.isfinite(value) else None

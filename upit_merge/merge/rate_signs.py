@@ -66,19 +66,28 @@ def rate_when_saved(state: TrainerState, run: Sequence[TrainerState] = ()) -> Ra
         return None
     rate = Rate("mid", value, value / peak, logged, state)
     if not state.is_at_end:
-        return rate
+        # A cycle may have ended since the rate was logged; not if its next logs are missing too.
+        if len(state.rates) < 2 or state.step is None:
+            return rate
+        is_next = state.step - logged <= logged - state.rates[-2][0]
+        return None if is_next and _expected(state) <= _AT_ZERO * peak else rate
     if len(state.rates) < 2:
         return None  # one value says nothing of what came after it
     if value >= (1 - _SAME) * peak:
         return Rate("constant", value, value / peak, logged, state)
-    # What was logged last may be steps ago, or the rate before the last step: on a straight line
-    # through the last two a schedule to zero is there by the end.
-    before, earlier = state.rates[-2]
-    assert state.step is not None
-    expected = value + (value - earlier) / (logged - before) * (state.step + 1 - logged)
-    if expected <= _AT_ZERO * peak:
+    if _expected(state) <= _AT_ZERO * peak:
         return None
     return Rate("floor", value, value / peak, logged, state)
+
+
+def _expected(state: TrainerState) -> float:
+    """Return the rate when a checkpoint was saved, on a straight line through the last two.
+
+    What was logged last may be steps ago, or the rate before the last step.
+    """
+    (before, earlier), (logged, value) = state.rates[-2:]
+    assert state.step is not None
+    return value + (value - earlier) / (logged - before) * (state.step + 1 - logged)
 
 
 def _is_one_run(one: TrainerState, other: TrainerState) -> bool:

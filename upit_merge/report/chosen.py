@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from upit_merge.errors import counted, runs
-from upit_merge.report.next_steps import SEED
+from upit_merge.errors import counted
+from upit_merge.report.routing_advice import hardly_used
 from upit_merge.router.counts import DEAD_SHARE
 
 
@@ -21,30 +21,53 @@ def chosen_sentences(chosen: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(temperature, int | float) or not isinstance(count, int):
         return
     if reason := chosen.get("reason"):
-        yield f"Temperature {temperature:g} and {counted(count, 'expert')} per token, not chosen: {reason}."
+        told = _setting(temperature, count)
+        yield f"{told}, not chosen: {reason}."
         return
-    tried = [found for found in chosen.get("tried", []) if isinstance(found, Mapping)]
-    own = [
-        f
-        for f in tried
-        if (f.get("temperature"), f.get("experts_per_token")) == (temperature, count)
-    ]
+    tried = [found for found in chosen.get("tried", []) if _is_setting(found)]
+    own = [f for f in tried if (f["temperature"], f["experts_per_token"]) == (temperature, count)]
     if not tried or not own:
         return
+    if len(tried) == 1:
+        # Of more experts per token, a temperature or a number would have been tried besides.
+        yield "With one expert per token the temperature changes nothing, so none was chosen."
+        return
     samples = counted(int(chosen.get("held_out", 0)), "held-out seed sample")
+    told, before = (_of_what_was_open(found, tried) for found in (own[0], tried[0]))
     if own[0] is tried[0]:
         yield (
-            f"Temperature {temperature:g} and {counted(count, 'expert')} per token were kept: of "
-            f"{len(tried)} settings none was better on {samples} by more than noise."
+            f"Kept on {samples}: {told}; of {len(tried)} settings none was better by more than "
+            "noise."
         )
         return
     gain, error = float(own[0].get("gain") or 0.0), own[0].get("standard_error")
-    margin = f" ± {2 * float(error):.1%}" if isinstance(error, int | float) else ""
+    noise = f" (standard error {float(error):.1%})" if isinstance(error, int | float) else ""
     yield (
-        f"Chosen on {samples}: temperature {temperature:g}, {counted(count, 'expert')} per token; "
-        f"perplexity is {-math.expm1(-gain):.1%}{margin} lower than with temperature "
-        f"{tried[0].get('temperature'):g} and {tried[0].get('experts_per_token')}."
+        f"Chosen on {samples}: {told}; perplexity on them is {-math.expm1(-gain):.1%}{noise} lower "
+        f"than with {before}. As they are what it was chosen on, expect a little less elsewhere."
     )
+
+
+def _is_setting(found: object) -> bool:
+    return (
+        isinstance(found, Mapping)
+        and isinstance(found.get("temperature"), int | float)
+        and isinstance(found.get("experts_per_token"), int)
+    )
+
+
+def _setting(temperature: float, count: int) -> str:
+    return f"{counted(count, 'expert')} per token at temperature {temperature:g}"
+
+
+def _of_what_was_open(found: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> str:
+    """Return a setting without what was given, which is the same in all that were tried."""
+    temperature, count = found["temperature"], found["experts_per_token"]
+    if len({other["experts_per_token"] for other in tried}) == 1:
+        return f"temperature {temperature:g}"
+    if len({other["temperature"] for other in tried}) == 1:
+        return f"{counted(count, 'expert')} per token"
+    return _setting(temperature, count)
 
 
 def idle_experts(chosen: Mapping[str, Any]) -> list[int]:
@@ -55,23 +78,14 @@ def idle_experts(chosen: Mapping[str, Any]) -> list[int]:
     return [i for i, share in enumerate(shares) if share * len(shares) < DEAD_SHARE]
 
 
-def idle_sentence(chosen: Mapping[str, Any], folder: str = "") -> str:
+def idle_sentence(chosen: Mapping[str, Any], folder: str = "", data: str = "") -> str:
     """Return which experts the gates hardly use, and what dropping them saves; nothing if none.
 
     Args:
-        folder: The mixture, as it is to stand in the command that drops them.
+        folder, data: See `hardly_used`.
     """
-    idle = idle_experts(chosen)
+    idle, size = idle_experts(chosen), chosen.get("expert_bytes")
     if not idle:
         return ""
-    one, left = len(idle) == 1, len(chosen["shares"]) - len(idle)
-    size = chosen.get("expert_bytes")
-    saved = (
-        f" would save {len(idle) * size / 1e6:,.3g} MB" if isinstance(size, int) else " saves room"
-    )
-    words = ["upit-merge shrink", folder, f"--experts {left} --how drop --data {SEED}"]
-    return (
-        f"The gates hardly use {'expert' if one else 'experts'} {runs(idle)} (less than a tenth of an "
-        f"even share of the held-out tokens): dropping {'it' if one else 'them'}{saved} "
-        f"(`{' '.join(filter(None, words))}`)."
-    )
+    saved = len(idle) * size if isinstance(size, int) else None
+    return hardly_used(idle, len(chosen["shares"]), saved, "held-out tokens", folder, data)

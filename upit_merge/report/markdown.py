@@ -14,12 +14,24 @@ def escaped(text: str) -> str:
 
     Underscores inside words have none in GitHub's Markdown.
     """
-    return _SPECIAL.sub(lambda found: f"\\{found[0]}", " ".join(text.split()))
+    return _escaped(" ".join(text.split()))
+
+
+def _escaped(text: str) -> str:
+    return _SPECIAL.sub(lambda found: f"\\{found[0]}", text)
 
 
 def code(text: str) -> str:
     """Return somebody else's text as inline code, in a table too."""
     return f"`{' '.join(text.replace('`', '').split())}`".replace("|", "\\|")
+
+
+def with_code(text: str) -> str:
+    """Return a sentence, of which parts may be somebody else's: escaped, but for its inline code."""
+    # The odd parts were between two backticks; one without another to close it is in none.
+    parts = re.split(r"`([^`]+)`", text)
+    shown = (code(part) if i % 2 else _escaped(part) for i, part in enumerate(parts))
+    return " ".join("".join(shown).split())
 
 
 # From the root, the home or another folder of somebody's disk; in quotes there may be spaces in it.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from upit_merge.config.router import DATA_SETTINGS, RouterSettings
 from upit_merge.errors import UpitError, argument
 from upit_merge.io.hub import OpenOptions
 from upit_merge.report.document import read_report
+from upit_merge.router.paired import FEWEST
+from upit_merge.router.worth import MOST, Worth
 
 # Set where a command is a step of a larger one, which says itself what comes next; a variable of
 # the environment, because steps may be processes of their own.
@@ -65,6 +68,46 @@ def data_words(settings: RouterSettings, names: Sequence[str] = DATA_SETTINGS) -
     return " ".join(words) if settings.data is not None else f"--data {SEED}"
 
 
+def known_data_words(settings: Mapping[str, Any]) -> str:
+    """Return what `data_words` does, of the router's settings as a report has them."""
+    given = {name: settings[name] for name in DATA_SETTINGS if settings.get(name) is not None}
+    if not isinstance(given.get("data"), str):
+        return f"--data {SEED}"
+    return data_words(RouterSettings.model_validate(given))
+
+
+def steps_after_plan(
+    making: str, asking: str, worth: Worth | None, dense_recipe: str | None
+) -> Iterator[tuple[str, str]]:
+    """Yield what to do after `plan`, what it advises first.
+
+    Args:
+        making: The words of `run`: recipe, folder and options.
+        asking: Those of `plan` with data, whether it was called so or may be; empty without data.
+        worth: What it has found out on the data; None without.
+        dense_recipe: The mergekit recipe that it has printed of a better thing.
+    """
+    run, plan = f"upit-merge run {making}", f"upit-merge plan {asking}"
+    if worth is None:
+        if asking:
+            yield "see whether it is worth it", plan
+        yield "make it", run
+        return
+    if worth.outcome == "worth":
+        yield "make it", run
+        return
+    if worth.outcome == "too_few":
+        number = f"at least {FEWEST}" if worth.needed is None else f"about {worth.needed:,}"
+        if (worth.needed or 0) <= MOST:
+            yield f"ask again with more samples, {number}", plan
+    elif dense_recipe is not None:
+        recipe, folder = free_file("dense.yml"), free_folder("dense")
+        yield f"save the recipe above as {recipe}; then", f"mergekit-yaml {recipe} {folder}"
+    else:
+        yield "ask again with other checkpoints in the recipe", plan
+    yield "make the mixture all the same", run
+
+
 def code_words(options: OpenOptions) -> str:
     """Return, after a space, the option without which the tokenizer of a model is not loaded."""
     return " --trust-remote-code" if options.trust_remote_code else ""
@@ -72,8 +115,14 @@ def code_words(options: OpenOptions) -> str:
 
 def free_folder(name: str) -> str:
     """Return the name of a folder that is not there yet: `out/`, or `out-2/` and so on."""
-    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
-    return next(name for name in names if not os.path.lexists(name)) + "/"
+    return free_file(name) + "/"
+
+
+def free_file(name: str) -> str:
+    """Return the name of a file that is not there yet: `dense.yml`, or `dense-2.yml` and so on."""
+    stem, ending = os.path.splitext(name)
+    names = (name, *(f"{stem}-{number}{ending}" for number in range(2, 1000)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def tell_next(*steps: tuple[str, str]) -> None:

@@ -25,10 +25,12 @@ from upit_merge.report.markdown import (
     fenced,
     picture,
     table,
+    with_code,
     without_local_paths,
 )
 from upit_merge.report.plots import POST_TRAINING, ROUTING
 from upit_merge.report.verdict import evaluation_verdict, hardly_used_sentence
+from upit_merge.router.router_gain import ANSWER
 
 _TRAINED = {
     "all": "with all its weights",
@@ -63,11 +65,13 @@ def router_section(report: Report) -> str:
     if fitted is not None and fitted.buckets is not None:
         parts.append(_bucket_table(fitted.buckets.experts))
         if verdict := fitted.buckets.worth.get("verdict"):
-            parts.append(escaped(str(verdict)))
+            # What `evaluate` tells is on this very card, further down.
+            known = report.evaluation is not None
+            parts.append(with_code(str(verdict).removesuffix(f" {ANSWER}" if known else "")))
     if fitted is not None:
         said = [*chosen_sentences(fitted.chosen), idle_sentence(fitted.chosen)]
         if words := " ".join(filter(None, said)):
-            parts.append(escaped(words))
+            parts.append(with_code(words))
     return "\n\n".join(parts)
 
 
@@ -191,7 +195,7 @@ def evaluation_section(report: Report, pictures: Collection[str]) -> str:
         f"Perplexity on {counted(whole.samples, 'held-out sample')} of {escaped(found.data)} "
         f"({counted(whole.targets, 'predicted token')}); lower is better.",
         markdown_comparison(found),
-        evaluation_verdict(found, escaped),
+        evaluation_verdict(found, escaped, with_code),
         _instead(found),
         _experts_alone(found),
     ]

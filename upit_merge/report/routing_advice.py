@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from upit_merge.errors import argument, counted
+from upit_merge.errors import argument, counted, runs
 
 
 def advice_on(document: Mapping[str, Any], out: str, seeds: str) -> list[dict[str, str]]:
@@ -69,6 +69,40 @@ def advice_on(document: Mapping[str, Any], out: str, seeds: str) -> list[dict[st
         if earlier.get("command") == later["command"]:
             del earlier["command"]  # it does both
     return found or [{"text": "Nothing: every expert is used, and no two are alike."}]
+
+
+def hardly_used(
+    idle: Sequence[int],
+    num_experts: int,
+    num_bytes: int | None,
+    tokens: str,
+    folder: str = "",
+    data: str = "",
+) -> str:
+    """Return which experts the gates hardly use, and what dropping them would save.
+
+    Args:
+        idle: The experts, of which there is one at least.
+        num_bytes: What they take on disk; None if that is not known.
+        tokens: Of which they get less than a tenth of an even share.
+        folder, data: The mixture, and the options that name seed data, as they are to stand in the
+            command that drops them; without, as on a card, that is not to be typed as it stands.
+    """
+    it = "it" if len(idle) == 1 else "them"
+    size = f" {_size(num_bytes)}" if num_bytes is not None else " room"
+    words = ["upit-merge shrink", folder, f"--experts {num_experts - len(idle)} --how drop", data]
+    return (
+        f"The gates hardly use {'expert' if len(idle) == 1 else 'experts'} {runs(list(idle))} (less "
+        f"than a tenth of an even share of the {tokens}, mean over the layers): dropping {it} would "
+        f"save{size} (`{' '.join(filter(None, words))}`)."
+    )
+
+
+def _size(num_bytes: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.3g} {name}"
+    return f"{num_bytes / 1e3:.3g} kB"
 
 
 def _listed(experts: Sequence[int]) -> str:

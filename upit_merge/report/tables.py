@@ -15,6 +15,7 @@ from rich.text import Text
 from upit_merge.merge.lineage import Lineage
 from upit_merge.report.chosen import chosen_sentences, idle_sentence
 from upit_merge.report.markdown import are_least
+from upit_merge.report.next_steps import known_data_words
 
 # Characters of a name, and of the words above numbers, that are not broken to make room.
 _WHOLE_NAME = 20
@@ -214,7 +215,7 @@ def show_buckets(router: dict[str, Any], folder: str = "") -> None:
                 "to the expert that predicts them best."
             )
         print(buckets["worth"]["verdict"])
-    chosen = router.get("chosen") or {}
-    for sentence in (*chosen_sentences(chosen), idle_sentence(chosen, folder)):
+    chosen, data = router.get("chosen") or {}, known_data_words(router.get("settings") or {})
+    for sentence in (*chosen_sentences(chosen), idle_sentence(chosen, folder, data)):
         if sentence:
             print(sentence)

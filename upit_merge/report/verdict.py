@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from upit_merge.errors import runs
 from upit_merge.report.evaluation_record import Evaluation, Paired
+from upit_merge.report.routing_advice import hardly_used
 from upit_merge.router.paired import Gain
 
 _NOT_MEASURED = (
@@ -15,17 +15,22 @@ _NOT_MEASURED = (
 )
 
 
-def evaluation_verdict(found: Evaluation, quoted: Callable[[str], str] = str) -> str:
+def evaluation_verdict(
+    found: Evaluation,
+    quoted: Callable[[str], str] = str,
+    said: Callable[[str], str] = str,
+) -> str:
     """Return one paragraph: is the mixture worth its bytes, and what could not be compared.
 
     Args:
-        quoted: Makes text with names in it, which come from elsewhere, fit to be shown.
+        quoted: Makes names, which come from elsewhere, fit to be shown.
+        said: Does so to sentences with such names, and commands, in them.
     """
     if found.worth is None:
         return " ".join([_NOT_MEASURED, *_of_earlier(found, quoted)])
-    sentences = [quoted(found.worth.verdict), *_of_earlier(found, quoted)]
+    sentences = [said(found.worth.verdict), *_of_earlier(found, quoted)]
     if found.worth.left_out:
-        sentences.append(quoted(found.worth.left_out))
+        sentences.append(said(found.worth.left_out))
     return " ".join(sentences)
 
 
@@ -50,32 +55,15 @@ def gain_in_words(paired: Paired) -> str:
     return str(Gain(paired.gain, math.nan, error, paired.samples))
 
 
-def hardly_used_sentence(found: Evaluation, folder: str = "", seeds: str = "") -> str:
-    """Return which experts the gates hardly use, and what dropping them would save; or nothing.
+def hardly_used_sentence(found: Evaluation, folder: str = "", data: str = "") -> str:
+    """Return which experts the gates hardly use, and what dropping them saves; nothing if none.
 
     Args:
-        folder, seeds: The mixture and seed data, as they are to stand in the command.
+        folder, data: See `routing_advice.hardly_used`.
     """
     idle = found.hardly_used
     if idle is None or not idle.experts:
         return ""
-    few, left = len(idle.experts) == 1, len(found.by_layer[0]) - len(idle.experts)
-    words = [
-        "upit-merge shrink",
-        folder,
-        f"--experts {left} --how drop",
-        seeds and f"--data {seeds}",
-    ]
-    return (
-        f"{'Expert' if few else 'Experts'} {runs(sorted(idle.experts))} "
-        f"{'gets' if few else 'get'} less than a tenth of an even share of the tokens, mean over "
-        f"the layers: leaving {'it' if few else 'them'} out would save {_size(idle.bytes)} "
-        f"(`{' '.join(filter(None, words))}`)."
+    return hardly_used(
+        sorted(idle.experts), len(found.by_layer[0]), idle.bytes, "tokens", folder, data
     )
-
-
-def _size(num_bytes: int) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:.3g} {name}"
-    return f"{num_bytes / 1e3:.3g} kB"

@@ -11,18 +11,29 @@ from upit_merge.router.buckets import Buckets
 EVERY, MOST = 4, 64
 # With fewer, held out or left to be fitted to, nothing is chosen.
 FEWEST, FEWEST_FITTED = 16, 32
+# Why the number of experts per token was not open.
+GIVEN = "the number of experts per token was given"
+OWN = "the number of experts per token is the mixture's own"
+TRAINED_FURTHER = "for a mixture that is trained further the number of experts per token is kept"
+# In a run, by whether the recipe leaves the number open.
+FIXED = {False: GIVEN, True: TRAINED_FURTHER}
 # Of temperature and experts per token together, that are tried.
 _SETTINGS = 4
 
 
-def why_nothing_is_chosen(settings: RouterSettings, num_experts: int, *, free: bool) -> str | None:
+def why_nothing_is_chosen(
+    settings: RouterSettings, num_experts: int, *, free: bool, fixed: str = OWN
+) -> str | None:
     """Return why nothing is chosen with some settings; None if something may be.
 
     Args:
         free: The number of experts per token was left open.
+        fixed: Why it was not, if it was not: one of `GIVEN`, `OWN`, `TRAINED_FURTHER`.
     """
     if settings.temperature is not None and not free:
-        return "temperature and experts per token were given"
+        if fixed == GIVEN:
+            return "temperature and experts per token were given"
+        return f"the temperature was given, and {fixed}"
     if num_experts == 1:
         return "there is one expert"
     if settings.prompts is not None:

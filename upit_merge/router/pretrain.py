@@ -29,6 +29,7 @@ from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.router.assignment import assigned, nobodys
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.expert_tuning import tune_expert
+from upit_merge.router.held_out import OWN
 from upit_merge.router.leads import warn_of_biases
 from upit_merge.router.refine import GateTrainer, RefineState, refine_gates
 from upit_merge.router.sharpness import fit_and_choose
@@ -240,12 +241,17 @@ def refined_gates(
 
 
 def pretrain_router(
-    stage: RouterStage, sink: ExpertSink | None = None, *, free_choice: bool = False
+    stage: RouterStage,
+    sink: ExpertSink | None = None,
+    *,
+    free_choice: bool = False,
+    fixed: str = OWN,
 ) -> RouterResult:
     """Do the whole stage as the settings say.
 
     Args:
         free_choice: The number of experts per token was left open; the report says which it is.
+        fixed: Why it was not, see `held_out.why_nothing_is_chosen`.
         sink: Takes FFNs that were trained, see `tuned_gates`; needed only if some are.
 
     Raises:
@@ -273,7 +279,7 @@ def pretrain_router(
             gates, report["experts_sha256"] = tuned_gates(stage, buckets, sink)
             gates = distinct_gates(gates, model.stored_dtype, stage.seed)
         else:
-            gates, chosen = fit_and_choose(stage, buckets, free=free_choice)
+            gates, chosen = fit_and_choose(stage, buckets, free=free_choice, fixed=fixed)
             report["chosen"] = chosen.to_report()
     if settings.refine is not None and model.num_experts > 1:
         source = model.moe

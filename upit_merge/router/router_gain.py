@@ -19,7 +19,7 @@ _ERRORS = 2.0
 # One expert is the best one for nearly everything.
 _NEARLY_ALL = 0.8
 # What differing experts do not say: dense models of the same checkpoints may be better still.
-_ANSWER = "Whether the mixture is worth its bytes, `upit-merge evaluate` tells."
+ANSWER = "Whether the mixture is worth its bytes, `upit-merge evaluate` tells."
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,13 @@ class RouterGain:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the difference between experts is within the sampling noise."""
+        """Whether choosing among the experts gains no more than sampling noise does."""
         return not self.held_out_gain > _ERRORS * self.standard_error
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the chosen expert is worse than the best single one, by more than noise."""
+        return self.held_out_gain < -_ERRORS * self.standard_error
 
     @property
     def is_small(self) -> bool:
@@ -100,19 +105,27 @@ class RouterGain:
         """Return what the numbers say of the experts, in plain words."""
         if self.chance != self.chance:
             return "There are too few samples, or experts, to tell how much the experts differ."
+        halves = (
+            f"the halves agree on the expert for {self.agreement:.0%} of the samples (chance: "
+            f"{self.chance:.0%})"
+        )
+        if self.is_worse:
+            return (
+                f"Choosing an expert for each sample gains nothing here: the one that is best on "
+                f"half of a sample is worse on the other half than expert {self.best_expert} alone, "
+                f"by {-self.held_out_gain:.4f} ± {self.standard_error:.4f} nats per token "
+                f"({math.expm1(-self.held_out_gain):.1%} of perplexity); {halves}. {ANSWER}"
+            )
         found = (
             f"the right expert for each sample gains {self.held_out_gain:.4f} ± "
             f"{self.standard_error:.4f} nats per token ({-math.expm1(-self.held_out_gain):.1%} of "
             f"perplexity) over expert {self.best_expert} alone, judged on the other half of the "
-            f"sample; the halves agree on the expert for {self.agreement:.0%} of the samples "
-            f"(chance: {self.chance:.0%})"
+            f"sample; {halves}"
         )
         if self.is_noise:
-            return (
-                f"How the experts differ on these samples is within the noise: {found}. {_ANSWER}"
-            )
+            return f"How the experts differ on these samples is within the noise: {found}. {ANSWER}"
         little = "little " if self.is_small else ""
-        return f"The experts differ {little}on these samples: {found}. {_ANSWER}"
+        return f"The experts differ {little}on these samples: {found}. {ANSWER}"
 
     def warnings(self, *, with_verdict: bool = True) -> list[str]:
         """Return what users should not overlook.

@@ -20,7 +20,7 @@ from upit_merge.io.sources import TensorSource
 from upit_merge.models.gates import distinct_gates
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.evaluation import disk_bytes, run_mixture
-from upit_merge.router.held_out import held_out, why_nothing_is_chosen
+from upit_merge.router.held_out import OWN, held_out, why_nothing_is_chosen
 from upit_merge.router.paired import Gain, paired_gain
 from upit_merge.router.progress import Progress
 from upit_merge.router.stage import RouterStage
@@ -96,12 +96,13 @@ class Chosen:
 
 
 def fit_and_choose(
-    stage: RouterStage, buckets: Buckets, *, free: bool
+    stage: RouterStage, buckets: Buckets, *, free: bool, fixed: str = OWN
 ) -> tuple[list[Tensor], Chosen]:
     """Fit the gates, and choose what was left open.
 
     Args:
         free: The number of experts per token was left open.
+        fixed: Why it was not, see `why_nothing_is_chosen`.
 
     Returns:
         The gates, fitted to all samples and scaled by the choice; and the choice.
@@ -111,7 +112,7 @@ def fit_and_choose(
     """
     model, settings = stage.model, stage.settings
     default = model.format.chosen(model.architecture.config)
-    reason = why_nothing_is_chosen(settings, model.num_experts, free=free)
+    reason = why_nothing_is_chosen(settings, model.num_experts, free=free, fixed=fixed)
     held = [] if reason else held_out(buckets, len(stage.everything), stage.seed)
     if not held:
         reason = reason or (
