@@ -219,7 +219,8 @@ def condensed(
     worth = report.get("worth")
     if worth and beside is not None:
         recipe = beside.recipe(evaluation.worth)
-        worth |= {"left_out": beside.left_out} if beside.left_out else {}
+        left_out = " ".join(filter(None, (beside.left_out, beside.no_recipe(evaluation.worth))))
+        worth |= {"left_out": left_out} if left_out else {}
         worth |= {"recipe": recipe} if recipe else {}
     return {
         "data": Path(data).name if Path(data).expanduser().exists() else data,

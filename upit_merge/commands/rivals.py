@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
 from upit_merge.report.sources import short_label
 from upit_merge.report.write import RECIPE_COPY
-from upit_merge.router.blends import mergekit_recipe
 from upit_merge.router.evaluation import run_expert
+from upit_merge.router.mergekit_models import MergekitModels, has_recipe, mergekit_recipe
 from upit_merge.router.rivals import dense_rivals, random_gates
 from upit_merge.router.router_gain import SampleLosses
 from upit_merge.router.stage import RouterStage
@@ -58,30 +58,41 @@ class Rivals:
     Attributes:
         models: Their losses on the samples.
         left_out: What could not be compared and what to do about it, in a sentence; or nothing.
-        sources: The base, then the checkpoints, as mergekit is told of them; none if the models
-            are made of the mixture's own experts.
+        sources: What they are made of, as mergekit is told of it; None if that is the mixture's
+            own experts.
         dtype: Of what is made of them.
     """
 
     models: list[Rival]
     left_out: str = ""
-    sources: Sequence[str] = ()
+    sources: MergekitModels | None = None
     dtype: str = "bfloat16"
 
     def recipe(self, worth: Worth | None) -> str | None:
         """Return the mergekit recipe of what is to be used instead; None if nothing is, or has one."""
-        if worth is None or worth.outcome != "not_worth" or not self.sources:
+        advised = self._advised(worth)
+        if advised is None or self.sources is None:
             return None
-        if worth.advised is None or worth.advised not in self.models:
+        return mergekit_recipe(advised, self.sources, getattr(torch, self.dtype))
+
+    def no_recipe(self, worth: Worth | None) -> str:
+        """Return why mergekit cannot make what is to be used instead, in a sentence; or nothing."""
+        advised = self._advised(worth)
+        if advised is None or self.sources is None or not has_recipe(advised):
+            return ""
+        return self.sources.unfit
+
+    def _advised(self, worth: Worth | None) -> Rival | None:
+        if worth is None or worth.outcome != "not_worth" or worth.advised not in self.models:
             return None
-        base, *checkpoints = self.sources
-        return mergekit_recipe(worth.advised, base, checkpoints, getattr(torch, self.dtype))
+        return worth.advised
 
     def to_kept(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return all of it as tensors and as what JSON has."""
         tensors = {f"rival-{number}": rival.sums for number, rival in enumerate(self.models)}
         told = [{"kind": r.kind, "name": r.name, "facts": dict(r.facts)} for r in self.models]
-        facts = {"left_out": self.left_out, "sources": [*self.sources], "dtype": self.dtype}
+        sources = None if self.sources is None else asdict(self.sources)
+        facts = {"left_out": self.left_out, "sources": sources, "dtype": self.dtype}
         return tensors, {**facts, "models": told}
 
     @classmethod
@@ -91,7 +102,8 @@ class Rivals:
             Rival(told["kind"], told["name"], tensors[f"rival-{number}"], told["facts"])
             for number, told in enumerate(facts["models"])
         ]
-        return cls(models, facts["left_out"], facts["sources"], facts["dtype"])
+        sources = None if facts["sources"] is None else MergekitModels(**facts["sources"])
+        return cls(models, facts["left_out"], sources, facts["dtype"])
 
 
 @dataclass(frozen=True)
@@ -247,7 +259,7 @@ def measured_rivals(
     found = dense_rivals(models, stage, own, random=random)
     dtype = str(inputs.dtype).removeprefix("torch.")
     told = [_told(rival, inputs.labels) for rival in found]
-    return Rivals(told, "", [inputs.base.label, *inputs.labels], dtype)
+    return Rivals(told, "", MergekitModels.of(inputs.base, inputs.checkpoints), dtype)
 
 
 def _told(rival: Rival, labels: Sequence[str]) -> Rival:
