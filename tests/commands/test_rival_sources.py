@@ -170,3 +170,23 @@ def test_whether_they_changed_is_asked_once(
     compared(out, data)
     compared(out, data)
     assert len(count) == 1
+
+
+def test_checkpoints_of_the_same_name_are_told_apart_as_in_the_table_of_experts(
+    family: Family, merge: Callable[..., Path], data: Path
+) -> None:
+    folders = [family.root / "runs" / name / "checkpoint-120" for name in ("arith", "prose")]
+    for source, folder in zip(family.checkpoints, folders, strict=False):
+        shutil.copytree(source, folder)
+    out = merge(family.recipe(models=[*map(str, folders)]))
+    file = out.parent / "numbers.json"
+    done("evaluate", out, "--data", data, "--json", file, "--card", "--quiet")
+    rivals_of = json.loads(file.read_text())["worth"]["rivals"]
+    names = [rival["name"] for rival in rivals_of if rival["kind"] == "single"]
+    assert names == [
+        "checkpoint 0 (arith/checkpoint-120)",
+        "checkpoint 1 (prose/checkpoint-120)",
+    ]
+    sources = json.loads((out / "upit_report.json").read_text())["sources"]["checkpoints"]
+    assert [name.split("(")[1].rstrip(")") for name in names] == [s["name"] for s in sources]
+    assert names[1] in (out / "README.md").read_text().replace("\\", "")

@@ -25,7 +25,7 @@ from upit_merge.merge.passes import measure_similarity
 from upit_merge.output.identity import file_states
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
-from upit_merge.report.sources import short_label
+from upit_merge.report.sources import told_apart
 from upit_merge.report.write import RECIPE_COPY
 from upit_merge.router.evaluation import run_expert
 from upit_merge.router.mergekit_models import MergekitModels, has_recipe, mergekit_recipe
@@ -258,16 +258,17 @@ def measured_rivals(
     )
     found = dense_rivals(models, stage, own, random=random)
     dtype = str(inputs.dtype).removeprefix("torch.")
-    told = [_told(rival, inputs.labels) for rival in found]
+    names = told_apart(inputs.labels)
+    told = [_told(rival, names) for rival in found]
     return Rivals(told, "", MergekitModels.of(inputs.base, inputs.checkpoints), dtype)
 
 
-def _told(rival: Rival, labels: Sequence[str]) -> Rival:
-    """Return a rival as it may be named on a card: without the path of a checkpoint."""
+def _told(rival: Rival, names: Sequence[str]) -> Rival:
+    """Return a rival as it may be named on a card: a checkpoint as the card's table of experts does."""
     if rival.kind != "single":
         return rival
     number = int(rival.facts["checkpoint"])
-    return replace(rival, name=f"checkpoint {number} ({short_label(labels[number])})")
+    return replace(rival, name=f"checkpoint {number} ({names[number]})")
 
 
 def _of_checkpoints(losses: SampleLosses, experts: Mapping[int, int], count: int) -> SampleLosses:
