@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from upit_merge.commands.finished import result_digest
-from upit_merge.commands.preview import dense_models
+from upit_merge.commands.preview import PlannedMixture, dense_models
 from upit_merge.commands.session import RouterSession
 from upit_merge.config.recipe import load_recipe
 from upit_merge.engine.layerwise import MEAN
 from upit_merge.errors import UpitError
+from upit_merge.io.sources import TensorSource
+from upit_merge.io.tensor_file import row_blocks
 from upit_merge.io.untrusted import own_file
 from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.merge.passes import measure_similarity
+from upit_merge.models.lora.adapter import Adapter
+from upit_merge.models.views import stored_model
 from upit_merge.output.identity import file_states
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
@@ -49,6 +53,9 @@ _OTHERS = (
 # By what share of the largest entry sums of differently ordered products may differ; a report has
 # ten digits of them.
 _SAME_GRAM = 1e-6
+# The same of entries of an adapter's tensors, in float32.
+_SAME_PRODUCTS = 1e-6
+_COMPARED_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -183,8 +190,11 @@ def _has_random_gates(report: AnyReport) -> bool:
 def _are_unchanged(session: RouterSession, inputs: Inputs, report: AnyReport) -> bool:
     """Return whether base and checkpoints are what they were when the mixture was made.
 
-    If their files' times and sizes are not those that the report has a digest of, the likeness of
-    the checkpoints' deltas decides, which depends on every FFN weight of all of them.
+    If their files' times and sizes are not those that the report has a digest of, two things decide:
+    the likeness of the checkpoints' deltas, which depends on every FFN weight of all of them, and
+    whether the mixture's backbone is what its donors give now. Attention, norms and embeddings of
+    checkpoints that gave nothing to the backbone are nowhere to be compared with: those are
+    believed.
     """
     made = report.document.get("run")
     data = inputs.recipe.router.data if inputs.recipe.router else ""
@@ -198,12 +208,45 @@ def _are_unchanged(session: RouterSession, inputs: Inputs, report: AnyReport) ->
         before = torch.tensor(report.document.get("checkpoint_gram"), dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):  # a report may say anything
         return False
-    if before.shape != (count, count):
+    if before.shape != (count, count) or not _have_its_backbone(session.moe, inputs):
         return False
     devices = resolve_devices(session.options.device)
     quiet = session.options.quiet or not session.edit.processes.is_first
     now = measure_similarity(inputs, devices, quiet=quiet).sum(0)
     return torch.allclose(now, before, rtol=_SAME_GRAM, atol=_SAME_GRAM * float(before.abs().max()))
+
+
+def _have_its_backbone(moe: TensorSource, inputs: Inputs) -> bool:
+    """Return whether a merge would write the backbone that the mixture has.
+
+    Looked at byte by byte, up to the first difference, small tensors first; the products of an
+    adapter's factors may differ in their last bits from machine to machine.
+    """
+    planned, architecture = PlannedMixture(inputs), inputs.architecture
+    ffn = {name for _layer, _projection, name in architecture.ffn_names()}
+    backbone = {
+        own: any(isinstance(stored_model(donor), Adapter) for donor in inputs.donors(dense))
+        for dense in architecture.specs.keys() - ffn
+        for own in architecture.format.outputs_of(dense, architecture.settings)
+    }
+    for name in sorted(backbone, key=lambda name: (planned.specs[name].numel, name)):
+        spec = planned.specs[name]
+        if name not in moe.specs or moe.specs[name].shape != spec.shape:
+            return False
+        for start, stop in row_blocks(spec, _COMPARED_ELEMENTS):
+            ours = moe.rows(name, start, stop)
+            theirs = planned.rows(name, start, stop).to(ours.dtype)
+            if torch.equal(ours, theirs):
+                continue
+            if not backbone[name] or not _are_close(ours, theirs):
+                return False
+    return True
+
+
+def _are_close(ours: Tensor, theirs: Tensor) -> bool:
+    """Return whether tensors are equal but for how their last bits were rounded."""
+    share, size = torch.finfo(ours.dtype).eps, float(ours.abs().max())
+    return torch.allclose(ours.float(), theirs.float(), rtol=share, atol=_SAME_PRODUCTS * size)
 
 
 def _own_experts(report: AnyReport) -> dict[int, int]:
