@@ -18,6 +18,7 @@ from upit_merge.commands.outlook import look_ahead
 from upit_merge.commands.preview import checkpoint_losses
 from upit_merge.commands.run import RunOptions, seed_set
 from upit_merge.config.recipe import parse_recipe
+from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.merge.inputs import opened
 
 SAMPLES = (96, 12)
@@ -67,6 +68,7 @@ def judge_ahead(folder: Path, situation: Situation, seed: int) -> dict[str, Any]
             }
             if count == max(SAMPLES):
                 started = time.process_time()
-                checkpoint_losses(inputs, seeds, settings, device, quiet=True)
+                quick = has_fast_bfloat16()  # as `look_ahead` computes them
+                checkpoint_losses(inputs, seeds, settings, device, quiet=True, quick=quick)
                 found[str(count)]["cpu_seconds_of_losses"] = time.process_time() - started
     return {"verdicts": found}

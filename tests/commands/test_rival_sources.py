@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import Family
+from tests.conftest import Family, build_family
 from tests.support.commands import done
+from tests.support.lora import adapters, with_adapters
 from tests.support.seeds import held_out
 from upit_merge.commands import rivals
 
@@ -170,3 +171,88 @@ def test_whether_they_changed_is_asked_once(
     compared(out, data)
     compared(out, data)
     assert len(count) == 1
+
+
+def with_other(folder: Path, part: str, by: float = 0.01) -> None:
+    """Change some tensors of a model by little."""
+    path = folder / "model.safetensors"
+    tensors = {n: t + by * (part in n) for n, t in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("backbone", "whose", "part", "is_found"),
+    [
+        ("last", -1, "self_attn.q_proj", True),
+        ("last", -1, "embed_tokens", True),
+        ("last", 0, "self_attn.q_proj", False),  # it gave nothing to compare with
+        ("average", 0, "input_layernorm", True),
+        ("base", "base", "lm_head", True),
+    ],
+)
+def test_what_is_no_ffn_is_compared_with_the_mixture(
+    family: Family,
+    merge: Callable[..., Path],
+    data: Path,
+    backbone: str,
+    whose: int | str,
+    part: str,
+    is_found: bool,
+) -> None:
+    """The likeness of the deltas does not depend on it."""
+    out = merge(family.recipe(dtype="bfloat16", parameters={"backbone": backbone}))
+    folder = family.base if isinstance(whose, str) else family.checkpoints[whose]
+    (folder / "model.safetensors").touch()
+    assert "the average of the checkpoints" in compared(out, data)[0]
+    with_other(folder, part)
+    names, worth = compared(out, data)
+    assert ("the average of the checkpoints" in names) != is_found
+    assert ("are not those that it was made from" in worth.get("left_out", "")) == is_found
+
+
+def test_a_shared_expert_is_the_donors_too(
+    tmp_path: Path, merge: Callable[..., Path], data: Path
+) -> None:
+    """Only halves of FFNs are experts, and none of those of the first layer, which is changed."""
+    family = build_family(tmp_path / "glm", kind="qwen2", count=2)
+    parameters = {"shared": "split", "dense_layers": 1, "shared_from": "average"}
+    out = merge(family.recipe(architecture="glm4_moe", parameters=parameters))
+    for folder in (family.base, *family.checkpoints):
+        (folder / "model.safetensors").touch()
+    assert "the average of the checkpoints" in compared(out, data)[0]
+    with_other(family.checkpoints[1], "layers.0.mlp.up_proj")
+    assert "are not those that it was made from" in compared(out, data)[1]["left_out"]
+
+
+def test_adapters_that_give_the_backbone(
+    family: Family, merge: Callable[..., Path], data: Path
+) -> None:
+    with_adapters(family)
+    out = merge(adapters(family, dtype="bfloat16", parameters={"backbone": "average"}))
+    weights = family.root / "lora" / "checkpoint-500" / "adapter_model.safetensors"
+    weights.touch()
+    names, _worth = compared(out, data)
+    assert "the average of the checkpoints" in names
+    tensors = {n: t * (1.1 if "q_proj" in n else 1) for n, t in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    assert "are not those that it was made from" in compared(out, data)[1]["left_out"]
+
+
+def test_checkpoints_of_the_same_name_are_told_apart_as_in_the_table_of_experts(
+    family: Family, merge: Callable[..., Path], data: Path
+) -> None:
+    folders = [family.root / "runs" / name / "checkpoint-120" for name in ("arith", "prose")]
+    for source, folder in zip(family.checkpoints, folders, strict=False):
+        shutil.copytree(source, folder)
+    out = merge(family.recipe(models=[*map(str, folders)]))
+    file = out.parent / "numbers.json"
+    done("evaluate", out, "--data", data, "--json", file, "--card", "--quiet")
+    rivals_of = json.loads(file.read_text())["worth"]["rivals"]
+    names = [rival["name"] for rival in rivals_of if rival["kind"] == "single"]
+    assert names == [
+        "checkpoint 0 (arith/checkpoint-120)",
+        "checkpoint 1 (prose/checkpoint-120)",
+    ]
+    sources = json.loads((out / "upit_report.json").read_text())["sources"]["checkpoints"]
+    assert [name.split("(")[1].rstrip(")") for name in names] == [s["name"] for s in sources]
+    assert names[1] in (out / "README.md").read_text().replace("\\", "")

@@ -27,8 +27,9 @@ from upit_merge.data.tokens import SeedSet, TokenizedSample
 from upit_merge.io.hub import OpenOptions
 from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.router.assignment import sample_losses
-from upit_merge.router.blends import BlendedModels, DenseModels, mergekit_recipe
+from upit_merge.router.blends import BlendedModels, DenseModels
 from upit_merge.router.control import PairLosses
+from upit_merge.router.mergekit_models import MergekitModels, mergekit_recipe
 from upit_merge.router.ration import rationed
 from upit_merge.router.rivals import (
     best_choice,
@@ -130,7 +131,8 @@ def test_blends_are_what_mergekit_writes(
         told |= {scale: replace(found["sum"], facts={"scale": scale}) for scale in scales}
         written_sums = {}
         for name, rival in told.items():
-            recipe = mergekit_recipe(rival, inputs.base.label, inputs.labels, inputs.dtype)
+            named = MergekitModels.of(inputs.base, inputs.checkpoints)
+            recipe = mergekit_recipe(rival, named, inputs.dtype)
             assert recipe is not None
             out = merged(recipe, tmp_path / str(name))
             written = {tensor.dtype for tensor in load_model(out).values()}
@@ -148,7 +150,7 @@ def test_blends_are_what_mergekit_writes(
         own = dense_sums(family.checkpoints[int(single.facts["checkpoint"])], seeds)
         if kind != "bfloat16":  # else the rival is rounded, as the mixture will be
             assert single.sums.tolist() == pytest.approx(own, rel=1e-4)
-        assert mergekit_recipe(single, "base", [], inputs.dtype) is None
+        assert mergekit_recipe(single, named, inputs.dtype) is None
 
 
 @pytest.mark.parametrize("samples", [7, 30])
@@ -222,7 +224,8 @@ def test_models_of_other_formats_are_blended_whole(tmp_path: Path) -> None:
     recipe = parse_recipe(family.recipe(architecture="glm4_moe", parameters=parameters))
     with opened(recipe, OpenOptions()) as inputs:
         found = {rival.kind: rival for rival in rivals_of(inputs, seeds)}
-        text = mergekit_recipe(found["average"], inputs.base.label, inputs.labels, inputs.dtype)
+        named = MergekitModels.of(inputs.base, inputs.checkpoints)
+        text = mergekit_recipe(found["average"], named, inputs.dtype)
         assert text is not None
         sums = dense_sums(merged(text, tmp_path / "average"), seeds)
     assert found["average"].sums.tolist() == pytest.approx(sums, rel=1e-3)

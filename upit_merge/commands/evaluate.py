@@ -44,7 +44,7 @@ from upit_merge.report.verdict import evaluation_verdict, hardly_used_sentence
 from upit_merge.report.write import write_report_and_card
 from upit_merge.resizing.extracting import ExtractedModel
 from upit_merge.router.buckets import assign_by_loss
-from upit_merge.router.evaluation import Evaluation, Groups, disk_bytes, rows
+from upit_merge.router.evaluation import Evaluation, Groups, dense_bytes, disk_bytes, rows
 from upit_merge.router.stage import RouterStage
 from upit_merge.router.worth import Rival as Measured
 from upit_merge.runtime.interrupt import ends_at_once
@@ -226,7 +226,8 @@ def condensed(
     worth = report.get("worth")
     if worth and beside is not None:
         recipe = beside.recipe(evaluation.worth)
-        worth |= {"left_out": beside.left_out} if beside.left_out else {}
+        left_out = " ".join(filter(None, (beside.left_out, beside.no_recipe(evaluation.worth))))
+        worth |= {"left_out": left_out} if left_out else {}
         worth |= {"recipe": recipe} if recipe else {}
     return {
         "data": Path(data).name if Path(data).expanduser().exists() else data,
@@ -280,7 +281,12 @@ def _evaluate(
         samples = held_out.seeds.samples
         evaluation = Evaluation(samples, Groups.of(samples), sums, routing)
         whole, of_expert = disk_bytes(held_out.model)
-        evaluation = replace(evaluation, mixture_bytes=whole, expert_bytes=of_expert)
+        evaluation = replace(
+            evaluation,
+            mixture_bytes=whole,
+            expert_bytes=of_expert,
+            dense_bytes=dense_bytes(held_out.model),
+        )
         losses = measured.experts() if "experts" in parts else None
         if losses is not None:
             evaluation = replace(evaluation, buckets=assign_by_loss(losses, "lowest"))

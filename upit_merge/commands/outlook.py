@@ -17,9 +17,9 @@ from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.merge.inputs import Inputs
 from upit_merge.report.tables import best_in_bold
 from upit_merge.router.assignment import sample_losses
-from upit_merge.router.blends import mergekit_recipe
 from upit_merge.router.control import loss_sweeps
 from upit_merge.router.evaluation import Groups
+from upit_merge.router.mergekit_models import MergekitModels, has_recipe, mergekit_recipe
 from upit_merge.router.paired import FEWEST
 from upit_merge.router.rivals import best_choice, dense_rivals, exact_part
 from upit_merge.router.router_gain import RouterGain, SampleLosses, measure_router_gain
@@ -41,6 +41,7 @@ class Outlook:
         worth: The best checkpoint for each sample beside dense models.
         one_mixture: These losses are those of the checkpoints themselves.
         recipe: The mergekit recipe of what is to be used instead, if that is made by one.
+        unfit: Why there is none although it would be, in a sentence; or nothing.
     """
 
     labels: Sequence[str]
@@ -48,6 +49,7 @@ class Outlook:
     worth: Worth
     one_mixture: bool
     recipe: str | None
+    unfit: str = ""
 
     @property
     def gain(self) -> RouterGain:
@@ -135,6 +137,8 @@ class Outlook:
         yield self.worth.verdict()
         if self.recipe is not None:
             yield f"The recipe that makes it, for mergekit-yaml:\n\n{self.recipe}"
+        if self.unfit:
+            yield self.unfit
         means = self.losses.means
         best = torch.bincount(means.argmin(1), minlength=len(self.labels))
         idle = [i for i, count in enumerate(best.tolist()) if count * len(best) < 0.1 * best.sum()]
@@ -201,10 +205,12 @@ def look_ahead(
         ours_kind="choice",
         given=count if losses.is_estimated else None,
     )
-    recipe = None
+    recipe, unfit = None, ""
     if worth.outcome == "not_worth" and worth.advised is not None:
-        recipe = mergekit_recipe(worth.advised, inputs.base.label, inputs.labels, inputs.dtype)
-    return Outlook(inputs.labels, losses, worth, models.one_mixture, recipe)
+        named = MergekitModels.of(inputs.base, inputs.checkpoints)
+        recipe = mergekit_recipe(worth.advised, named, inputs.dtype)
+        unfit = named.unfit if has_recipe(worth.advised) else ""
+    return Outlook(inputs.labels, losses, worth, models.one_mixture, recipe, unfit)
 
 
 def _of_checkpoints(losses: SampleLosses, count: int) -> SampleLosses:

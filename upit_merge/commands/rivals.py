@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,25 @@ import torch
 from torch import Tensor
 
 from upit_merge.commands.finished import result_digest
-from upit_merge.commands.preview import dense_models
+from upit_merge.commands.preview import PlannedMixture, dense_models
 from upit_merge.commands.session import RouterSession
 from upit_merge.config.recipe import load_recipe
 from upit_merge.engine.layerwise import MEAN
 from upit_merge.errors import UpitError
+from upit_merge.io.sources import TensorSource
+from upit_merge.io.tensor_file import row_blocks
 from upit_merge.io.untrusted import own_file
 from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.merge.passes import measure_similarity
+from upit_merge.models.lora.adapter import Adapter
+from upit_merge.models.views import stored_model
 from upit_merge.output.identity import file_states
 from upit_merge.report.any_version import AnyReport
 from upit_merge.report.document import read_report
-from upit_merge.report.sources import short_label
+from upit_merge.report.sources import told_apart
 from upit_merge.report.write import RECIPE_COPY
-from upit_merge.router.blends import mergekit_recipe
 from upit_merge.router.evaluation import run_expert
+from upit_merge.router.mergekit_models import MergekitModels, has_recipe, mergekit_recipe
 from upit_merge.router.rivals import dense_rivals, random_gates
 from upit_merge.router.router_gain import SampleLosses
 from upit_merge.router.stage import RouterStage
@@ -49,6 +53,9 @@ _OTHERS = (
 # By what share of the largest entry sums of differently ordered products may differ; a report has
 # ten digits of them.
 _SAME_GRAM = 1e-6
+# The same of entries of an adapter's tensors, in float32.
+_SAME_PRODUCTS = 1e-6
+_COMPARED_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,30 +65,41 @@ class Rivals:
     Attributes:
         models: Their losses on the samples.
         left_out: What could not be compared and what to do about it, in a sentence; or nothing.
-        sources: The base, then the checkpoints, as mergekit is told of them; none if the models
-            are made of the mixture's own experts.
+        sources: What they are made of, as mergekit is told of it; None if that is the mixture's
+            own experts.
         dtype: Of what is made of them.
     """
 
     models: list[Rival]
     left_out: str = ""
-    sources: Sequence[str] = ()
+    sources: MergekitModels | None = None
     dtype: str = "bfloat16"
 
     def recipe(self, worth: Worth | None) -> str | None:
         """Return the mergekit recipe of what is to be used instead; None if nothing is, or has one."""
-        if worth is None or worth.outcome != "not_worth" or not self.sources:
+        advised = self._advised(worth)
+        if advised is None or self.sources is None:
             return None
-        if worth.advised is None or worth.advised not in self.models:
+        return mergekit_recipe(advised, self.sources, getattr(torch, self.dtype))
+
+    def no_recipe(self, worth: Worth | None) -> str:
+        """Return why mergekit cannot make what is to be used instead, in a sentence; or nothing."""
+        advised = self._advised(worth)
+        if advised is None or self.sources is None or not has_recipe(advised):
+            return ""
+        return self.sources.unfit
+
+    def _advised(self, worth: Worth | None) -> Rival | None:
+        if worth is None or worth.outcome != "not_worth" or worth.advised not in self.models:
             return None
-        base, *checkpoints = self.sources
-        return mergekit_recipe(worth.advised, base, checkpoints, getattr(torch, self.dtype))
+        return worth.advised
 
     def to_kept(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return all of it as tensors and as what JSON has."""
         tensors = {f"rival-{number}": rival.sums for number, rival in enumerate(self.models)}
         told = [{"kind": r.kind, "name": r.name, "facts": dict(r.facts)} for r in self.models]
-        facts = {"left_out": self.left_out, "sources": [*self.sources], "dtype": self.dtype}
+        sources = None if self.sources is None else asdict(self.sources)
+        facts = {"left_out": self.left_out, "sources": sources, "dtype": self.dtype}
         return tensors, {**facts, "models": told}
 
     @classmethod
@@ -91,7 +109,8 @@ class Rivals:
             Rival(told["kind"], told["name"], tensors[f"rival-{number}"], told["facts"])
             for number, told in enumerate(facts["models"])
         ]
-        return cls(models, facts["left_out"], facts["sources"], facts["dtype"])
+        sources = None if facts["sources"] is None else MergekitModels(**facts["sources"])
+        return cls(models, facts["left_out"], sources, facts["dtype"])
 
 
 @dataclass(frozen=True)
@@ -171,8 +190,11 @@ def _has_random_gates(report: AnyReport) -> bool:
 def _are_unchanged(session: RouterSession, inputs: Inputs, report: AnyReport) -> bool:
     """Return whether base and checkpoints are what they were when the mixture was made.
 
-    If their files' times and sizes are not those that the report has a digest of, the likeness of
-    the checkpoints' deltas decides, which depends on every FFN weight of all of them.
+    If their files' times and sizes are not those that the report has a digest of, two things decide:
+    the likeness of the checkpoints' deltas, which depends on every FFN weight of all of them, and
+    whether the mixture's backbone is what its donors give now. Attention, norms and embeddings of
+    checkpoints that gave nothing to the backbone are nowhere to be compared with: those are
+    believed.
     """
     made = report.document.get("run")
     data = inputs.recipe.router.data if inputs.recipe.router else ""
@@ -186,12 +208,45 @@ def _are_unchanged(session: RouterSession, inputs: Inputs, report: AnyReport) ->
         before = torch.tensor(report.document.get("checkpoint_gram"), dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):  # a report may say anything
         return False
-    if before.shape != (count, count):
+    if before.shape != (count, count) or not _have_its_backbone(session.moe, inputs):
         return False
     devices = resolve_devices(session.options.device)
     quiet = session.options.quiet or not session.edit.processes.is_first
     now = measure_similarity(inputs, devices, quiet=quiet).sum(0)
     return torch.allclose(now, before, rtol=_SAME_GRAM, atol=_SAME_GRAM * float(before.abs().max()))
+
+
+def _have_its_backbone(moe: TensorSource, inputs: Inputs) -> bool:
+    """Return whether a merge would write the backbone that the mixture has.
+
+    Looked at byte by byte, up to the first difference, small tensors first; the products of an
+    adapter's factors may differ in their last bits from machine to machine.
+    """
+    planned, architecture = PlannedMixture(inputs), inputs.architecture
+    ffn = {name for _layer, _projection, name in architecture.ffn_names()}
+    backbone = {
+        own: any(isinstance(stored_model(donor), Adapter) for donor in inputs.donors(dense))
+        for dense in architecture.specs.keys() - ffn
+        for own in architecture.format.outputs_of(dense, architecture.settings)
+    }
+    for name in sorted(backbone, key=lambda name: (planned.specs[name].numel, name)):
+        spec = planned.specs[name]
+        if name not in moe.specs or moe.specs[name].shape != spec.shape:
+            return False
+        for start, stop in row_blocks(spec, _COMPARED_ELEMENTS):
+            ours = moe.rows(name, start, stop)
+            theirs = planned.rows(name, start, stop).to(ours.dtype)
+            if torch.equal(ours, theirs):
+                continue
+            if not backbone[name] or not _are_close(ours, theirs):
+                return False
+    return True
+
+
+def _are_close(ours: Tensor, theirs: Tensor) -> bool:
+    """Return whether tensors are equal but for how their last bits were rounded."""
+    share, size = torch.finfo(ours.dtype).eps, float(ours.abs().max())
+    return torch.allclose(ours.float(), theirs.float(), rtol=share, atol=_SAME_PRODUCTS * size)
 
 
 def _own_experts(report: AnyReport) -> dict[int, int]:
@@ -246,16 +301,17 @@ def measured_rivals(
     )
     found = dense_rivals(models, stage, own, random=random)
     dtype = str(inputs.dtype).removeprefix("torch.")
-    told = [_told(rival, inputs.labels) for rival in found]
-    return Rivals(told, "", [inputs.base.label, *inputs.labels], dtype)
+    names = told_apart(inputs.labels)
+    told = [_told(rival, names) for rival in found]
+    return Rivals(told, "", MergekitModels.of(inputs.base, inputs.checkpoints), dtype)
 
 
-def _told(rival: Rival, labels: Sequence[str]) -> Rival:
-    """Return a rival as it may be named on a card: without the path of a checkpoint."""
+def _told(rival: Rival, names: Sequence[str]) -> Rival:
+    """Return a rival as it may be named on a card: a checkpoint as the card's table of experts does."""
     if rival.kind != "single":
         return rival
     number = int(rival.facts["checkpoint"])
-    return replace(rival, name=f"checkpoint {number} ({short_label(labels[number])})")
+    return replace(rival, name=f"checkpoint {number} ({names[number]})")
 
 
 def _of_checkpoints(losses: SampleLosses, experts: Mapping[int, int], count: int) -> SampleLosses:

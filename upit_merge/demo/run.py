@@ -36,7 +36,7 @@ from upit_merge.models.mixture import opened_mixture
 from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.report.next_steps import only_steps, tell_next
 from upit_merge.report.tables import best_in_bold, show
-from upit_merge.router.evaluation import Groups, disk_bytes, run_mixture
+from upit_merge.router.evaluation import Groups, dense_bytes, disk_bytes, run_mixture
 from upit_merge.router.pretrain import load_seed_set
 from upit_merge.router.rivals import dense_rivals
 from upit_merge.router.stage import RouterStage
@@ -222,14 +222,13 @@ def _measure(
             random_sums.append(run_mixture(stage, gates)[0])
             bar.update()
         random_gates = Rival("random", "random gates", torch.stack(random_sums).mean(0))
-        whole, of_expert = disk_bytes(model)
         worth = Worth.of(
             sums,
             torch.tensor([s.num_targets for s in seeds.samples], dtype=torch.float64),
             [*rivals, *blends, random_gates],
             Groups.of(seeds.samples).kinds,
-            bytes_ours=whole,
-            bytes_dense=whole - (model.num_experts - 1) * of_expert,
+            bytes_ours=disk_bytes(model)[0],
+            bytes_dense=dense_bytes(model),
             ours_kind="mixture",
         )
 

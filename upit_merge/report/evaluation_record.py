@@ -76,7 +76,7 @@ class WorthRecord(Part):
     Attributes:
         outcome: `worth`, `not_worth` or `too_few`.
         verdict: The same in words.
-        left_out: What could not be compared, and why.
+        left_out: What could not be compared, and why; and why there is no recipe of what is advised.
         recipe: mergekit's, of the model that is to be used instead.
     """
 

@@ -41,7 +41,7 @@ class Source(BaseModel):
 
 def describe_sources(models: Sequence[DenseModel]) -> list[dict[str, Any]]:
     """Return a `Source` for every model, as plain data for the report."""
-    names = _told_apart([model.label for model in models])
+    names = told_apart([model.label for model in models])
     return [_source(m, name).model_dump() for m, name in zip(models, names, strict=True)]
 
 
@@ -119,7 +119,7 @@ def _language(value: Any) -> str | None:
     return "no" if value is False else _text(value)
 
 
-def _told_apart(labels: Sequence[str]) -> list[str]:
+def told_apart(labels: Sequence[str]) -> list[str]:
     """Return short labels; with the folder they are in where several would be the same."""
     short = [short_label(label) for label in labels]
     return [

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-import yaml
 
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.tensor_file import row_blocks
 from upit_merge.models.dense import DenseArchitecture, dense_settings
 from upit_merge.models.unwritten import UnwrittenMixture
 from upit_merge.models.views import View
-from upit_merge.router.worth import Rival
 
 # Of the base, then of the checkpoints.
 Weights = tuple[float, ...]
@@ -161,25 +158,3 @@ class BlendedModels(UnwrittenMixture):
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
-
-
-def mergekit_recipe(
-    rival: Rival, base: str, checkpoints: Sequence[str], dtype: torch.dtype
-) -> str | None:
-    """Return the mergekit recipe that makes a dense rival; None of a checkpoint as it is.
-
-    Args:
-        base, checkpoints: How they are named: folders or Hub ids.
-        dtype: Of the output; sums are made in float32.
-    """
-    if rival.kind not in ("average", "sum"):
-        return None
-    weight = rival.facts["scale"] if rival.kind == "sum" else 1.0
-    models = [{"model": name, "parameters": {"weight": float(weight)}} for name in checkpoints]
-    document: dict[str, Any] = {"merge_method": "linear", "models": models}
-    if rival.kind == "sum":
-        document = {"merge_method": "task_arithmetic", "base_model": base, "models": models}
-    document["dtype"] = "float32"
-    if dtype != torch.float32:
-        document["out_dtype"] = str(dtype).removeprefix("torch.")
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=10**6)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from upit_merge.engine.assembled import AssembledMixture, HandedCallback, Routin
 from upit_merge.engine.hidden_states import Batch, PackedStates, Stream
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError, one_line
+from upit_merge.io.tensor_file import equal_tensors
+from upit_merge.models.formats import EMBEDDINGS, HEAD, PLAIN
 from upit_merge.router.buckets import Buckets
 from upit_merge.router.counts import DEAD_SHARE, RoutingCounts
 from upit_merge.router.stage import RouterStage
@@ -114,6 +117,7 @@ class Evaluation:
         control: Like `sums`, with gates fitted to shuffled buckets.
         rivals: Models that one could have in the mixture's place.
         mixture_bytes, expert_bytes: What the mixture takes on disk, and one of its experts.
+        dense_bytes: What a dense model of its checkpoints takes.
     """
 
     samples: Sequence[TokenizedSample]
@@ -125,6 +129,7 @@ class Evaluation:
     rivals: Sequence[Rival] = ()
     mixture_bytes: int = 0
     expert_bytes: int = 0
+    dense_bytes: int = 0
 
     @cached_property
     def worth(self) -> Worth | None:
@@ -132,14 +137,13 @@ class Evaluation:
         if not self.rivals:
             return None
         targets = [sample.num_targets for sample in self.samples]
-        idle = len(self.routing.first[0, 0]) - 1  # of its experts a dense model has one
         return Worth.of(
             self.sums,
             torch.tensor(targets, dtype=torch.float64),
             self.rivals,
             self.groups.kinds,
             bytes_ours=self.mixture_bytes,
-            bytes_dense=self.mixture_bytes - idle * self.expert_bytes,
+            bytes_dense=self.dense_bytes,
             ours_kind="mixture",
         )
 
@@ -355,6 +359,24 @@ def disk_bytes(model: LayerwiseMixture) -> tuple[int, int]:
     names = set(model.architecture.expert_names([0]))
     of_expert = sum(spec.num_bytes for spec in specs if spec.name in names)
     return sum(spec.num_bytes for spec in specs), of_expert
+
+
+def dense_bytes(model: LayerwiseMixture) -> int:
+    """Return what a dense model takes on disk of the kind that a mixture was made from.
+
+    That is not the mixture with one expert: a shared expert may be half of the dense FFN or
+    nothing, and there are gates, copies and constants that no dense model has.
+    """
+    moe, form = model.moe, model.architecture.format
+    settings = {**model.architecture.dense_settings(), **PLAIN}
+    if not form.can_tie and HEAD in moe.specs and equal_tensors(moe, EMBEDDINGS, HEAD):
+        settings["tie_word_embeddings"] = True
+    of_expert = moe.specs[next(model.architecture.expert_names([0]))].dtype
+    total = 0
+    for name, shape in form.dense_shapes(settings):
+        spec = moe.specs.get(form.backbone_names(name)[-1])
+        total += prod(shape) * (spec.dtype if spec else of_expert).itemsize
+    return total
 
 
 def rows(evaluation: Evaluation) -> Iterator[tuple[str, list[float]]]:
