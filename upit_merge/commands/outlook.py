@@ -17,11 +17,12 @@ from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.merge.inputs import Inputs
 from upit_merge.report.tables import best_in_bold
 from upit_merge.router.assignment import sample_losses
+from upit_merge.router.choice import best_choice
 from upit_merge.router.control import loss_sweeps
 from upit_merge.router.evaluation import Groups
 from upit_merge.router.mergekit_models import MergekitModels, has_recipe, mergekit_recipe
 from upit_merge.router.paired import FEWEST
-from upit_merge.router.rivals import best_choice, dense_rivals, exact_part
+from upit_merge.router.rivals import dense_rivals, exact_part
 from upit_merge.router.router_gain import RouterGain, SampleLosses, measure_router_gain
 from upit_merge.router.worth import Rival, Worth
 
@@ -188,18 +189,18 @@ def look_ahead(
         # Of formats that need more experts than there are checkpoints, the last is there twice.
         losses = _of_checkpoints(losses, len(inputs.checkpoints))
         exact = exact_part(stage, losses, allowance / 2)
-        ours = best_choice(exact)
+        kinds = Groups.of(seeds.samples).kinds
+        ours = best_choice(exact, [*kinds.values()])
         known = ours.isfinite().nonzero().flatten().tolist()
         rivals = dense_rivals(
             models, stage, exact, known=known, allowance=allowance / (2 if losses.control else 1),
             random=len(inputs.checkpoints) > 1,
         )  # fmt: skip
-    groups = Groups.of(seeds.samples)
     worth = Worth.of(
         ours,
         exact.counts.sum(1),
         rivals,
-        {name: members for name, members in groups.members.items() if name != groups.whole},
+        kinds,
         bytes_ours=bytes_ours,
         bytes_dense=models.num_bytes,
         ours_kind="choice",

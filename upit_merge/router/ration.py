@@ -10,8 +10,8 @@ from dataclasses import dataclass
 _FEWEST_FOR_SCALE, _MOST_FOR_SCALE = 4, 12
 # Shares of what may be spent: for the scale, for random gates.
 _FOR_SCALE, _FOR_RANDOM = 0.3, 0.15
-# Samples through random gates; with fewer than the first there would be nothing to see.
-_FEWEST_RANDOM, _MOST_RANDOM = 8, 16
+# Samples through random gates; with fewer there would be nothing to see, with more no verdict yet.
+_RANDOM = 8
 # A second checkpoint is measured as itself if as many samples as this are left for each.
 _FOR_SECOND = 40
 # Multiples of the average's scale whose losses make the parabola.
@@ -41,11 +41,15 @@ class Ration:
         """Whether all may be measured."""
         return not math.isfinite(self.rest)
 
-    def judged(self, blends: int) -> list[int]:
-        """Return the samples that so many blends, and the single checkpoints, are compared on."""
+    def judged(self, blends: int, spent: int = 0) -> list[int]:
+        """Return the samples that so many blends, and the single checkpoints, are compared on.
+
+        Args:
+            spent: Sweeps of one sample that went elsewhere.
+        """
         if self.unlimited:
             return sorted(self.left)
-        each = self.rest / max(1, blends + self.singles)
+        each = (self.rest - spent) / max(1, blends + self.singles)
         return sorted(self.left[: max(0, int(each))])
 
 
@@ -86,9 +90,9 @@ def rationed(
         return Ration(sorted(scale), left, tried, 2 * singles, math.inf)
     random: list[int] = []
     if mixture:
-        affordable = min(_MOST_RANDOM, int(_FOR_RANDOM * allowance / mixture))
-        random = [i for i in order if i in whole][:affordable]
-        random = random if len(random) >= _FEWEST_RANDOM else []
+        random = [i for i in order if i in whole][:_RANDOM]
+        if len(random) < _RANDOM or mixture * _RANDOM > _FOR_RANDOM * allowance:
+            random = []
     rest = allowance - len(POINTS) * len(scale) - mixture * len(random)
     alone = 2 if rest / (blends + 2) >= _FOR_SECOND else 1
     return Ration(sorted(scale), left, sorted(random), alone * singles, rest)

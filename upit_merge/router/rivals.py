@@ -14,6 +14,7 @@ from upit_merge.models.gates import training_free_gates
 from upit_merge.router.blends import BlendedModels, DenseModels, Weights
 from upit_merge.router.control import Pair, control_pairs, control_size
 from upit_merge.router.evaluation import run_mixture
+from upit_merge.router.paired import FEWEST
 from upit_merge.router.progress import Progress
 from upit_merge.router.ration import POINTS, Ration, rationed
 from upit_merge.router.router_gain import SampleLosses
@@ -56,24 +57,6 @@ def exact_part(stage: RouterStage, losses: SampleLosses, allowance: float) -> Sa
         sample, expert = torch.tensor(pairs).T
         sums[sample, expert] = found.sums
     return SampleLosses(sums, counts, losses.told)
-
-
-def best_choice(losses: SampleLosses) -> Tensor:
-    """Return the loss of the best expert for each sample, chosen by one half and judged on the other.
-
-    Both ways: a sample's tokens all count, each under the expert that the other half chose.
-
-    Args:
-        losses: By halves; infinite where unknown.
-
-    Returns:
-        Nats summed over a sample's targets, float64, (num_samples,); NaN where a half has no target
-        or nothing is known.
-    """
-    chosen = losses.sums.argmin(1)  # (samples, 2): the halves' own choices
-    judged = losses.sums.gather(1, chosen.flip(1).unsqueeze(1)).squeeze(1).sum(1)
-    told = (losses.counts.min(1).values > 0) & judged.isfinite()
-    return torch.where(told, judged, torch.nan)
 
 
 def spread(stage: RouterStage) -> list[int]:
@@ -181,14 +164,18 @@ def _measured(
     blends = [models.average] * (blendable and not crossed)
     if scale is not None:
         blends.append(models.summed(scale))
-    judged_on = ration.judged(len(blends))
+    # An average that is worse on the samples of the scale decides nothing: a few are enough for it.
+    few = ration.judged(len(blends))[:FEWEST] if scale is not None and ration.scale else []
+    judged_on = ration.judged(len(blends) - bool(few), spent=len(few))
     # A checkpoint that nothing was chosen by can be judged on all samples.
     alone = order if ration.unlimited else judged_on
     for index in chosen:
         (own,) = measured.losses([models.single(index)], alone, "single")
         name = _single_name(index, models.checkpoints[index].label)
         yield Rival("single", name, own, _of(index))
-    found = measured.losses(blends, judged_on, "rivals")
+    found = measured.losses(blends[-1:] if few else blends, judged_on, "rivals")
+    if few:
+        found = measured.losses(blends[:1], sorted(few), "average") + found
     yield from crossed
     if blendable and not crossed:
         judged = found.pop(0)
