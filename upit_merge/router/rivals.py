@@ -165,7 +165,9 @@ def _measured(
     if scale is not None:
         blends.append(models.summed(scale))
     # An average that is worse on the samples of the scale decides nothing: a few are enough for it.
-    few = ration.judged(len(blends))[:FEWEST] if scale is not None and ration.scale else []
+    few: list[int] = []
+    if scale is not None:
+        few = ration.left[: min(FEWEST, len(ration.judged(len(blends))))]
     judged_on = ration.judged(len(blends) - bool(few), spent=len(few))
     # A checkpoint that nothing was chosen by can be judged on all samples.
     alone = order if ration.unlimited else judged_on
