@@ -192,6 +192,23 @@ def test_one_bar_for_all_that_is_measured(
     assert done_at_end == pytest.approx(1.0) or (allowance == 90.0 and 0.6 < done_at_end < 1.05)
 
 
+def test_what_is_spared_is_spared_of_every_kind(ffn_only: Family) -> None:
+    """Where the sum is better than the average, it gets the most samples; both get all kinds."""
+    spoken = _spoken(ffn_only, 60)
+    samples = [replace(s, label="abc"[i // 20]) for i, s in enumerate(spoken.samples)]
+    with opened(parse_recipe(ffn_only.recipe()), OpenOptions()) as inputs:
+        found = {
+            r.kind: r for r in rivals_of(inputs, replace(spoken, samples=samples), allowance=90.0)
+        }
+    counts = {
+        kind: [int(found[kind].sums[i : i + 20].isfinite().sum()) for i in (0, 20, 40)]
+        for kind in ("average", "sum")
+    }
+    assert max(counts["average"]) - min(counts["average"]) <= 2
+    assert max(counts["sum"]) - min(counts["sum"]) <= 2
+    assert sum(counts["average"]) >= 20
+
+
 def test_all_tensors_are_blended(shared_family: Family) -> None:
     base, *models = (load_model(path) for path in (shared_family.base, *shared_family.checkpoints))
     with opened(parse_recipe(shared_family.recipe()), OpenOptions()) as inputs:
