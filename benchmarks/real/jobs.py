@@ -98,6 +98,8 @@ def run_job(folder: Path, job: Job) -> Result:
     result["cpu_seconds"] = time.process_time() - cpu_started  # what other work does not change
     path = job.result_file(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Without the paths of this machine: results are recorded in the repository.
+    result = json.loads(json.dumps(result).replace(f"{folder}/", ""))
     write_json(path, result)
     return result
 

@@ -123,12 +123,17 @@ def verdict_table(results: Results) -> Table:
                         count,
                         found["outcome"].replace("_", " "),
                         "yes" if found["outcome"] == right else "NO",
-                        f"{gain:.1f} ± {error:.1f} % against {found['against']}",
+                        f"{gain:.1f} ± {error:.1f} % against {_short(found['against'])}",
                         f"{found['cpu_seconds'] / cost:.2f}" if cost else "",
                     ]
                 )
     columns = ["", "seed", "samples", "verdict", "right", "best choice per sample", "cost"]
     return Table("What `plan --data` says (cost: times the losses alone)", columns, rows)
+
+
+def _short(name: str) -> str:
+    """Return a checkpoint's name without where it lies."""
+    return name.partition(" (")[0]
 
 
 def trained_table(results: Results) -> Table:

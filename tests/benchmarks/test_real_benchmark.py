@@ -260,6 +260,7 @@ def test_few_samples_are_too_few(finished: Path) -> None:
         few = result["verdicts"][str(min(SAMPLES))]
         assert few["outcome"] == "too_few"
         assert few["samples"] < 20
+        assert str(finished) not in Job(0, verdict).result_file(finished).read_text()
 
 
 def test_results_without_their_checkpoints_are_made_again_only_if_needed(
