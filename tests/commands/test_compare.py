@@ -167,9 +167,9 @@ def test_what_was_measured_before_is_kept(
 def test_the_page_keeps_models_that_were_compared_on_the_same_text(
     moe: Path, four: Family, data: Path
 ) -> None:
-    evaluate(moe, data, "--card", "--against", f"the base={four.base}")
+    evaluate(moe, data, "--card", "--against", f"the untouched={four.base}")
     evaluate(moe, data, "--card", "--against", f"the last={four.checkpoints[-1]}")
     card = (moe / "README.md").read_text()
-    assert card.index("the base") < card.index("the last")
+    assert card.index("the untouched") < card.index("the last")
     evaluate(moe, four.seed_file(9, "other.jsonl"), "--card")
-    assert "the base" not in (moe / "README.md").read_text()
+    assert "the untouched" not in (moe / "README.md").read_text()

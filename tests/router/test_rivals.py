@@ -19,11 +19,12 @@ from tests.conftest import Family, build_family, byte_tokenizer, train_on
 from tests.support.commands import done, refused
 from tests.support.naive import load_model
 from tests.support.seeds import some_samples
+from tests.support.spoken import spoken
 from upit_merge.commands.outlook import look_ahead
 from upit_merge.commands.preview import dense_models, planned_stage
 from upit_merge.config.recipe import parse_recipe
 from upit_merge.config.router import RouterSettings
-from upit_merge.data.tokens import SeedSet, TokenizedSample
+from upit_merge.data.tokens import SeedSet
 from upit_merge.io.hub import OpenOptions
 from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.router.assignment import sample_losses
@@ -55,28 +56,6 @@ def rivals_of(inputs: Inputs, seeds: SeedSet, **more: object) -> list[Rival]:
 
 def _seeds(count: int) -> SeedSet:
     return SeedSet(some_samples(count), max_length=64)
-
-
-def _spoken(family: Family, count: int, scale: float = 0.5) -> SeedSet:
-    """What the base plus a scaled sum of the deltas says: nothing predicts it as well."""
-    dense = [load_model(path) for path in (family.base, *family.checkpoints)]
-    model = AutoModelForCausalLM.from_pretrained(family.base, dtype=torch.float32).eval()
-    state = {
-        name: base + scale * sum(other[name].float() - base for other in dense[1:])
-        for name, base in ((name, dense[0][name].float()) for name in dense[0])
-    }
-    model.load_state_dict(state, strict=False)
-    samples = []
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for index in range(count):
-            ids = torch.randint(3, 259, (1, 1))
-            with torch.no_grad():
-                for _ in range(24 + index % 5):
-                    chances = (model(ids).logits[0, -1] / 0.7).softmax(-1)
-                    ids = torch.cat([ids, chances.multinomial(1)[None]], 1)
-            samples.append(TokenizedSample(ids[0].tolist(), 1, f"sample {index}"))
-    return SeedSet(samples, max_length=64)
 
 
 def dense_sums(folder: Path, seeds: SeedSet) -> list[float]:
@@ -114,7 +93,7 @@ def test_blends_are_what_mergekit_writes(
     """Losses of the average and of the scaled sum, on the samples that they were judged on."""
     family = ffn_only if kind == "ffn" else shared_family
     dtype = "bfloat16" if kind == "bfloat16" else "float32"
-    seeds = _spoken(family, 24)
+    seeds = spoken(family, 24)
     with opened(parse_recipe(family.recipe(dtype=dtype)), OpenOptions()) as inputs:
         assert dense_models(inputs).one_backbone == (kind == "ffn")
         found = {rival.kind: rival for rival in rivals_of(inputs, seeds)}
@@ -180,7 +159,7 @@ def test_one_bar_for_all_that_is_measured(
     family = ffn_only if backbone == "ffn" else shared_family
     with (
         opened(parse_recipe(family.recipe()), OpenOptions()) as inputs,
-        planned_stage(inputs, _spoken(family, samples), SETTINGS, CPU, quiet=True) as stage,
+        planned_stage(inputs, spoken(family, samples), SETTINGS, CPU, quiet=True) as stage,
     ):
         losses = sample_losses(stage)
         monkeypatch.setattr("upit_merge.router.stage.WorkBar", Watched)
@@ -194,11 +173,11 @@ def test_one_bar_for_all_that_is_measured(
 
 def test_what_is_spared_is_spared_of_every_kind(ffn_only: Family) -> None:
     """Where the sum is better than the average, it gets the most samples; both get all kinds."""
-    spoken = _spoken(ffn_only, 60)
-    samples = [replace(s, label="abc"[i // 20]) for i, s in enumerate(spoken.samples)]
+    heard = spoken(ffn_only, 60)
+    samples = [replace(s, label="abc"[i // 20]) for i, s in enumerate(heard.samples)]
     with opened(parse_recipe(ffn_only.recipe()), OpenOptions()) as inputs:
         found = {
-            r.kind: r for r in rivals_of(inputs, replace(spoken, samples=samples), allowance=90.0)
+            r.kind: r for r in rivals_of(inputs, replace(heard, samples=samples), allowance=90.0)
         }
     counts = {
         kind: [int(found[kind].sums[i : i + 20].isfinite().sum()) for i in (0, 20, 40)]
