@@ -50,10 +50,9 @@ def look_at(folder: Path, situation: Situation, seed: int) -> dict[str, Any]:
     """
     rows, base = load_rows(folder), folder / "base"
     checkpoints = situation.checkpoints(folder, seed)
-    dense = {f"checkpoint {number}": load(path) for number, path in enumerate(checkpoints, 1)}
     found: dict[str, Losses] = {"base": measured(load(base), rows)}
-    for name in [*dense]:
-        found[name] = measured(dense.pop(name), rows)
+    for number, checkpoint in enumerate(checkpoints, 1):
+        found[f"checkpoint {number}"] = measured(load(checkpoint), rows)
     for name, scale in SCALES.items():
         found[name] = measured(blend(base, checkpoints, scale), rows)
     moe, choice = mixture_of(folder, situation, seed)
