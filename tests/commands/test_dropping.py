@@ -20,6 +20,8 @@ from tests.support.crash import crash
 from tests.support.families import FORMAT_KINDS as KINDS
 from tests.support.loading import is_gate, load
 from tests.support.naive import load_model
+from upit_merge.commands import router as router_command
+from upit_merge.commands import shrink as shrink_command
 from upit_merge.resizing.scores import kept_experts
 
 PER_EXPERT = ("e_score_correction_bias", "expert_bias", "per_expert_scale")
@@ -116,8 +118,11 @@ def test_ties_and_experts_nobody_chose() -> None:
     assert kept_experts(torch.tensor([0.0, 4.0]), torch.zeros(2), 1) == [1]
 
 
-def test_refitted_gates_are_those_of_router(four, moe, tmp_path) -> None:
-    """One command, to the same bits as two."""
+@pytest.mark.parametrize("fast", [False, True])
+def test_refitted_gates_are_those_of_router(four, moe, tmp_path, monkeypatch, fast) -> None:
+    """One command, to the same bits as two, on CPUs that multiply in bfloat16 and on others."""
+    for command in (router_command, shrink_command):
+        monkeypatch.setattr(command, "has_fast_bfloat16", lambda: fast)
     later = shutil.copytree(moe, tmp_path / "later")
     done(*shrink(moe, four, 3, *DROP, "--refit"))
     done(*shrink(later, four, 3, *DROP))
@@ -133,6 +138,7 @@ def test_refitted_gates_are_those_of_router(four, moe, tmp_path) -> None:
     assert [line.split()[1] for line in table.splitlines()[2:5]] == ["0", "1", "2"]
     told = [json.loads((f / "upit_report.json").read_text())["router"] for f in (moe, later)]
     assert told[0]["gates_sha256"] == told[1]["gates_sha256"]
+    assert told[0]["compute"] == told[1]["compute"] == ("bfloat16" if fast else "float32")
 
 
 def test_merged_ones_are_refitted_with_what_is_recorded(four, moe, tmp_path) -> None:

@@ -20,6 +20,7 @@ from upit_merge.commands.preflight import check_router_memory
 from upit_merge.commands.router import router_identity
 from upit_merge.commands.session import RouterSession, router_session
 from upit_merge.config.router import DATA_SETTINGS, RouterSettings
+from upit_merge.engine.arithmetic import has_fast_bfloat16
 from upit_merge.engine.layerwise import LayerwiseMixture
 from upit_merge.errors import UpitError, argument
 from upit_merge.io.checkpoint import Checkpoint
@@ -221,7 +222,8 @@ def _refitted(
     identity: dict[str, Any],
 ) -> RouterResult:
     """Fit the gates of a mixture that is not written yet."""
-    stage = session.stage(settings, scratch, source=smaller.source)
+    quick = has_fast_bfloat16()  # as `upit-merge router` does
+    stage = session.stage(settings, scratch, source=smaller.source, quick=quick)
     check_router_memory(stage.model, stage.lengths, settings, session.edit.out)
     return pretrain_router(session.resumed(stage, identity))
 

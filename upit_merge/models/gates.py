@@ -15,6 +15,9 @@ from upit_merge.models.formats import MixtureFormat
 
 # Size of what sets equal routing vectors apart, beside the spread of all vectors of the gate.
 TIE_BREAKER = 1 / 32
+# Vectors nearer than this beside the same spread are one, but for the rounding of a fit: its columns
+# are computed in different lanes, and with bfloat16 products that leaves up to 3e-4.
+_SAME = TIE_BREAKER / 8
 _MOST_TRIES = 64
 
 
@@ -56,8 +59,8 @@ def distinct_gates(
 ) -> list[torch.Tensor]:
     """Return gates in which no routing vector is another's double once they are stored.
 
-    Experts without a sample all get the same vector from a fit: every token's logits for them
-    would tie, and runtimes break ties differently. Each of them is given a random direction of its
+    Experts without a sample all get the same vector from a fit, up to rounding: every token's
+    logits for them would tie, and runtimes break ties differently. Each of them is given a random direction of its
     own besides, small beside what tells the vectors apart (`TIE_BREAKER`).
 
     Args:
@@ -79,11 +82,12 @@ def _distinct_gate(
 ) -> torch.Tensor:
     directions = F.normalize(torch.randn(gate.shape, generator=generator), dim=1)
     spread = (gate - gate.mean(0)).square().sum(1).mean().sqrt()
-    size = TIE_BREAKER * (float(spread) or float(gate.norm(dim=1).max()) or 1.0)
-    doubles = _doubles(gate.to(dtype), rows)
+    scale = float(spread) or float(gate.norm(dim=1).max()) or 1.0
+    size = TIE_BREAKER * scale
+    doubles = _doubles(gate, dtype, _SAME * scale, rows)
     found = gate
     for _ in range(_MOST_TRIES):
-        if not (doubles and _doubles(found.to(dtype), rows)):
+        if not (doubles and _doubles(found, dtype, _SAME * scale, rows)):
             break
         found = gate.clone()
         found[doubles] += size * directions[doubles]
@@ -91,14 +95,16 @@ def _distinct_gate(
     return found
 
 
-def _doubles(gate: torch.Tensor, rows: Collection[int] | None) -> list[int]:
-    """Return the rows, of those in `rows`, that are equal to another."""
-    _, owner, counts = gate.unique(dim=0, return_inverse=True, return_counts=True)
-    return [
-        row
-        for row, count in enumerate(counts[owner].tolist())
-        if count > 1 and (rows is None or row in rows)
-    ]
+def _doubles(
+    gate: Tensor, dtype: torch.dtype, near: float, rows: Collection[int] | None
+) -> list[int]:
+    """Return the rows, of those in `rows`, that are another's: stored as it is, or as near to it."""
+    exact = "donot_use_mm_for_euclid_dist"
+    apart = torch.cdist(gate, gate, compute_mode=exact)
+    stored = gate.to(dtype).to(gate.dtype)
+    same = (apart <= near) | (torch.cdist(stored, stored, compute_mode=exact) == 0)
+    counts = same.sum(1).tolist()
+    return [row for row, count in enumerate(counts) if count > 1 and (rows is None or row in rows)]
 
 
 def root_mean_square(norm_weight: Tensor) -> Tensor:
