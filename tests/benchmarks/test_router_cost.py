@@ -51,7 +51,8 @@ def test_the_stage_alone_leaves_losses_and_gates(family: Family, tmp_path: Path)
         # By whatever rule: the expert that was chosen is one that is not worse than the mean.
         assert losses[found["assigned"][index]] <= sum(losses) / len(losses) + 1e-4
 
-    done("router", str(moe), "--data", str(data), "--quiet")
+    # The stage alone takes the dtype of its settings, where `auto` means float32.
+    done("router", str(moe), "--data", str(data), "--compute", "float32", "--quiet")
     stored = {}
     for path in moe.glob("*.safetensors"):
         stored |= {name: w for name, w in load_file(path).items() if name.endswith("gate.weight")}

@@ -180,7 +180,12 @@ def test_training_writes_published_names(pair, train) -> None:
     plain, other = train(out, "from-plain"), train(fused, "from-fused")
     assert_published(other, plain)
     expected, found = load_model(plain), load_model(other)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    before = load_model(out)
+    for name in expected:  # products depend, in the last bits, on where a file puts the weights
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-4)
+        assert torch.equal(before[name], expected[name]) or (
+            (expected[name] - before[name]).abs().max() > 1e-2  # 100 times what they may be apart
+        )
 
 
 def test_settings_without_names_that_only_one_reader_knows() -> None:

@@ -43,7 +43,9 @@ status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 limit = int(status["VmData"].split()[0]) * 1024 + int(sys.argv[4])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 run_recipe(*load_recipe(recipe), out / "large", options)
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+# Not `ru_maxrss`, which begins with the memory of the process that started this one.
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(json.dumps(int(status["VmHWM"].split()[0]) * 1024))
 """
 
 

@@ -166,7 +166,8 @@ def test_what_its_hidden_gates_are_beside_ours(tmp_path, monkeypatch) -> None:
         config, Path("theirs"), "--i-understand-this-is-not-useful-without-training"
     )
     recipe = load_recipe(config)[0].model_dump(exclude_none=True, mode="json")
-    recipe["router"] = {"prompts": recipe["router"]["prompts"], "objective": "hidden"}
+    prompts = recipe["router"]["prompts"]
+    recipe["router"] = {"prompts": prompts, "objective": "hidden", "compute": "float32"}
     Path("recipe.yml").write_text(yaml.safe_dump(recipe))
     done("run", "recipe.yml", "ours")
     ours = loaded(Path("ours"))
