@@ -26,8 +26,9 @@ from upit_merge.router.rivals import dense_rivals, exact_part
 from upit_merge.router.router_gain import RouterGain, SampleLosses, measure_router_gain
 from upit_merge.router.worth import Rival, Worth
 
-# What the dense models may cost, beside the losses of the checkpoints.
-SHARE = 0.5
+# Sweeps that the dense models may take, beside those of the checkpoints' losses: with the reading,
+# blending and judging of models they then cost half of what the losses do, measured as CPU time.
+SHARE = 0.45
 # Kinds of text that a table has room for.
 _MOST_COLUMNS = 6
 
