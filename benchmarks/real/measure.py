@@ -117,9 +117,9 @@ def set_gates(model: PreTrainedModel, gates: Sequence[Tensor]) -> None:
         router.weight.copy_(gate)
 
 
-def best_of(found: dict[str, Losses], prefix: str) -> str:
+def best_of(found: dict[str, Losses], *prefixes: str) -> str:
     """Return the name that begins so and is best on the validation rows."""
-    names = [name for name in found if name.startswith(prefix)]
+    names = [name for name in found if name.startswith(prefixes)]
     return min(names, key=lambda name: mean(found[name]["validation"]))
 
 

@@ -38,7 +38,7 @@ from benchmarks.real.jobs import (
     with_needs,
 )
 from benchmarks.real.stages import MIXED, STAGES
-from benchmarks.real.tables import CLAIMS, MIXTURE, Results, all_tables, rivals
+from benchmarks.real.tables import BEST_DENSE, CLAIMS, MIXTURE, Results, all_tables, rivals
 from benchmarks.real.text import (
     CONTEXT,
     HELD_OUT_ROWS,
@@ -132,6 +132,11 @@ def test_rivals_are_what_a_model_made_by_hand_computes(finished: Path) -> None:
         )
         best.append(losses(best_model, rows.test)[kind])
     assert look["every kind by its best checkpoint"] == pytest.approx(best, rel=1e-5)
+    # Of all that is dense, by other rows than it is told of.
+    every = [found for found in result["losses"].values() if "validation" in found]
+    assert len(every) == 1 + len(checkpoints) + len(measure.SCALES)
+    best_dense = min(every, key=lambda found: sum(found["validation"]))
+    assert look[BEST_DENSE] == best_dense["test"]
 
 
 def test_only_ffns_and_gates_are_trained(finished: Path) -> None:
