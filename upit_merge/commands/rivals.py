@@ -19,8 +19,8 @@ from upit_merge.commands.session import RouterSession
 from upit_merge.config.recipe import load_recipe
 from upit_merge.engine.layerwise import MEAN
 from upit_merge.errors import UpitError
+from upit_merge.io.same import have_same_tensors
 from upit_merge.io.sources import TensorSource
-from upit_merge.io.tensor_file import row_blocks
 from upit_merge.io.untrusted import own_file
 from upit_merge.merge.inputs import Inputs, opened
 from upit_merge.merge.passes import measure_similarity
@@ -55,7 +55,6 @@ _OTHERS = (
 _SAME_GRAM = 1e-6
 # The same of entries of an adapter's tensors, in float32.
 _SAME_PRODUCTS = 1e-6
-_COMPARED_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -219,28 +218,22 @@ def _are_unchanged(session: RouterSession, inputs: Inputs, report: AnyReport) ->
 def _have_its_backbone(moe: TensorSource, inputs: Inputs) -> bool:
     """Return whether a merge would write the backbone that the mixture has.
 
-    Looked at byte by byte, up to the first difference, small tensors first; the products of an
-    adapter's factors may differ in their last bits from machine to machine.
+    To the byte, but for the products of an adapter's factors, which may differ in their last bits
+    from machine to machine.
     """
     planned, architecture = PlannedMixture(inputs), inputs.architecture
     ffn = {name for _layer, _projection, name in architecture.ffn_names()}
-    backbone = {
+    products = {
         own: any(isinstance(stored_model(donor), Adapter) for donor in inputs.donors(dense))
         for dense in architecture.specs.keys() - ffn
         for own in architecture.format.outputs_of(dense, architecture.settings)
     }
-    for name in sorted(backbone, key=lambda name: (planned.specs[name].numel, name)):
-        spec = planned.specs[name]
-        if name not in moe.specs or moe.specs[name].shape != spec.shape:
-            return False
-        for start, stop in row_blocks(spec, _COMPARED_ELEMENTS):
-            ours = moe.rows(name, start, stop)
-            theirs = planned.rows(name, start, stop).to(ours.dtype)
-            if torch.equal(ours, theirs):
-                continue
-            if not backbone[name] or not _are_close(ours, theirs):
-                return False
-    return True
+
+    def agree(name: str, ours: Tensor, theirs: Tensor) -> bool:
+        return torch.equal(ours, theirs) or (products[name] and _are_close(ours, theirs))
+
+    known = products.keys() <= moe.specs.keys()
+    return known and have_same_tensors(moe, [planned], products, agree)
 
 
 def _are_close(ours: Tensor, theirs: Tensor) -> bool:

@@ -8,16 +8,14 @@ from functools import cached_property
 
 import torch
 
+from upit_merge.io.same import have_same_tensors
 from upit_merge.io.sources import DenseModel
-from upit_merge.io.tensor_file import row_blocks
 from upit_merge.models.dense import DenseArchitecture, dense_settings
 from upit_merge.models.unwritten import UnwrittenMixture
 from upit_merge.models.views import View
 
 # Of the base, then of the checkpoints.
 Weights = tuple[float, ...]
-
-_COMPARED_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -88,24 +86,10 @@ class DenseModels:
         return self.one_mixture and self._same_around(self.whole[:2])
 
     def _same_around(self, models: Sequence[DenseModel]) -> bool:
-        """Return whether models are the same but for what becomes experts.
-
-        Looked at byte by byte, up to the first difference: training that changes anything else
-        changes nearly all of it.
-        """
+        """Return whether models are the same but for what becomes experts."""
         first, *others = {id(model): model for model in models}.values()
-        if not self.fit([first, *others]):
-            return False
-        specs = self.architecture.specs
-        # Small tensors first, and those of layers before the tables.
-        names = sorted(specs.keys() - self.ffn, key=lambda name: (specs[name].numel, name))
-        for name in names if others else ():
-            for start, stop in row_blocks(specs[name], _COMPARED_ELEMENTS):
-                rows = first.rows(name, start, stop)
-                for model in others:
-                    if not torch.equal(rows, model.rows(name, start, stop).to(rows.dtype)):
-                        return False
-        return True
+        names = self.architecture.specs.keys() - self.ffn
+        return self.fit([first, *others]) and have_same_tensors(first, others, names)
 
     # ---- weights ---------------------------------------------------------------------------
 
