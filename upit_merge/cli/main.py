@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import click
 
 from upit_merge import __version__
@@ -34,6 +36,9 @@ class Sections(click.Group):
 @click.version_option(__version__, prog_name="upit-merge")
 def main() -> None:
     """Grow the checkpoints of an instruction-tuning run into a mixture of experts (UpIT)."""
+    # mergekit imports PEFT, which imports this, which on some CPUs asks for a kernel that nothing
+    # here needs: findings/bitsandbytes-0502-hub-kernel-on-import.sh.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 for _commands in SECTIONS.values():
