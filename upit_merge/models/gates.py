@@ -60,8 +60,9 @@ def distinct_gates(
     """Return gates in which no routing vector is another's double once they are stored.
 
     Experts without a sample all get the same vector from a fit, up to rounding: every token's
-    logits for them would tie, and runtimes break ties differently. Each of them is given a random direction of its
-    own besides, small beside what tells the vectors apart (`TIE_BREAKER`).
+    logits for them would tie, or nearly, and runtimes break ties differently. Each of them is given
+    a random direction of its own besides, small beside what tells the vectors apart
+    (`TIE_BREAKER`).
 
     Args:
         gates: float32, (num_experts, hidden_size) per layer. Vectors without a double are returned
