@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
 
 
 def work(folder: Path, seeds: Sequence[int], until: str, workers: int) -> None:
-    """Do what is not done yet, the first seed first."""
+    """Do what is not done yet: what chooses the rates, then the first seed first."""
 
     def do(jobs: Sequence[Job]) -> None:
         run_jobs(folder, with_needs(folder, jobs), partial(run_job, folder), workers)
@@ -71,12 +71,12 @@ def work(folder: Path, seeds: Sequence[int], until: str, workers: int) -> None:
     prepare(folder)
     parts = PARTS[: 1 + PARTS.index(until)]
     kinds = [kind for part in parts for kind in KINDS.get(part, ())]
-    for seed in seeds:
-        do([Job(seed, kind) for kind in kinds])
+    jobs = {seed: [Job(seed, kind) for kind in kinds] for seed in seeds}
     if until == PARTS[-1]:
-        do(sweep_jobs(seeds[0]))
+        do(sweep_jobs())
         for seed in seeds:
-            do(arm_jobs(seed, best_rates(folder, seeds[0])))
+            jobs[seed] += arm_jobs(seed, best_rates(folder))
+    do([job for seed in seeds for job in jobs[seed]])  # without a pause between the seeds
 
 
 def resume(folder: Path) -> None:
@@ -99,7 +99,7 @@ def main() -> None:
             resume(folder)
         if not options.tables:
             work(folder, seeds, options.until, options.workers)
-        results = Results(folder, seeds, best_rates(folder, seeds[0]))
+        results = Results(folder, seeds, best_rates(folder))
         tables = [table for table in all_tables(results) if table.rows]
         for table in tables:
             table.print()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.arms import ARMS, SWEEP, SWEPT, Arm, Rates, Situation
+from benchmarks.real.arms import ARMS, SEEDS, SWEEP, SWEPT, Arm, Rates, Situation
 from benchmarks.real.stages import Stage, train_stage
 from benchmarks.real.verdicts import Verdict, judge_ahead
 from upit_merge.io.text_file import write_json
@@ -104,16 +104,16 @@ def run_job(folder: Path, job: Job) -> Result:
     return result
 
 
-def sweep_jobs(seed: int) -> list[Job]:
-    """The arms whose rates are chosen, at all of them."""
-    return [Job(seed, arm, rate) for rate in SWEEP for arm in SWEPT]
+def sweep_jobs() -> list[Job]:
+    """The arms whose rates are chosen, at all of them, on the first seed."""
+    return [Job(SEEDS[0], arm, rate) for rate in SWEEP for arm in SWEPT]
 
 
-def best_rates(folder: Path, seed: int) -> Rates:
+def best_rates(folder: Path) -> Rates:
     """Return the rate of lowest validation loss of each kind of arm; the first if none is done."""
     found: dict[str, float] = {}
     for arm in SWEPT:
-        done = {rate: Job(seed, arm, rate).result(folder) for rate in SWEEP}
+        done = {rate: Job(SEEDS[0], arm, rate).result(folder) for rate in SWEEP}
         losses = {rate: sum(r["losses"]["validation"]) for rate, r in done.items() if r}
         found[arm.rates_of] = min(losses, key=losses.__getitem__, default=SWEEP[0])
     return found

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks.paper.measures import parameters
-from benchmarks.real.arms import EXPERTS, Arm, Situation
+from benchmarks.real.arms import EXPERTS, SEEDS, Arm, Situation
 from benchmarks.real.recipes import merged, random_gates
 from benchmarks.real.stages import STAGE_ROWS
 from benchmarks.real.text import Rows, load_rows, write_samples
@@ -27,7 +27,7 @@ SEED_SAMPLES = 32  # of every kind, for the router: 96 in all
 # Scales of the sum of the deltas; the first makes the average.
 SCALES = {f"sum {scale:.2g}": scale for scale in (1 / EXPERTS, 0.5, 0.7, 1.0)}
 AVERAGE = next(iter(SCALES))
-SETTINGS = ((1.0, 2), (0.5, 2), (1.0, 1))  # temperature and experts per token; first the defaults
+DEFAULTS = 1.0, 2  # temperature and experts per token
 POST_ROWS = 261  # of every kind: 100,224 tokens
 CURVE = (0.05, 0.1, 0.25, 0.5)  # of post-training
 
@@ -59,7 +59,7 @@ def look_at(folder: Path, situation: Situation, seed: int) -> dict[str, Any]:
     model = load(moe)
     with_temperature(model, 1 / choice["temperature"])
     own = choice["temperature"], choice["experts_per_token"]
-    for temperature, count in {own, *SETTINGS}:
+    for temperature, count in {own, DEFAULTS}:
         with_temperature(model, temperature)
         with_experts_per_token(model, count)
         found[setting(temperature, count)] = measured(model, rows, "test")
@@ -134,8 +134,9 @@ def post_train(
     rows, looked = load_rows(folder), before["losses"]
     model = started(folder, arm, seed, looked)
     batches = in_batches(rows.drawn(seed, STAGE_ROWS, POST_ROWS), seed)
-    points = {math.ceil(share * len(batches)): share for share in CURVE}
-    curve = [(0.0, measured(model, rows, "validation")["validation"])]
+    is_first = seed == SEEDS[0]  # whose validation rows choose the rates, and make the curves
+    points = {math.ceil(share * len(batches)): share for share in CURVE if is_first}
+    curve = []
 
     def look(step: int) -> None:
         if step in points:
@@ -144,7 +145,7 @@ def post_train(
     schedule = replace(Schedule(rate), **arm.training)
     seconds = train(model, batches, schedule, after_step=look)
     return {
-        "losses": measured(model, rows),
+        "losses": measured(model, rows, "test", *(["validation"] if is_first else [])),
         "curve": curve,
         "training": seconds,
         "tokens": sum(batch.numel() for batch in batches),

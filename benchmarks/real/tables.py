@@ -19,9 +19,10 @@ from benchmarks.real.arms import (
     DENSE,
     FINISHED,
     HEAD_START,
-    MERGES,
+    MERGE,
     MIXTURES,
     RANDOM,
+    SEEDS,
     SITUATIONS,
     SWEEP,
     SWEPT,
@@ -31,12 +32,12 @@ from benchmarks.real.arms import (
     Situation,
 )
 from benchmarks.real.jobs import Job, results_of
-from benchmarks.real.measure import AVERAGE, CURVE, SETTINGS, Losses, best_of, setting
+from benchmarks.real.measure import AVERAGE, CURVE, DEFAULTS, Losses, best_of, setting
 from benchmarks.real.text import KINDS
 from benchmarks.real.verdicts import EXPECTED, SAMPLES, VERDICTS
 from upit_merge.router.paired import paired_gain
 
-DEFAULTS, MIXTURE = "mixture, temperature 1, top-2", "mixture as `upit-merge` makes it"
+BY_DEFAULT, MIXTURE = "mixture, temperature 1, top-2", "mixture as `upit-merge` makes it"
 BEST_DENSE = "the best of these dense models"
 Values = list[list[float]]  # by seed, by kind, nats per token
 
@@ -80,7 +81,7 @@ def rivals(looked: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
     yield "base + scaled sum of the deltas", test(best_of(look, "sum "))
     yield BEST_DENSE, test(best_of(look, "base", "checkpoint ", "sum "))
     yield "mixture, random gates", test("random gates")
-    yield DEFAULTS, test(setting(*SETTINGS[0]))
+    yield BY_DEFAULT, test(setting(*DEFAULTS))
     yield MIXTURE, test(chosen)
     best = []
     for kind in range(len(KINDS)):
@@ -141,7 +142,7 @@ def _short(name: str) -> str:
 def trained_table(results: Results) -> Table:
     reference = {s: _test(r) for s, r in results.arm(DENSE).items()}
     rows = []
-    for arm in (DENSE, VANILLA, *MIXTURES, RANDOM, *MERGES):
+    for arm in (DENSE, VANILLA, *MIXTURES, RANDOM, MERGE):
         found = results.arm(arm)
         if not found:
             continue
@@ -162,19 +163,19 @@ def trained_table(results: Results) -> Table:
     columns = ["after 100 k tokens more", *KINDS, "mean", "against dense, %", "rate"]
     swept = " and ".join(f"`{arm.name}`" for arm in SWEPT)
     rates = " or ".join(f"{rate:g}" for rate in SWEEP)
-    title = f"After post-training (rates of {rates}: the better for {swept} on seed 0)"
+    title = f"After post-training (rates of {rates}: the better for {swept} on the first seed)"
     return Table(title, [*columns, "parameters, M", "active, M", "seeds"], rows)
 
 
 def head_start_table(results: Results) -> Table:
     rows = []
     for arm in (MIXTURES[0], *HEAD_START, RANDOM, DENSE):
-        if found := results.arm(arm).get(0):
+        if found := results.arm(arm).get(SEEDS[0]):
             curve = dict(found["curve"])
             cells = [f"{perplexity(curve[s]):.2f}" if s in curve else "" for s in CURVE]
             end = perplexity(found["losses"]["validation"])
             rows.append([arm.name, *cells, f"{end:.2f}", f"{perplexity(_test(found)):.2f}"])
-    columns = ["perplexity of validation rows, seed 0", *(f"{share:.0%}" for share in CURVE)]
+    columns = ["perplexity of validation rows, first seed", *(f"{share:.0%}" for share in CURVE)]
     return Table("Over post-training", [*columns, "end", "end, test rows"], rows)
 
 
@@ -214,13 +215,13 @@ CLAIMS = [
     *(
         Claim(
             f"{situation.name}: fitted gates beat random ones",
-            _of_look(situation, DEFAULTS, "mixture, random gates"),
+            _of_look(situation, BY_DEFAULT, "mixture, random gates"),
         )
         for situation in SITUATIONS
     ),
     Claim(
         "temperature and k chosen on seed data beat the defaults (finished specialists)",
-        _of_look(FINISHED, MIXTURE, DEFAULTS),
+        _of_look(FINISHED, MIXTURE, BY_DEFAULT),
     ),
     Claim(
         "trained: UpIT beats dense fine-tuning (the paper's regime)", _of_arms(MIXTURES[1], DENSE)
@@ -237,7 +238,7 @@ CLAIMS = [
         "trained: UpIT beats vanilla upcycling (the paper's regime)", _of_arms(MIXTURES[1], VANILLA)
     ),
     Claim("trained: router initialisation beats random gates", _of_arms(MIXTURES[0], RANDOM)),
-    Claim("trained: the mixture beats the dense merge", _of_arms(MIXTURES[0], MERGES[0])),
+    Claim("trained: the mixture beats the dense merge", _of_arms(MIXTURES[0], MERGE)),
 ]
 
 

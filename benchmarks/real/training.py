@@ -19,6 +19,7 @@ from upit_merge.training.routing import balance_each_layer
 from upit_merge.training.trainable import routers
 
 ROWS = 8  # of a step: 1,024 tokens
+BALANCE = 0.01  # weight of a mixture's load-balancing loss
 
 
 def arithmetic() -> torch.autocast:
@@ -35,16 +36,12 @@ class Schedule:
         warmup: Steps in which the rate rises.
         expert_rate: Of a mixture's experts, relative to the rate.
         gates_alone: Share of the steps, at the start, in which the gates alone are trained.
-        gates_frozen: … in which the gates are not trained.
-        balance: Weight of a mixture's load-balancing loss.
     """
 
     rate: float
     warmup: int = 0
     expert_rate: float = 1.0
     gates_alone: float = 0.0
-    gates_frozen: float = 0.0
-    balance: float = 0.01
 
     def factor(self, step: int, steps: int) -> float:
         """Return what the peak is multiplied with in a step, from 0 on."""
@@ -100,12 +97,12 @@ def train(
         started = time.perf_counter()
         model.train()
         rate = schedule.rate * schedule.factor(step, steps)
-        alone, frozen = step < schedule.gates_alone * steps, step < schedule.gates_frozen * steps
-        gates["lr"] = 0.0 if frozen else rate
+        alone = step < schedule.gates_alone * steps
+        gates["lr"] = rate
         ffn["lr"] = 0.0 if alone else rate * (schedule.expert_rate if mixture else 1.0)
         with arithmetic():
             outputs = model(input_ids=batch, labels=batch, use_cache=False, **mixture)
-        loss = outputs.loss + schedule.balance * outputs.aux_loss if mixture else outputs.loss
+        loss = outputs.loss + BALANCE * outputs.aux_loss if mixture else outputs.loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -83,13 +83,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(measure, "STAGE_ROWS", STEPS * ROWS)
         patch.setattr(measure, "POST_ROWS", POST_ROWS)
         patch.setattr(measure, "SEED_SAMPLES", 4)
-        first = [Job(0, verdict) for verdict in VERDICTS] + sweep_jobs(0)
+        first = [Job(0, verdict) for verdict in VERDICTS] + sweep_jobs()
         work = partial(run_job, folder)
         unmet = with_needs(folder, first)
         swept = {Job(0, kind).label for kind in (*STAGES[:4], MIXED, FINISHED, RUN_MIXED)}
         assert {job.label for job in unmet} == swept | {job.label for job in first}
         assert len(run_jobs(folder, unmet, work, 0, quiet=True)) == len(unmet)
-        rest = arm_jobs(0, best_rates(folder, 0))
+        rest = arm_jobs(0, best_rates(folder))
         assert len(rest) == len(ARMS)
         rest += [Job(0, situation) for situation in SITUATIONS]
         done = run_jobs(folder, with_needs(folder, rest), work, 0, quiet=True)
@@ -100,7 +100,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_best_rates_are_those_of_the_lowest_validation_loss(finished: Path) -> None:
-    rates = best_rates(finished, 0)
+    rates = best_rates(finished)
     for arm in (DENSE, MIXTURES[0]):
         results = [Job(0, arm, rate).result(finished) for rate in SWEEP]
         values = [sum(result["losses"]["validation"]) for result in results if result]
@@ -137,6 +137,24 @@ def test_rivals_are_what_a_model_made_by_hand_computes(finished: Path) -> None:
     assert len(every) == 1 + len(checkpoints) + len(measure.SCALES)
     best_dense = min(every, key=lambda found: sum(found["validation"]))
     assert look[BEST_DENSE] == best_dense["test"]
+
+
+def test_only_the_first_seed_is_looked_at_while_it_trains(finished: Path, tmp_path: Path) -> None:
+    rate = best_rates(finished)["dense"]
+    first, look = Job(0, DENSE, rate).result(finished), Job(0, RUN_MIXED).result(finished)
+    assert first is not None
+    assert look is not None
+    shutil.copytree(finished / "seed-0" / "mixed", tmp_path / "seed-1" / "mixed")
+    for name in ("base", "rows.pt"):
+        (tmp_path / name).symlink_to(finished / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "STAGE_ROWS", STEPS * ROWS)
+        patch.setattr(measure, "POST_ROWS", POST_ROWS)
+        other = measure.post_train(tmp_path, DENSE, rate, 1, look)
+    assert [share for share, _losses in first["curve"]] == [0.25, 0.5]  # of three steps
+    assert set(first["losses"]) == {"test", "validation"}
+    assert other["curve"] == []
+    assert set(other["losses"]) == {"test"}
 
 
 def test_only_ffns_and_gates_are_trained(finished: Path) -> None:
@@ -221,7 +239,7 @@ def test_manual_pages_lose_what_formats_them() -> None:
 
 
 def test_tables_say_what_the_results_do(finished: Path, tmp_path: Path) -> None:
-    results = Results(finished, [0], best_rates(finished, 0))
+    results = Results(finished, [0], best_rates(finished))
     tables = [table for table in all_tables(results) if table.rows]
     assert len(tables) == 2 + len(SITUATIONS) + 2
     assert len(tables[1].rows) == len(VERDICTS) * len(SAMPLES)
@@ -272,7 +290,7 @@ def test_results_without_their_checkpoints_are_made_again_only_if_needed(
     finished: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(results_of(finished), results_of(tmp_path))
-    rates = best_rates(tmp_path, 0)
+    rates = best_rates(tmp_path)
     assert with_needs(tmp_path, arm_jobs(0, rates)) == []
     job = Job(0, DENSE, rates["dense"])
     job.result_file(tmp_path).unlink()
