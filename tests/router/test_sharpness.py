@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig
 
 from tests.conftest import Family
@@ -110,11 +111,15 @@ def test_a_given_temperature_is_kept_and_the_chosen_one_given_gives_the_same_gat
     assert told(same)["reason"] == own
 
 
-def test_what_is_chosen_is_written_and_verified(shared_family: Family, merge, monkeypatch) -> None:
+def test_what_is_chosen_is_written_and_verified(
+    shared_family: Family, tmp_path: Path, monkeypatch
+) -> None:
     data = str(shared_family.seed_file(96, "more.jsonl"))
+    recipe, out = tmp_path / "recipe.yml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump(shared_family.recipe(router={"data": data})))
     with monkeypatch.context() as patch:
         patch.setattr(_Trial, "_is_better", lambda *_: True)
-        out = merge(shared_family.recipe(router={"data": data}))
+        done("run", recipe, out)
     assert told(out)["experts_per_token"] == 1
     assert told(out)["temperature"] != 1.0
     config = AutoConfig.from_pretrained(out)
@@ -122,6 +127,7 @@ def test_what_is_chosen_is_written_and_verified(shared_family: Family, merge, mo
     report = json.loads((out / "upit_report.json").read_text())
     assert report["experts_per_token"] == 1
     done("verify", str(out), "--gates")
+    assert "nothing was computed" in done("run", recipe, out).output
 
 
 def test_too_few_samples_leave_the_defaults(shared_family: Family, merge) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from upit_merge.config.router import CHOSEN_SINCE, NO_MATTER, RouterSettings
 from upit_merge.errors import UpitError
 from upit_merge.io.sources import DenseModel
 from upit_merge.io.untrusted import read_json
-from upit_merge.models.mixture import inspect_mixture, opened_mixture
+from upit_merge.merge.inputs import Inputs
+from upit_merge.models.mixture import inspect_mixture, mixture_config, opened_mixture
 from upit_merge.output.identity import file_states
 from upit_merge.output.staging import REPORT, check_output_is_free
 from upit_merge.report.any_version import AnyReport
@@ -108,13 +110,34 @@ _OF_CARD = re.compile(
 )
 
 
-def is_finished_run(out: Path, identity: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+def output_config(inputs: Inputs) -> dict[str, Any]:
+    """Return the output's `config.json`."""
+    return mixture_config(
+        inputs.architecture,
+        inputs.settings_donor,
+        inputs.tokenizer or inputs.settings_donor,
+        inputs.num_experts,
+        inputs.experts_per_token,
+        inputs.dtype,
+    )
+
+
+def as_chosen(inputs: Inputs, report: AnyReport) -> Inputs:
+    """Return the inputs with what a run chose on its seed data, where the recipe leaves it open."""
+    default, found = inputs.experts_per_token, report.document.get("experts_per_token")
+    is_open = inputs.recipe.parameters.experts_per_token is None
+    if is_open and isinstance(found, int) and 0 < found < default:
+        return replace(inputs, experts_per_token=found)
+    return inputs
+
+
+def is_finished_run(out: Path, identity: Mapping[str, Any], inputs: Inputs) -> bool:
     """Return whether a folder holds, whole and unchanged, what a recipe's run makes.
 
     Args:
         out: The output folder, in which there is something.
         identity: Of the run, see `run_identity`, and of what it writes beside the weights.
-        config: What the run writes as `config.json`.
+        inputs: What the run reads.
 
     Raises:
         UpitError: naming what is there instead.
@@ -138,6 +161,7 @@ def is_finished_run(out: Path, identity: Mapping[str, Any], config: Mapping[str,
             raise _not_free(out, f"this run's output, but {name} is gone")
         if not _OF_CARD.fullmatch(name) and path.stat().st_mtime_ns > reported:
             raise _not_free(out, f"this run's output, but {name} was written since")
+    config = output_config(as_chosen(inputs, report))
     if read_json(out / "config.json", "the output") != json.loads(json.dumps(config)):
         raise _not_free(out, "this run's output, but config.json was written since")
     with opened_mixture(out, str(out)) as moe:

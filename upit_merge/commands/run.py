@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 
-from upit_merge.commands.finished import is_finished_run, result_digests, run_identity
+from upit_merge.commands.finished import (
+    is_finished_run,
+    output_config,
+    result_digests,
+    run_identity,
+)
 from upit_merge.commands.foretell import tell_router_time
 from upit_merge.commands.options import CommandOptions
 from upit_merge.commands.preflight import needs
@@ -31,7 +36,7 @@ from upit_merge.merge.passes import Merged, merge
 from upit_merge.models.chat_template import DEFAULT, lend_templates, write_chat_templates
 from upit_merge.models.dense import context_length
 from upit_merge.models.gates import named_gates
-from upit_merge.models.mixture import mixture_config, opened_mixture
+from upit_merge.models.mixture import opened_mixture
 from upit_merge.models.tokenizer import load_tokenizer
 from upit_merge.models.tokenizer_files import (
     add_wanted_tokens,
@@ -204,7 +209,7 @@ def _prepared(
         samples = seeds.digest() if seeds else None
         identity = run_identity(recipe, inputs.models, options.max_shard_bytes, samples)
         result = {**identity, **options.of_output()}
-        if again and is_finished_run(out, result, output_config(inputs)):
+        if again and is_finished_run(out, result, inputs):
             return _Run(inputs, devices, shards, seeds, staging, out, source, options, result, True)
         staging = stack.enter_context(staged_output(out, identity, overwrite=options.overwrite))
         if not staging.is_moving:
@@ -363,18 +368,6 @@ def _tell_of_equal_copies(inputs: Inputs, settings: RouterSettings) -> None:
             inputs.num_experts,
             counted(copied, "model"),
         )
-
-
-def output_config(inputs: Inputs) -> dict[str, Any]:
-    """Return the output's `config.json`."""
-    return mixture_config(
-        inputs.architecture,
-        inputs.settings_donor,
-        inputs.tokenizer or inputs.settings_donor,
-        inputs.num_experts,
-        inputs.experts_per_token,
-        inputs.dtype,
-    )
 
 
 def write_settings(

@@ -13,7 +13,8 @@ import torch
 from rich.table import Table
 
 from upit_merge import __version__
-from upit_merge.commands.run import RunOptions, output_config, write_settings
+from upit_merge.commands.finished import as_chosen, output_config
+from upit_merge.commands.run import RunOptions, write_settings
 from upit_merge.config.recipe import Recipe, load_recipe
 from upit_merge.errors import UpitError
 from upit_merge.io.checkpoint import Checkpoint
@@ -178,16 +179,8 @@ def _findings(
             yield _gate_finding(
                 moe, router, inputs, options, refit=gates, extended=bool(extensions)
             )
-        per_token = _experts_per_token(inputs, report)
-        inputs = replace(inputs, num_experts=present, experts_per_token=per_token)
+        inputs = replace(as_chosen(inputs, report), num_experts=present)
         yield _file_finding(out, inputs, options)
-
-
-def _experts_per_token(inputs: Inputs, report: AnyReport) -> int:
-    """Return the recipe's experts per token; what the run chose, where the recipe leaves it open."""
-    default, found = inputs.experts_per_token, report.document.get("experts_per_token")
-    is_open = inputs.recipe.parameters.experts_per_token is None
-    return found if is_open and isinstance(found, int) and 0 < found < default else default
 
 
 def _report(out: Path) -> AnyReport:
