@@ -57,6 +57,22 @@ def dequantised(model: Any) -> Any:
     return model
 
 
+def test_convolutions_stay_as_they_are() -> None:
+    """Their weights have three dimensions too."""
+    settings = {**TINY, "num_experts": EXPERTS, "num_experts_per_tok": 2, "head_dim": 16}
+    config = AutoConfig.for_model("qwen3_5_moe_text", **settings, moe_intermediate_size=64)
+    model = AutoModelForCausalLM.from_config(config)
+    model.requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    quantise_experts(model, SETTINGS)
+    kept = dict(model.named_parameters())
+    gone = {name for name in before if name not in kept}
+    assert gone == {name for name in before if ".experts." in name}
+    assert any("conv1d" in name for name in kept)
+    for name in before.keys() - gone:
+        assert torch.equal(kept[name], before[name]), name
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize(
     "parameters", [[], PARAMETERS[:1], PARAMETERS], ids=["none", "one", "both"]

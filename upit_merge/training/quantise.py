@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from upit_merge.errors import UpitError
+from upit_merge.training.trainable import expert_matrices
 
 LOG = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def quantise_experts(model: nn.Module, settings: Any, *, checkpointing: bool = T
     Raises:
         UpitError: bitsandbytes or PEFT is of a version with which that does not work.
     """
-    experts = list(_experts(model))
+    experts = list(expert_matrices(model))
     size = sum(getattr(module, name).nbytes for module, name in experts)
     if settings.load_in_8bit:
         LOG.warning(
@@ -71,14 +72,6 @@ def quantise_experts(model: nn.Module, settings: Any, *, checkpointing: bool = T
             "backward pass, and load_in_4bit saves nothing; turn it on."
         )
     LOG.info("The experts take %.1f GB in 4 bits, %.1f GB before.", after / _GB, size / _GB)
-
-
-def _experts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Yield frozen parameters that hold a matrix of all experts, (experts, rows, columns)."""
-    for module in list(model.modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim == 3 and parameter.is_floating_point():
-                yield module, name
 
 
 def _keep_quantised(model: nn.Module, shapes: Mapping[int, torch.Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from upit_merge.models.formats import FORMATS, found_format
 _GATES = "|".join(sorted({re.escape(form.gate_path) for form in FORMATS.values()}))
 _EXPERTS = "|".join(sorted({re.escape(form.experts_path) for form in FORMATS.values()}))
 _ROUTER = re.compile(rf"\.(?:{_GATES})\.")
+_STACKED = 3  # dimensions of a matrix of all experts
 _FFN = re.compile(rf"\.(?:mlp|{_GATES}|{_EXPERTS})\.")
 
 
@@ -41,6 +43,19 @@ def freeze_others(model: nn.Module, train_modules: str) -> int:
             "weights; use all."
         )
     return count
+
+
+def expert_matrices(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield every parameter that holds a matrix of all experts, (experts, rows, columns).
+
+    As its module and its name there. What else has three dimensions are convolutions.
+    """
+    for path, module in list(model.named_modules()):
+        # PEFT wraps a module whose weight has factors: the module itself is further inside.
+        if re.search(rf"\.(?:{_EXPERTS})(\.base_layer)*$", f".{path}"):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.ndim == _STACKED and parameter.is_floating_point():
+                    yield module, name
 
 
 def routers(model: Any) -> list[nn.Module]:
