@@ -40,8 +40,10 @@ from upit_merge.models.formats import (
     PROJECTIONS,
     MixtureFormat,
     ffn_tensor,
+    fits_grouped_products,
     found_format,
     mixture_layers,
+    routed_size,
 )
 from upit_merge.models.published import PublishedMixture
 from upit_merge.models.tables import with_own_head
@@ -284,7 +286,13 @@ def mixture_config(
         "torch_dtype": str(dtype).removeprefix("torch."),
         **form.fields(settings, num_experts),
     }
-    content = form.document(content)
+    if not fits_grouped_products((settings["hidden_size"], routed_size(settings))):
+        # transformers 5 ends in an error otherwise. Of a part of a larger model it looks for the
+        # setting in the whole's, and in the part's where that is read alone.
+        one_by_one = {"experts_implementation": "eager"}
+        content = form.document(content | one_by_one) | one_by_one
+    else:
+        content = form.document(content)
     return dict(sorted(content.items()))
 
 

@@ -37,6 +37,7 @@ from upit_merge.training.outcome import (
     tensors_of,
     write_mixture,
 )
+from upit_merge.training.products import choose_products
 from upit_merge.training.quantise import quantise_experts
 from upit_merge.training.run_state import RunState
 from upit_merge.training.settings import FinetuneJob, data_files, load_job
@@ -123,6 +124,8 @@ def finetune(path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) 
                 LOG.warning("%s", _SINGLE)
             names = ("activation_checkpointing", "gradient_checkpointing")  # new, and of old
             again = any(getattr(job.training, name, False) for name in names)
+            mixed = bool(job.training.bf16 or job.training.fp16)
+            choose_products(trainer.model, mixed=mixed)
             quantise_experts(trainer.model, job.model, checkpointing=again)
         check_training_space(trainer, folder, out, limit, keep_checkpoints=keep)
         seconds = _train(trainer, job, state, limit, quiet=quiet)

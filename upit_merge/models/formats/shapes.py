@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 # The matrices of a dense FFN, in the order in which files hold them.
@@ -82,3 +82,12 @@ def ffn_shapes(settings: Mapping[str, Any], layer: int) -> Shapes:
         for projection in PROJECTIONS:
             shape = (hidden, inner) if projection == "down_proj" else (inner, hidden)
             yield name(layer, projection), shape
+
+
+def fits_grouped_products(sizes: Iterable[int]) -> bool:
+    """Return whether torch multiplies experts of such rows and columns together, in any dtype.
+
+    By `torch.nn.functional.grouped_mm`, as transformers 5 does unless told otherwise: it takes rows
+    of a multiple of 16 bytes (torch 2.13), which are 8 numbers of 16 bits.
+    """
+    return not any(size % 8 for size in sizes)
