@@ -1,13 +1,13 @@
 """When does a mixture earn its bytes? SmolLM2-135M on real text, four situations, three seeds.
 
-python -m benchmarks.real --folder F                      # everything: some hours on two cores
+python -m benchmarks.real --folder F                      # everything: six hours on two cores
 python -m benchmarks.real --folder F --until looks        # checkpoints, and what is made of them
 python -m benchmarks.real --folder F --seeds 0
 python -m benchmarks.real --folder F --resume             # what benchmarks/real/results has not yet
 python -m benchmarks.real --folder F --tables --write     # what is there, into benchmarks/README.md
 
 What is done is in F/results as JSON; the same command goes on from there. Every worker has one
-thread.
+thread, and up to 10.5 GB of memory.
 """
 
 from __future__ import annotations

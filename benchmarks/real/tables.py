@@ -22,6 +22,7 @@ from benchmarks.real.arms import (
     MERGE,
     MIXTURES,
     RANDOM,
+    RUN_MIXED,
     SEEDS,
     SITUATIONS,
     SWEEP,
@@ -196,6 +197,17 @@ def _of_look(situation: Situation, better: str, worse: str) -> Callable[[Results
     return gains
 
 
+def _of_retraining(results: Results) -> list[float]:
+    """Whoever has the data can train one model on it instead: a well-mixed run's last checkpoint."""
+    gains = []
+    for seed in results.seeds:
+        ours, theirs = (Job(seed, s).result(results.folder) for s in (FINISHED, RUN_MIXED))
+        if ours and theirs:
+            last = max(name for name in theirs["losses"] if name.startswith("checkpoint "))
+            gains.append(-_change(dict(rivals(ours))[MIXTURE], theirs["losses"][last]["test"]))
+    return gains
+
+
 def _of_arms(better: Arm, worse: Arm) -> Callable[[Results], list[float]]:
     def gains(results: Results) -> list[float]:
         ours, theirs = results.arm(better), results.arm(worse)
@@ -218,6 +230,10 @@ CLAIMS = [
             _of_look(situation, BY_DEFAULT, "mixture, random gates"),
         )
         for situation in SITUATIONS
+    ),
+    Claim(
+        "a mixture of finished specialists beats one dense model of the same tokens, well mixed",
+        _of_retraining,
     ),
     Claim(
         "temperature and k chosen on seed data beat the defaults (finished specialists)",
