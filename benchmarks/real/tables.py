@@ -17,6 +17,7 @@ from benchmarks.paper.results import spread
 from benchmarks.paper.verdicts import CONTRADICTED, HELD, NOT_SEEN
 from benchmarks.real.arms import (
     DENSE,
+    EXPERTS,
     FINISHED,
     HEAD_START,
     MERGE,
@@ -56,14 +57,16 @@ class Results:
     seeds: Sequence[int]
     rates: Rates
 
-    def looks(self, situation: Situation) -> list[dict[str, Any]]:
-        found = [Job(seed, situation).result(self.folder) for seed in self.seeds]
-        return [result for result in found if result]
+    def looks(self, situation: Situation) -> dict[int, dict[str, Any]]:
+        """By seed."""
+        return self._done(situation)
 
     def arm(self, arm: Arm) -> dict[int, dict[str, Any]]:
         """By seed, at the rate that was chosen."""
-        rate = self.rates[arm.rates_of]
-        found = {seed: Job(seed, arm, rate).result(self.folder) for seed in self.seeds}
+        return self._done(arm, self.rates[arm.rates_of])
+
+    def _done(self, kind: Situation | Arm, rate: float | None = None) -> dict[int, dict[str, Any]]:
+        found = {seed: Job(seed, kind, rate).result(self.folder) for seed in self.seeds}
         return {seed: result for seed, result in found.items() if result}
 
 
@@ -92,7 +95,7 @@ def rivals(looked: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
 
 
 def look_table(results: Results, situation: Situation) -> Table:
-    looks = [dict(rivals(look)) for look in results.looks(situation)]
+    looks = [dict(rivals(look)) for look in results.looks(situation).values()]
     rows = []
     for name in looks[0] if looks else ():
         values = [look[name] for look in looks]
@@ -191,7 +194,7 @@ class Claim:
 
 def _of_look(situation: Situation, better: str, worse: str) -> Callable[[Results], list[float]]:
     def gains(results: Results) -> list[float]:
-        looks = [dict(rivals(look)) for look in results.looks(situation)]
+        looks = [dict(rivals(look)) for look in results.looks(situation).values()]
         return [-_change(look[better], look[worse]) for look in looks]
 
     return gains
@@ -199,13 +202,13 @@ def _of_look(situation: Situation, better: str, worse: str) -> Callable[[Results
 
 def _of_retraining(results: Results) -> list[float]:
     """Whoever has the data can train one model on it instead: a well-mixed run's last checkpoint."""
-    gains = []
-    for seed in results.seeds:
-        ours, theirs = (Job(seed, s).result(results.folder) for s in (FINISHED, RUN_MIXED))
-        if ours and theirs:
-            last = max(name for name in theirs["losses"] if name.startswith("checkpoint "))
-            gains.append(-_change(dict(rivals(ours))[MIXTURE], theirs["losses"][last]["test"]))
-    return gains
+    ours, theirs = results.looks(FINISHED), results.looks(RUN_MIXED)
+    last = f"checkpoint {EXPERTS}"
+    return [
+        -_change(dict(rivals(ours[s]))[MIXTURE], theirs[s]["losses"][last]["test"])
+        for s in ours
+        if s in theirs
+    ]
 
 
 def _of_arms(better: Arm, worse: Arm) -> Callable[[Results], list[float]]:

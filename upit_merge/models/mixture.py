@@ -286,13 +286,11 @@ def mixture_config(
         "torch_dtype": str(dtype).removeprefix("torch."),
         **form.fields(settings, num_experts),
     }
-    if not fits_grouped_products((settings["hidden_size"], routed_size(settings))):
-        # transformers 5 ends in an error otherwise. Of a part of a larger model it looks for the
-        # setting in the whole's, and in the part's where that is read alone.
-        one_by_one = {"experts_implementation": "eager"}
-        content = form.document(content | one_by_one) | one_by_one
-    else:
-        content = form.document(content)
+    together = fits_grouped_products((settings["hidden_size"], routed_size(settings)))
+    # transformers 5 ends in an error otherwise. Of a part of a larger model it looks for the setting
+    # in the whole's, and in the part's where that is read alone.
+    products = {} if together else {"experts_implementation": "eager"}
+    content = form.document(content | products) | products
     return dict(sorted(content.items()))
 
 

@@ -15,8 +15,8 @@ from upit_merge.models.formats import FORMATS, found_format
 _GATES = "|".join(sorted({re.escape(form.gate_path) for form in FORMATS.values()}))
 _EXPERTS = "|".join(sorted({re.escape(form.experts_path) for form in FORMATS.values()}))
 _ROUTER = re.compile(rf"\.(?:{_GATES})\.")
-_STACKED = 3  # dimensions of a matrix of all experts
 _FFN = re.compile(rf"\.(?:mlp|{_GATES}|{_EXPERTS})\.")
+_STACKED = 3  # dimensions of a matrix of all experts
 
 
 def freeze_others(model: nn.Module, train_modules: str) -> int:
@@ -50,12 +50,10 @@ def expert_matrices(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
     As its module and its name there. What else has three dimensions are convolutions.
     """
-    for path, module in list(model.named_modules()):
-        # PEFT wraps a module whose weight has factors: the module itself is further inside.
-        if re.search(rf"\.(?:{_EXPERTS})(\.base_layer)*$", f".{path}"):
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.ndim == _STACKED and parameter.is_floating_point():
-                    yield module, name
+    for module in _modules_at(_EXPERTS, model):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == _STACKED and parameter.is_floating_point():
+                yield module, name
 
 
 def routers(model: Any) -> list[nn.Module]:
@@ -71,8 +69,15 @@ def routers(model: Any) -> list[nn.Module]:
                 module.__dict__["top_k"] = form.chosen(model.config)
     return [
         module
-        for name, module in model.named_modules()
-        # PEFT wraps a router whose weight has factors: the router itself is further inside.
-        if re.search(rf"\.(?:{_GATES})(\.base_layer)*$", f".{name}")
-        and isinstance(module.__dict__.get("top_k"), int)
+        for module in _modules_at(_GATES, model)
+        if isinstance(module.__dict__.get("top_k"), int)
     ]
+
+
+def _modules_at(paths: str, model: nn.Module) -> list[nn.Module]:
+    """Return the modules whose names end so, in the order of the layers, and those inside of PEFT's.
+
+    PEFT wraps a module whose weight has factors: the module itself is further inside.
+    """
+    pattern = re.compile(rf"\.(?:{paths})(\.base_layer)*$")
+    return [module for name, module in model.named_modules() if pattern.search(f".{name}")]
