@@ -149,7 +149,7 @@ def test_command_writes_table_json_and_picture(out: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kinds", [("all", "[/x]"), ("$x$ \x1b[2J", "[bold]"), ("only", "only")])
 def test_any_name_will_do_for_a_kind(out: Path, tmp_path: Path, kinds) -> None:
     data = tmp_path / "kinds.jsonl"
-    rows = [{"text": "abcdefg" * 3, "kind": kinds[i % 2]} for i in range(6)]
+    rows = [{"text": "abcdefg" * 3 + "uvwxyz"[i], "kind": kinds[i % 2]} for i in range(6)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["evaluate", str(out), "--data", str(data), "--group-by", "kind", "--no-experts"]
     words += ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "e.json")]

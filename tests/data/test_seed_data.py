@@ -184,10 +184,12 @@ def test_generation_prompt_that_the_answer_does_not_continue():
 def test_what_was_cut_is_counted(tokenizer):
     examples = [
         SeedExample("1", text="a" * 7),  # 8 tokens with BOS: fits
-        SeedExample("2", text="a" * 9),  # 10 tokens: loses 2
+        SeedExample("2", text="b" * 9),  # 10 tokens: loses 2
         SeedExample("3", text=""),  # BOS only
         SeedExample("4", prompt="p" * 4, completion="c" * 5),  # 1 + 4 + 5 + EOS: loses 3
         SeedExample("5", prompt="p" * 7, completion="c"),  # the prompt fills it
+        SeedExample("6", text="a" * 7),
+        SeedExample("7", text="b" * 8),  # what is left of it says the same as that of the second
     ]
     cut = tokenize_seed_data(examples, tokenizer, max_length=8, context=64, vocab_size=258)
     assert [sample.source for sample in cut.samples] == ["1", "2", "4"]
@@ -202,11 +204,25 @@ def test_what_was_cut_is_counted(tokenizer):
         "tokens_cut": 5,
         "dropped_too_short": 1,
         "dropped_prompt_too_long": 1,
+        "dropped_repeated": 2,
     }
     assert cut.summary() == (
         "Seed data: 3 samples, 17 target tokens; 2 samples cut to 8 tokens (5 tokens lost); "
-        "1 sample dropped as too short; 1 sample dropped because the prompt alone fills 8 tokens."
+        "1 sample dropped as too short; 1 sample dropped because the prompt alone fills 8 tokens; "
+        "2 samples dropped as the same as an earlier one."
     )
+
+
+def test_equal_tokens_of_another_kind_or_with_another_prompt_are_kept(tokenizer):
+    examples = [
+        SeedExample("1", text="abc", label="x"),
+        SeedExample("2", text="abc", label="y"),
+        SeedExample("3", prompt="a", completion="bc", label="x"),
+        SeedExample("4", prompt="ab", completion="c", label="x"),
+        SeedExample("5", prompt="ab", completion="c", label="x"),
+    ]
+    found = tokenize_seed_data(examples, tokenizer, **BIG)
+    assert [sample.source for sample in found.samples] == ["1", "2", "3", "4"]
 
 
 def test_never_beyond_the_context(tokenizer):

@@ -159,7 +159,7 @@ def test_plan_says_how_or_why_not(
     for seed, folder in enumerate(models):
         save_adapter(family.base, Path(folder), seed=seed, r=16, modules_to_save=["lm_head"])
     data = tmp_path / "seed.jsonl"
-    lines = [json.dumps({"text": ("abcdefgh" * 9)[i % 7 :]}) for i in range(96)]
+    lines = [json.dumps({"text": ("abcdefgh" * 9)[i % 8 : i % 8 + 30 + i // 8]}) for i in range(96)]
     data.write_text("\n".join(lines) + "\n")
     recipe = family.write_recipe(family.recipe(models=models))
     told = done("plan", recipe, "--data", data, "--quiet").output

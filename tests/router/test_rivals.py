@@ -296,7 +296,7 @@ def test_cost_is_half_of_the_losses(
 
 def text_of(kinds: dict[str, str], each: int) -> list[dict[str, str]]:
     return [
-        {"text": (letters[i % 7 :] + letters) * 5, "kind": kind}
+        {"text": letters[i % 7 :] + letters * (2 + i // 7), "kind": kind}
         for i in range(each)
         for kind, letters in kinds.items()
     ]
@@ -305,12 +305,19 @@ def text_of(kinds: dict[str, str], each: int) -> list[dict[str, str]]:
 KINDS = {"letters": "abcdefgh", "digits": "01234567", "marks": "!?.,;:-+"}
 
 
-@pytest.mark.parametrize(("each", "verdict"), [(32, "Worth it: "), (4, "Too few samples to tell")])
+@pytest.mark.parametrize(
+    ("each", "copies", "verdict"),
+    [
+        (32, 1, "Worth it: "),
+        (4, 1, "Too few samples to tell"),
+        (4, 8, "Too few samples to tell"),
+    ],
+)
 def test_plan_tells_of_specialists(
-    ffn_only: Family, tmp_path: Path, each: int, verdict: str
+    ffn_only: Family, tmp_path: Path, each: int, copies: int, verdict: str
 ) -> None:
     data = tmp_path / "seed.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in text_of(KINDS, each)))
+    data.write_text("".join(json.dumps(row) + "\n" for row in text_of(KINDS, each)) * copies)
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(yaml.safe_dump(ffn_only.recipe()))
     told = done("plan", recipe, "--data", data, "--group-by", "kind", "--quiet").output

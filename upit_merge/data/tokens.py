@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,11 @@ class TokenizedSample:
         """How many tokens count in the loss."""
         return len(self.input_ids) - self.loss_start
 
+    def digest(self) -> bytes:
+        """Return SHA-256 of what the sample is: tokens, where the loss starts, label."""
+        numbers = array("q", [self.loss_start, *self.input_ids])
+        return hashlib.sha256(numbers.tobytes() + repr(self.label).encode()).digest()
+
     @property
     def halves(self) -> tuple[int, int]:
         """How many of them are in the first and in the second half."""
@@ -50,7 +56,9 @@ class SeedSet:
 
     `truncated` counts the kept samples that were cut to `max_length` tokens, `tokens_cut` the
     tokens they lost; `too_short` and `prompt_too_long` count the samples left out because
-    nothing remained to predict. `readings` tells how records were read whose columns do not say it.
+    nothing remained to predict, `repeated` those that are an earlier one once more: no second
+    observation, so that a standard error that counted them would be too small, and what is held out
+    would be known. `readings` tells how records were read whose columns do not say it.
     """
 
     samples: list[TokenizedSample]
@@ -59,6 +67,7 @@ class SeedSet:
     tokens_cut: int = 0
     too_short: int = 0
     prompt_too_long: int = 0
+    repeated: int = 0
     readings: tuple[str, ...] = ()
 
     @property
@@ -89,6 +98,7 @@ class SeedSet:
             "tokens_cut": self.tokens_cut,
             "dropped_too_short": self.too_short,
             "dropped_prompt_too_long": self.prompt_too_long,
+            "dropped_repeated": self.repeated,
         }
 
     def _what_was_cut(self) -> list[str]:
@@ -97,6 +107,7 @@ class SeedSet:
             f"cut to {limit} ({counted(self.tokens_cut, 'token')} lost)": self.truncated,
             "dropped as too short": self.too_short,
             f"dropped because the prompt alone fills {limit}": self.prompt_too_long,
+            "dropped as the same as an earlier one": self.repeated,
         }
         return [f"{counted(number, 'sample')} {what}" for what, number in counts.items() if number]
 
@@ -129,7 +140,8 @@ def tokenize_seed_data(
             f"`max_length` is {max_length}; give 2 or more, one token predicts the next."
         )
     samples: list[TokenizedSample] = []
-    truncated = tokens_cut = too_short = prompt_too_long = 0
+    seen: set[bytes] = set()
+    truncated = tokens_cut = too_short = prompt_too_long = repeated = 0
     for example in with_known_calls(examples, tokenizer):
         input_ids, loss_start = _encode(example, tokenizer)
         if len(input_ids) < loss_start + shortest - 1:
@@ -138,9 +150,6 @@ def tokenize_seed_data(
         if loss_start >= max_length:
             prompt_too_long += 1
             continue
-        if len(input_ids) > max_length:
-            truncated += 1
-            tokens_cut += len(input_ids) - max_length
         kept = input_ids[:max_length]
         if max(kept) >= vocab_size:
             raise UpitError(
@@ -148,7 +157,15 @@ def tokenize_seed_data(
                 f"{vocab_size} entries (the tokenizer has {len(tokenizer)}); use the tokenizer "
                 "that belongs to the checkpoints."
             )
-        samples.append(TokenizedSample(kept, loss_start, example.source, example.label))
+        sample = TokenizedSample(kept, loss_start, example.source, example.label)
+        if (content := sample.digest()) in seen:
+            repeated += 1
+            continue
+        seen.add(content)
+        samples.append(sample)
+        if len(input_ids) > max_length:
+            truncated += 1
+            tokens_cut += len(input_ids) - max_length
     has_template = bool(tokenizer.chat_template)
     seed_set = SeedSet(
         samples,
@@ -157,6 +174,7 @@ def tokenize_seed_data(
         tokens_cut,
         too_short,
         prompt_too_long,
+        repeated,
         readings(examples, has_template=has_template),
     )
     if not samples:
