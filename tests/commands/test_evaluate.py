@@ -146,6 +146,19 @@ def test_command_writes_table_json_and_picture(out: Path, tmp_path: Path) -> Non
     assert width > 400
 
 
+@pytest.mark.parametrize("command", ["evaluate", "inspect"])
+def test_copies_of_samples_are_told_and_change_nothing(
+    command: str, out: Path, tmp_path: Path
+) -> None:
+    data, numbers = held_out(tmp_path), tmp_path / "numbers.json"
+    words = (command, out, "--data", data, "--json", numbers)
+    assert "\nData: 20 samples, " in "\n" + done(*words).stdout
+    before = numbers.read_bytes()
+    data.write_text(data.read_text() * 3)
+    assert "; 40 samples dropped as the same as an earlier one.\n" in done(*words).stdout
+    assert numbers.read_bytes() == before
+
+
 @pytest.mark.parametrize("kinds", [("all", "[/x]"), ("$x$ \x1b[2J", "[bold]"), ("only", "only")])
 def test_any_name_will_do_for_a_kind(out: Path, tmp_path: Path, kinds) -> None:
     data = tmp_path / "kinds.jsonl"

@@ -158,7 +158,8 @@ def _next_steps(
         against = f"upit-merge evaluate {folder} {data} --against {mean}{code}"
         yield "measure that beside it", against
     if evaluation.dead():
-        yield "leave out experts", f"upit-merge shrink {folder} --experts N --data {SEED}{code}"
+        seed = argument(seed_data_of(session.edit.out) or SEED)
+        yield "leave out experts", f"upit-merge shrink {folder} --experts N --data {seed}{code}"
     page = f"upit-merge inspect {folder} {data} --html routing.html{code}"
     yield "see where every token goes", page
     if not on_card:
@@ -275,6 +276,7 @@ def _evaluate(
             with processes.together():
                 check_router_memory(held_out.model, held_out.lengths, settings, out, evaluated=True)
         if processes.is_first and not options.quiet:
+            print(held_out.seeds.summary("Data"))
             for sentence in measured.told(parts):
                 print(sentence)
         sums, routing = measured.mixture(_label(1, "this mixture", options))

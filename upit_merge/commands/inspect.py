@@ -97,6 +97,8 @@ def inspect_output(out: Path, settings: RouterSettings, options: InspectOptions)
     ):
         stage = session.stage(settings, Path(scratch), column=options.group_by)
         check_router_memory(stage.model, stage.lengths, settings, out, evaluated=True)
+        if not options.quiet:
+            print(stage.seeds.summary("Data"))
         groups = Groups.of(stage.seeds.samples)
         excerpt = _excerpt(stage, groups, options)
         seen = observe(stage, excerpt)

@@ -80,12 +80,12 @@ class SeedSet:
         content = [(s.input_ids, s.loss_start, s.label) for s in self.samples]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def summary(self) -> str:
+    def summary(self, name: str = "Seed data") -> str:
         """Return what there is and what was cut, in one sentence for the log."""
         kept = (
             f"{counted(len(self.samples), 'sample')}, {counted(self.num_targets, 'target token')}"
         )
-        return f"Seed data: {'; '.join([kept, *self.readings, *self._what_was_cut()])}."
+        return f"{name}: {'; '.join([kept, *self.readings, *self._what_was_cut()])}."
 
     def to_report(self) -> dict[str, int]:
         """Return the same as plain numbers, for `upit_report.json`."""
