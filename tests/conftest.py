@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("COLUMNS", None)
 os.environ.pop("LINES", None)
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -157,6 +158,12 @@ def train_on(family: Family, texts: dict[str, str]) -> PreTrainedTokenizerFast:
         model.save_pretrained(family.root / name)
         tokenizer.save_pretrained(family.root / name)
     return tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_new_objects_are_garbage() -> None:
+    """Every training ends with `gc.collect()`, which would look at all that was ever imported."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

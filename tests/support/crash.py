@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import random
@@ -315,6 +316,7 @@ def main() -> None:
     reference_folder = out.with_name("reference")
     run(recipe, reference_folder)  # in this process: what it imports, the children have
     reference = contents(reference_folder)
+    gc.freeze()  # no child's garbage
     for trial in globals()[kind](recipe, out, reference):
         print(json.dumps(trial), flush=True)
 

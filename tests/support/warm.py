@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import io
 import json
@@ -297,6 +298,7 @@ def main() -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
     figures._save = blank  # type: ignore[assignment]
+    gc.freeze()  # what is imported is no program's garbage
     _serve(socket.socket(fileno=int(sys.argv[1])))
 
 
