@@ -32,11 +32,10 @@ from upit_merge.report.evaluation_record import with_earlier_others
 from upit_merge.report.evaluation_tables import terminal_comparison
 from upit_merge.report.heatmap import check_format, draw_routing
 from upit_merge.report.next_steps import (
-    SEED,
     code_words,
     data_words,
     free_folder,
-    seed_data_of,
+    seed_words,
     tell_next,
 )
 from upit_merge.report.tables import show
@@ -158,8 +157,8 @@ def _next_steps(
         against = f"upit-merge evaluate {folder} {data} --against {mean}{code}"
         yield "measure that beside it", against
     if evaluation.dead():
-        seed = argument(seed_data_of(session.edit.out) or SEED)
-        yield "leave out experts", f"upit-merge shrink {folder} --experts N --data {seed}{code}"
+        seeds = seed_words(session.edit.out)
+        yield "leave out experts", f"upit-merge shrink {folder} --experts N {seeds}{code}"
     page = f"upit-merge inspect {folder} {data} --html routing.html{code}"
     yield "see where every token goes", page
     if not on_card:
@@ -359,8 +358,7 @@ def _print(evaluation: Evaluation, record: Record, out: Path) -> None:
     places = ", ".join(f"{expert} in layer {layer}" for layer, expert in dead[:6])
     more = ", …" if len(dead) > 6 else ""
     print(f"Experts with less than a tenth of an even share: {places + more if dead else 'none'}.")
-    data = f"--data {argument(seed_data_of(out) or SEED)}"
-    if idle := hardly_used_sentence(record, argument(out), data):
+    if idle := hardly_used_sentence(record, argument(out), seed_words(out)):
         print(idle)
     if (agreement := evaluation.agreement()) is not None:
         print(

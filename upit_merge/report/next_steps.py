@@ -55,6 +55,11 @@ def seed_data_of(out: Path) -> str | None:
     return data if isinstance(data, str) and Path(os.path.expanduser(data)).exists() else None
 
 
+def seed_words(out: Path) -> str:
+    """Return the option that reads a mixture's seed data once more: `--data TEXTS`, or a stand-in."""
+    return f"--data {argument(seed_data_of(out) or SEED)}"
+
+
 def data_words(settings: RouterSettings, names: Sequence[str] = DATA_SETTINGS) -> str:
     """Return the options that read the same data once more: `--data TEXTS --subset code`.
 
